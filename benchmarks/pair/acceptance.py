@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens per step of tree drafting with the pair, in plain PyTorch and without an engine.
+
+The target's continuation of every prompt is generated first, one token at a time. Then the walk: at a root, the draft
+grows a tree from the true prefix; the walk follows the continuation down the tree as far as it goes and emits one token
+more, which is the next root. This is exactly what a verification pass does, since a node's sample is what the target
+would emit there: at temperature 0 its argmax, above it a draw that does not depend on the tree.
+
+Usage: python acceptance.py [--pair FOLDER] [--device cpu] [--prompts-per-length 2] [--tokens 128]
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from glide import SELF_ATTENTION_WINDOW, GlideLayer, KeysValues
+from target import Target, load_target, load_weights
+from tokenizers import Tokenizer
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+# Nodes per level. The second is the sequential method with gamma = 4.
+SHAPES = ([1], [1, 1, 1, 1], [2, 4, 4], [4, 16, 16, 16, 16])
+MAX_LOOP_PERIOD = 64
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Prompts of one length with their continuations, and all that drafting at any root of them needs."""
+
+    ids: Tensor  # int64 [batch, tokens]
+    prompt_length: int
+    ends: Tensor  # int64 [batch], index of the last token of the continuation
+    cross: KeysValues  # the target's last layer, each [batch, tokens, kv_heads, head_dim]
+    window: KeysValues  # the draft's self-attention at every position, same shape
+
+
+def generate(
+    target: Target, prompts: Tensor, num_tokens: int, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Continue every prompt by exactly num_tokens tokens.
+
+    Args:
+        prompts: int64 [batch, prompt_length]
+        generator: on the CPU; draws the noise when temperature > 0
+
+    Returns:
+        int64 [batch, prompt_length + num_tokens]
+    """
+    ids, past = prompts, None
+    for _ in range(num_tokens):
+        new = ids if past is None else ids[:, -1:]
+        positions = torch.arange(ids.shape[1] - new.shape[1], ids.shape[1], device=ids.device)
+        hidden, past = target(new, positions, past)
+        logits = target.head(hidden[:, -1])
+        if temperature > 0:
+            noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
+            logits = logits / temperature - noise.log()
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
+    return ids
+
+
+def make_passage(target: Target, glide: GlideLayer, ids: Tensor, prompt_length: int, end_of_text: int) -> Passage:
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    _, caches = target(ids, positions)
+    keys, values = (part.transpose(1, 2) for part in caches[-1])
+    _, window_keys, window_values = glide.self_qkv(target.embed(ids), positions[None])
+    # A request ends with its first end-of-text token.
+    stops = (ids == end_of_text) & (positions >= prompt_length)
+    ends = torch.where(stops.any(1), stops.int().argmax(1), ids.shape[1] - 1)
+    return Passage(ids, prompt_length, ends, (keys, values), (window_keys, window_values))
+
+
+def accepted_nodes(target: Target, glide: GlideLayer, passage: Passage, roots: Tensor, shape: list[int]) -> Tensor:
+    """Grow one tree a request and count the nodes on the continuation's path.
+
+    Level 1 is the root's most probable tokens; every further level the most probable (parent, token) pairs of the whole
+    level by cumulative log-probability. Rows of the tree are numbered level by level, the root first.
+
+    Args:
+        roots: int64 [batch], index of the root token in `passage.ids`
+        shape: nodes per level
+
+    Returns:
+        int64 [batch]
+    """
+    ids, device = passage.ids, passage.ids.device
+    batch, num_tokens = ids.shape
+    window_indices = roots[:, None] + torch.arange(-SELF_ATTENTION_WINDOW, 0, device=device)
+    gather = window_indices.clamp(min=0)[:, :, None, None].expand(-1, -1, *passage.window[0].shape[2:])
+    past = tuple(part.gather(1, gather) for part in passage.window)
+    # While a tree is drafted, every row sees the target's keys up to the root and without it.
+    cross_mask = (torch.arange(num_tokens, device=device) < roots[:, None])[:, None]
+
+    tokens = ids.gather(1, roots[:, None])
+    scores = torch.zeros(batch, 1, device=device)
+    ancestors = torch.ones(batch, 1, 1, dtype=torch.bool, device=device)  # [batch, nodes, rows so far], with itself
+    on_path = torch.ones(batch, 1, dtype=torch.bool, device=device)
+    accepted = torch.zeros(batch, dtype=torch.int64, device=device)
+    for depth, width in enumerate(shape):
+        nodes = tokens.shape[1]
+        in_window = (window_indices >= 0) & (window_indices >= (roots + depth)[:, None] - SELF_ATTENTION_WINDOW)
+        self_mask = torch.cat((in_window[:, None].expand(-1, nodes, -1), ancestors), dim=-1)
+        hidden, new = glide(
+            target.embed(tokens),
+            (roots + depth)[:, None].expand(-1, nodes),
+            self_mask,
+            *passage.cross,
+            cross_mask.expand(-1, nodes, -1),
+            past,
+        )
+        past = tuple(torch.cat(parts, dim=1) for parts in zip(past, new, strict=True))
+        log_probabilities = target.head(hidden).log_softmax(-1)
+        vocab_size = log_probabilities.shape[-1]
+        scores, best = (scores[..., None] + log_probabilities).flatten(1).topk(width)
+        parents, tokens = best // vocab_size, best % vocab_size
+        own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        ancestors = ancestors.gather(1, parents[..., None].expand(-1, -1, ancestors.shape[-1]))
+        ancestors = torch.cat((ancestors, own), dim=-1)
+        on_path = on_path.gather(1, parents) & (tokens == ids.gather(1, (roots + depth + 1)[:, None]))
+        accepted += on_path.any(1)
+    return accepted
+
+
+def walk(target: Target, glide: GlideLayer, passage: Passage, shape: list[int]) -> list[tuple[int, int, int]]:
+    """All steps of all requests as (request, index of the root in the continuation, tokens emitted).
+
+    A step that could run into the end of the continuation is not counted: it would be cut short.
+    """
+    roots = torch.full_like(passage.ends, passage.prompt_length)  # the token that the prefill emits
+    steps = []
+    while True:
+        active = roots + len(shape) + 1 <= passage.ends
+        if not active.any():
+            return steps
+        # Finished requests stay in the batch, at a root from where a whole tree still fits.
+        emitted = 1 + accepted_nodes(
+            target, glide, passage, roots.clamp(max=passage.ids.shape[1] - len(shape) - 1), shape
+        )
+        columns = (active, roots - passage.prompt_length, emitted)
+        for request, (counts, root, count) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
+            if counts:
+                steps.append((request, root, count))
+        roots = torch.where(active, roots + emitted, roots)
+
+
+def loop_start(tokens: list[int]) -> int:
+    """Where a continuation starts to repeat itself until its end: at least three times and over at least 24 tokens."""
+    start = len(tokens)
+    for period in range(1, MAX_LOOP_PERIOD + 1):
+        first = len(tokens)
+        while first > period and tokens[first - 1] == tokens[first - 1 - period]:
+            first -= 1
+        if len(tokens) - (first - period) >= max(3 * period, 24):
+            start = min(start, first - period)
+    return start
+
+
+def mean(numbers: list[int]) -> float | None:
+    return round(sum(numbers) / len(numbers), 3) if numbers else None
+
+
+@torch.inference_mode()
+def measure(
+    target: Target,
+    glide: GlideLayer,
+    prompts: dict[int, Tensor],  # by length: int64 [batch, length]
+    num_tokens: int,
+    temperature: float,
+    seed: int = 0,
+) -> dict:
+    """Mean tokens per step for all SHAPES, over all steps and over those before a continuation starts to loop."""
+    generator = torch.Generator().manual_seed(seed)
+    end_of_text = target.config["eos_token_id"]
+    emitted, before_loop = defaultdict(list), defaultdict(list)
+    by_length: dict[str, dict[int, float | None]] = defaultdict(dict)
+    total = looping = 0
+    for length, ids in sorted(prompts.items()):
+        full = generate(target, ids, num_tokens, temperature, generator)
+        passage = make_passage(target, glide, full, length, end_of_text)
+        loops = []
+        for row, end in zip(full.tolist(), passage.ends.tolist(), strict=True):
+            continuation = row[length : end + 1]
+            loops.append(loop_start(continuation))
+            total += len(continuation)
+            looping += len(continuation) - loops[-1]
+        for shape in SHAPES:
+            steps = walk(target, glide, passage, shape)
+            emitted[str(shape)] += [count for _, _, count in steps]
+            before_loop[str(shape)] += [count for request, root, count in steps if root < loops[request]]
+            by_length[str(shape)][length] = mean([count for _, _, count in steps])
+    return {
+        "temperature": temperature,
+        "prompts": sum(len(ids) for ids in prompts.values()),
+        "prompt_lengths": sorted(prompts),
+        "generated_tokens": total,
+        "tokens_in_loops": looping,
+        "tokens_per_step": {shape: mean(counts) for shape, counts in emitted.items()},
+        "tokens_per_step_before_loops": {shape: mean(counts) for shape, counts in before_loop.items()},
+        "tokens_per_step_by_prompt_length": by_length,
+    }
+
+
+def load_prompts(prompts: Path, tokenizer_file: Path, per_length: int, device: str) -> dict[int, Tensor]:
+    """The first `per_length` prompts of each length in prompts.jsonl, as token ids."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    by_length = defaultdict(list)
+    for line in prompts.read_text().splitlines():
+        prompt = json.loads(line)
+        ids = tokenizer.encode(prompt["text"]).ids
+        if len(ids) != prompt["num_tokens"]:
+            raise ValueError(f"{prompt['path']} has {len(ids)} tokens, not {prompt['num_tokens']}: another tokenizer?")
+        by_length[len(ids)].append(ids)
+    return {length: torch.tensor(ids[:per_length], device=device) for length, ids in by_length.items()}
+
+
+def load_pair(folder: Path, device: str) -> tuple[Target, GlideLayer]:
+    """The saved pair in float32."""
+    target = load_target(folder / "target")
+    glide = GlideLayer(SimpleNamespace(**json.loads((folder / "draft" / "config.json").read_text())))
+    load_weights(glide, folder / "draft")
+    return target.to(device), glide.to(device).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", type=Path, default=HERE, help="folder with target/, draft/ and prompts.jsonl")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompts-per-length", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    args = parser.parse_args()
+    started = time.perf_counter()
+    target, glide = load_pair(args.pair, args.device)
+    prompts = load_prompts(
+        args.pair / "prompts.jsonl", args.pair / "target" / "tokenizer.json", args.prompts_per_length, args.device
+    )
+    print(json.dumps(measure(target, glide, prompts, args.tokens, args.temperature), indent=2))
+    print(f"{time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

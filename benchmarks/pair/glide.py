@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GLIDE draft layer of LongSpec (arXiv 2502.17421) in plain PyTorch, written from its equations.
+
+    h = embed(token)
+    h = h + self_attn(input_layernorm(h))                      # keys in [position - 512, position]
+    h = h + cross_attn(post_self_attention_layernorm(h))       # queries only; the target's last layer's keys, values
+    h = h + mlp(post_cross_attention_layernorm(h))             # SwiGLU
+    logits = target.lm_head(h)                                 # no norm before the head
+
+The layer owns neither embedding nor head; both are the target's. The caller says with masks which keys a row may see,
+so one function serves training, drafting in a tree and checking other implementations. Any floating-point type works;
+the module needs PyTorch and nothing else. Parameter names are those of the published `sail/longspec-*` checkpoints.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A row attends to the keys of its own sequence at distances 0 to SELF_ATTENTION_WINDOW, both included.
+SELF_ATTENTION_WINDOW = 512
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+def inverse_frequencies(config: Any) -> Tensor:
+    """Angles per position of rotary embedding, float64 [head_dim / 2].
+
+    Args:
+        config: has hidden_size, num_attention_heads, optionally head_dim, and RoPE either as `rope_parameters`
+            (transformers 5) or as `rope_theta` and `rope_scaling` (before).
+
+    Raises:
+        ValueError: for a RoPE type other than default and linear.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    scaling = parameters or getattr(config, "rope_scaling", None) or {}
+    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    if rope_type not in ("default", "linear"):
+        raise ValueError(f"RoPE type {rope_type!r} is not supported: default and linear are")
+    head_dim = head_size(config)
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return frequencies / scaling["factor"] if rope_type == "linear" else frequencies
+
+
+def head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Apply rotary embedding (first half of a head pairs with its second half).
+
+    Args:
+        x: [batch, rows, heads, head_dim]
+        positions: int [batch or 1, rows]
+        frequencies: float64 [head_dim / 2]
+    """
+    angles = positions[..., None].double() * frequencies.to(positions.device)  # [batch, rows, head_dim / 2]
+    cos, sin = (wave.to(x.dtype)[:, :, None, :] for wave in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Grouped-query attention; a row that may see no key gets zeros.
+
+    Args:
+        queries: [batch, rows, heads, head_dim]
+        keys, values: [batch, num_keys, kv_heads, head_dim]
+        mask: bool [batch or 1, rows, num_keys], true where the row sees the key
+
+    Returns:
+        [batch, rows, heads * head_dim]
+    """
+    batch, rows, heads, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    grouped = queries.reshape(batch, rows, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("brkgd,bskd->bkgrs", grouped, keys) / math.sqrt(head_dim)
+    scores = scores.masked_fill(~mask[:, None, None], -math.inf)
+    weights = scores.softmax(dim=-1).nan_to_num(0.0)  # softmax over no key at all is nan
+    return torch.einsum("bkgrs,bskd->brkgd", weights, values).reshape(batch, rows, heads * head_dim)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+class AttentionProjections(nn.Module):
+    """The four projections of an attention. q, k and v carry a bias, o does not."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.head_dim = head_size(config)
+        query_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def split(self, projected: Tensor) -> Tensor:
+        """[batch, rows, heads * head_dim] -> [batch, rows, heads, head_dim]"""
+        return projected.unflatten(-1, (-1, self.head_dim))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GlideLayer(nn.Module):
+    """One GLIDE decoder layer.
+
+    Args:
+        config: the target's configuration, any object with its attributes: hidden_size, intermediate_size,
+            num_attention_heads, num_key_value_heads, rms_norm_eps, the RoPE settings and optionally head_dim.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.frequencies = inverse_frequencies(config)
+        self.self_attn = AttentionProjections(config)
+        # cross_attn.k_proj and v_proj are in every checkpoint and are never used: keys and values come from the target.
+        self.cross_attn = AttentionProjections(config)
+        self.mlp = GatedMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_self_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_cross_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def self_qkv(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys and values of the self-attention, each [batch, rows, heads, head_dim]."""
+        attention, normed = self.self_attn, self.input_layernorm(embeddings)
+        return (
+            rotate(attention.split(attention.q_proj(normed)), positions, self.frequencies),
+            rotate(attention.split(attention.k_proj(normed)), positions, self.frequencies),
+            attention.split(attention.v_proj(normed)),
+        )
+
+    def cross_q(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Rotated queries of the cross-attention, [batch, rows, heads, head_dim]."""
+        attention, normed = self.cross_attn, self.post_self_attention_layernorm(hidden)
+        return rotate(attention.split(attention.q_proj(normed)), positions, self.frequencies)
+
+    def forward(
+        self,
+        embeddings: Tensor,  # [batch, rows, hidden_size]
+        positions: Tensor,  # int [batch or 1, rows]
+        self_mask: Tensor,  # bool [batch or 1, rows, num_past + rows]
+        cross_keys: Tensor,  # [batch, num_target_keys, kv_heads, head_dim]
+        cross_values: Tensor,  # [batch, num_target_keys, kv_heads, head_dim]
+        cross_mask: Tensor,  # bool [batch or 1, rows, num_target_keys]
+        past_self_kv: KeysValues | None = None,  # each [batch, num_past, kv_heads, head_dim]
+    ) -> tuple[Tensor, KeysValues]:
+        """The layer's output, to be multiplied by the target's head, and the rows' own self-attention keys and values.
+
+        A self-attention key or value depends on nothing but its token and position, so `past_self_kv` (the keys come
+        rotated) can be what earlier calls returned, or `self_qkv` of any window of tokens. `cross_keys` and
+        `cross_values` are the target's last layer's cache: keys rotated, values as projected.
+
+        Returns:
+            hidden [batch, rows, hidden_size] and (keys, values), each [batch, rows, kv_heads, head_dim].
+        """
+        queries, new_keys, new_values = self.self_qkv(embeddings, positions)
+        keys, values = new_keys, new_values
+        if past_self_kv is not None:
+            keys, values = (torch.cat(parts, dim=1) for parts in zip(past_self_kv, (new_keys, new_values), strict=True))
+        hidden = embeddings + self.self_attn.o_proj(attend(queries, keys, values, self_mask))
+        cross = attend(self.cross_q(hidden, positions), cross_keys, cross_values, cross_mask)
+        hidden = hidden + self.cross_attn.o_proj(cross)
+        return hidden + self.mlp(self.post_cross_attention_layernorm(hidden)), (new_keys, new_values)

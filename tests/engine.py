@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs real vLLM engines for the tests, one process each.
+
+A process can hold only one engine at a time, and what a first engine leaves behind must not explain what a second one
+does. `generate` starts this file as a program, hands it requests as JSON and reads the tokens back.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: tuple[int, ...]
+    # Keyword arguments of vLLM's SamplingParams, as sorted pairs so that a request can be hashed.
+    sampling: tuple[tuple[str, Any], ...] = ()
+
+
+def request(prompt: Sequence[int], **sampling: Any) -> Request:
+    return Request(tuple(prompt), tuple(sorted(sampling.items())))
+
+
+@dataclass
+class Result:
+    # For every batch, for every request: token ids, and what ended it.
+    tokens: list[list[list[int]]]
+    finish_reasons: list[list[str]]
+    # For every batch and request that asked for them: per token {token id: log-probability}.
+    logprobs: list[list[list[dict[str, float]] | None]]
+    # vLLM's own counters at the end.
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def acceptance_length(self) -> float:
+        return 1 + self.metrics["vllm:spec_decode_num_accepted_tokens"] / self.metrics["vllm:spec_decode_num_drafts"]
+
+
+SETTINGS = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 8,
+    "disable_log_stats": False,
+    "enable_prefix_caching": True,
+    # A small cache: several tests may share a GPU, and Triton's interpreter copies what a kernel is given.
+    "kv_cache_memory_bytes": 32 << 20,
+    "gpu_memory_utilization": 0.1,
+}
+CPU_SETTINGS = {"distributed_executor_backend": "uni"}
+
+
+@functools.cache
+def _generate(specification: str) -> Result:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        # On a GPU Triton rounds float32 to TF32 unless it is told not to.
+        settings = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "TRITON_F32_DEFAULT": "ieee",
+        }
+        environment = os.environ | settings
+        finished = subprocess.run(
+            [sys.executable, __file__, str(output)],
+            input=specification,
+            text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        if finished.returncode != 0:
+            raise AssertionError(f"the engine stopped:\n{finished.stdout[-6000:]}")
+        return Result(**json.loads(output.read_text()))
+
+
+def generate(model: Path, batches: Sequence[Sequence[Request]], **settings: Any) -> Result:
+    """Generates every batch with one engine; the same call is answered from memory."""
+    specification = {
+        "settings": {"model": str(model), **settings},
+        "batches": [[asdict(each) for each in batch] for batch in batches],
+    }
+    return _generate(json.dumps(specification, sort_keys=True))
+
+
+def main() -> None:
+    import torch
+    from vllm import LLM, SamplingParams
+
+    specification = json.load(sys.stdin)
+    defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
+    llm = LLM(**(defaults | specification["settings"]))
+    tokens, finish_reasons, logprobs = [], [], []
+    for batch in specification["batches"]:
+        outputs = llm.generate(
+            [{"prompt_token_ids": each["prompt"]} for each in batch],
+            [SamplingParams(detokenize=False, **_sampling(each["sampling"])) for each in batch],
+            use_tqdm=False,
+        )
+        completions = [output.outputs[0] for output in outputs]
+        tokens.append([list(completion.token_ids) for completion in completions])
+        finish_reasons.append([completion.finish_reason for completion in completions])
+        logprobs.append([_logprobs(completion) for completion in completions])
+    metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    result = {"tokens": tokens, "finish_reasons": finish_reasons, "logprobs": logprobs, "metrics": metrics}
+    Path(sys.argv[1]).write_text(json.dumps(result))
+
+
+def _sampling(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    sampling = dict(pairs)
+    if "logit_bias" in sampling:
+        # JSON has no integer keys.
+        sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
+    return sampling
+
+
+def _logprobs(completion: Any) -> list[dict[str, float]] | None:
+    if completion.logprobs is None:
+        return None
+    return [{str(token): value.logprob for token, value in position.items()} for position in completion.logprobs]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,572 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft as it runs in vLLM, from its checkpoint to the ordered tree, against the plain layer on the whole text."""
+
+import functools
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import write_draft, write_target
+from oracles import tree as tree_oracle
+from oracles.glide import PlainDraft
+from safetensors.torch import load_file, save_file
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import _cached_get_attn_backend
+
+from vllm_longspec.attention.prefix import prefix_attention
+from vllm_longspec.glide.model import GlideForCausalLM
+from vllm_longspec.glide.window import MAX_REBUILD_REQS, DraftWindow
+from vllm_longspec.speculator import GlideSpeculator
+from vllm_longspec.step.draft import CrossAttention, DraftedTree, grow_trees
+from vllm_longspec.step.order import order_tree
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MAX_MODEL_LEN = 1024
+BLOCK_SIZE = 32
+NUM_SLOTS = 11
+WINDOW = 512
+
+# Tokens before the root. A node's window reaches back to the first of them until they are 512 less its depth.
+HISTORIES = [1, 3, 60, 511, 512, 513, 514, 700]
+SOME_HISTORIES = [3, 60, 512, 700]
+DEFAULT_SHAPE = (4, 16, 16, 16, 16)
+
+# The largest difference between a log-probability in float32 and in float64.
+TOLERANCE = 1e-4
+
+# As transformers 5 writes it, and as the published longchat checkpoints have it.
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+LINEAR_BEFORE_TRANSFORMERS_5 = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 10000.0}
+
+# Family, tied embeddings, KV heads, vocabulary size, other settings of config.json. vLLM pads a vocabulary of 60 to 64.
+TARGETS: dict[str, tuple[str, bool, int, int, dict[str, Any]]] = {
+    "llama": ("llama", False, 2, 64, {}),
+    "llama tied linear": ("llama", True, 1, 60, LINEAR),
+    "llama linear old config": ("llama", False, 1, 64, LINEAR_BEFORE_TRANSFORMERS_5),
+    "qwen2": ("qwen2", False, 1, 60, {}),
+    "qwen2 tied": ("qwen2", True, 1, 64, {}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory) -> Iterator[None]:
+    """What one of vLLM's worker processes has before it loads a model, undone afterwards."""
+    store = tmp_path_factory.mktemp("groups") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            # The same that vLLM's CPU worker replaces for good.
+            patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+            patch.setattr("vllm.utils.torch_utils.is_pin_memory_available", lambda: False)
+        with set_current_vllm_config(VllmConfig()):
+            backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+            init_distributed_environment(1, 0, f"file://{store}", 0, backend)
+            initialize_model_parallel()
+        yield
+        cleanup_dist_env_and_memory()
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    _cached_get_attn_backend.cache_clear()
+
+
+@dataclass
+class Pair:
+    """A draft and its target as vLLM's model runner has them, and the draft's plain twin."""
+
+    speculator: GlideSpeculator
+    target: nn.Module
+    plain: PlainDraft
+
+    @property
+    def draft(self) -> GlideForCausalLM:
+        return self.speculator.model
+
+
+def load(
+    target: Path, draft: Path, tree_shape: tuple[int, ...] = (1,), weights: dict[str, torch.Tensor] | None = None
+) -> Pair:
+    """Loads both checkpoints as vLLM's model runner does; the twin gets `weights`, or else the draft's."""
+    vllm_config = EngineArgs(
+        model=str(target),
+        speculative_config={"model": str(draft), "tree_shape": list(tree_shape)},
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=NUM_SLOTS,
+        block_size=BLOCK_SIZE,
+        enforce_eager=True,
+    ).create_engine_config()
+    # `propose` below fills it in.
+    request_state = SimpleNamespace()
+    with set_current_vllm_config(vllm_config):
+        speculator = GlideSpeculator(vllm_config, DEVICE, request_state)  # type: ignore[arg-type]
+        target_model = get_model(vllm_config=vllm_config)
+        speculator.load_model(target_model)
+    return Pair(speculator, target_model, PlainDraft(target, weights or load_file(draft / "model.safetensors")))
+
+
+def write_pair(folder: Path, name: str, **overrides: Any) -> tuple[Path, Path]:
+    family, tied, num_kv_heads, vocab_size, config = TARGETS[name]
+    settings = {"num_key_value_heads": num_kv_heads, "vocab_size": vocab_size, **overrides}
+    if "rope_scaling" in config:
+        target = write_target(folder / "target", family, tied=tied, **settings)
+        edit_config(target, rope_parameters=None, **config)
+    else:
+        target = write_target(folder / "target", family, tied=tied, **settings, **config)
+    # Larger weights make for a draft so sure of itself that rounding is all one would see of the rest.
+    return target, write_draft(folder / "draft", target, std=0.1)
+
+
+def edit_config(checkpoint: Path, **changes: object) -> None:
+    """Changes settings of a config.json; those that become None are removed."""
+    config = json.loads((checkpoint / "config.json").read_text()) | changes
+    kept = {name: value for name, value in config.items() if value is not None}
+    (checkpoint / "config.json").write_text(json.dumps(kept))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Callable[[str], Pair]:
+    folder = tmp_path_factory.mktemp("pairs")
+
+    @functools.cache
+    def load_named(name: str) -> Pair:
+        target, draft = write_pair(folder / name, name)
+        return load(target, draft)
+
+    return load_named
+
+
+class Batch:
+    """Requests that have just been given a root: their text, and the target's cache with K and V of what precedes it.
+
+    Whatever must not be read is poisoned: NaN in the cache, and ids that no vocabulary has in the text.
+    """
+
+    def __init__(self, histories: list[int], draft: GlideForCausalLM, seed: int = 0):
+        source = random.Random(seed)
+        vocab_size = draft.logits_processor.org_vocab_size
+        num_kv_heads, head_size = draft.self_attn.num_kv_heads, draft.self_attn.head_size
+        self.num_reqs = len(histories)
+        self.slots = source.sample(range(max(NUM_SLOTS, len(histories))), len(histories))
+        self.histories = [[source.randrange(vocab_size) for _ in range(length)] for length in histories]
+        self.roots = [source.randrange(vocab_size) for _ in histories]
+        self.root_tokens = torch.tensor(self.roots, device=DEVICE)
+        self.root_positions = torch.tensor(histories, device=DEVICE)
+        self.idx_mapping = torch.tensor(self.slots, device=DEVICE)
+        self.token_ids = torch.full((max(NUM_SLOTS, len(histories)), MAX_MODEL_LEN), 10**6, dtype=torch.int32)
+        for slot, history in zip(self.slots, self.histories, strict=True):
+            self.token_ids[slot, : len(history)] = torch.tensor(history)
+        self.token_ids = self.token_ids.to(DEVICE)
+
+        generator = torch.Generator().manual_seed(seed)
+        num_blocks = [-(-length // BLOCK_SIZE) for length in histories]
+        blocks = source.sample(range(1, 1 + sum(num_blocks)), sum(num_blocks))
+        self.block_table = torch.zeros(len(histories), max(num_blocks), dtype=torch.int32)
+        self.kv_cache = torch.full((1 + len(blocks), num_kv_heads, BLOCK_SIZE, 2 * head_size), torch.nan)
+        self.target_kv = [torch.randn(length, num_kv_heads, 2 * head_size, generator=generator) for length in histories]
+        for request, length in enumerate(histories):
+            for position in range(length):
+                if position % BLOCK_SIZE == 0:
+                    self.block_table[request, position // BLOCK_SIZE] = blocks.pop()
+                block = self.block_table[request, position // BLOCK_SIZE]
+                self.kv_cache[block, :, position % BLOCK_SIZE] = self.target_kv[request][position]
+        self.block_table = self.block_table.to(DEVICE)
+        self.kv_cache = self.kv_cache.to(DEVICE)
+
+    def new_window(self, draft: GlideForCausalLM) -> DraftWindow:
+        window = DraftWindow(self.token_ids.shape[0], draft, torch.float32, DEVICE)
+        window.kv.fill_(torch.nan)
+        return window
+
+    def rebuilt_window(self, draft: GlideForCausalLM) -> DraftWindow:
+        window = self.new_window(draft)
+        with torch.inference_mode():
+            window.rebuild(
+                self.token_ids, self.idx_mapping, self.root_positions, max(len(each) for each in self.histories)
+            )
+        return window
+
+    def cross_attention(self) -> CrossAttention:
+        prefix_lens = self.root_positions.to(torch.int32)
+        query_starts = torch.arange(self.num_reqs + 1, dtype=torch.int32, device=DEVICE)
+
+        def attend(query: torch.Tensor, width: int) -> torch.Tensor:
+            output = torch.empty_like(query)
+            lse = torch.empty(query.shape[1], query.shape[0], device=DEVICE)
+            prefix_attention(
+                query,
+                self.kv_cache,
+                self.block_table,
+                prefix_lens,
+                query_starts * width,
+                width,
+                query.shape[-1] ** -0.5,
+                output,
+                lse,
+            )
+            return output
+
+        return attend
+
+    @torch.inference_mode()
+    def grow(self, draft: GlideForCausalLM, levels: tuple[int, ...], window: DraftWindow) -> DraftedTree:
+        return grow_trees(
+            draft,
+            levels,
+            self.root_tokens,
+            self.root_positions,
+            self.idx_mapping,
+            window.kv,
+            self.cross_attention(),
+            max_position=MAX_MODEL_LEN - 1,
+        )
+
+
+def check_tree(
+    plain: PlainDraft,
+    batch: Batch,
+    request: int,
+    levels: tuple[int, ...],
+    tokens: list[int],
+    parents: list[int],
+    log_probs: list[float] | None = None,
+) -> list[float]:
+    """Every node's log-probability is the plain layer's, and every level holds the best nodes that it could hold.
+
+    Nodes are in draft order: level after level. Returns the cumulative log-probabilities of the plain layer.
+    """
+    target_keys, target_values = batch.target_kv[request].chunk(2, dim=-1)
+    history_kv = plain.self_kv(batch.histories[request])
+    expected: list[float] = []
+    level, cumulative = [-1], torch.zeros(1, dtype=torch.float64)
+    for width in levels:
+        paths = [
+            [batch.roots[request]] + [tokens[node] for node in reversed(tree_oracle.path_to_root(parents, parent))]
+            for parent in level
+        ]
+        candidates = cumulative[:, None] + plain.next_log_probs(history_kv, paths, target_keys, target_values)
+        nodes = range(len(expected), len(expected) + width)
+        assert all(parents[node] in level for node in nodes)
+        assert len({(parents[node], tokens[node]) for node in nodes}) == width
+        cumulative = torch.stack([candidates[level.index(parents[node]), tokens[node]] for node in nodes])
+        best = candidates.flatten().topk(width).values
+        torch.testing.assert_close(cumulative.sort(descending=True).values, best, rtol=0, atol=TOLERANCE)
+        expected += cumulative.tolist()
+        level = list(nodes)
+    if log_probs is not None:
+        torch.testing.assert_close(torch.tensor(log_probs), torch.tensor(expected), rtol=0, atol=TOLERANCE)
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "histories"),
+    [
+        ("llama", DEFAULT_SHAPE, SOME_HISTORIES),
+        ("llama", (2, 4, 4), HISTORIES),
+        ("llama tied linear", DEFAULT_SHAPE, SOME_HISTORIES),
+        ("llama linear old config", DEFAULT_SHAPE, SOME_HISTORIES),
+        ("llama linear old config", (1, 1, 1, 1), HISTORIES),
+        ("qwen2", DEFAULT_SHAPE, HISTORIES),
+        ("qwen2", (1, 1, 1, 1), SOME_HISTORIES),
+        ("qwen2 tied", DEFAULT_SHAPE, SOME_HISTORIES),
+        ("qwen2 tied", (2, 4, 4), HISTORIES),
+    ],
+    ids=str,
+)
+def test_drafts_what_the_plain_layer_drafts(pairs, name, levels, histories):
+    pair = pairs(name)
+    batch = Batch(histories, pair.draft)
+    drafted = batch.grow(pair.draft, levels, batch.rebuilt_window(pair.draft))
+    assert drafted.tokens.shape == drafted.log_probs.shape == drafted.parents.shape == (len(histories), sum(levels))
+
+    num_nodes = (sum(levels) + 1) // 2
+    ordered_tokens = torch.zeros(batch.num_reqs, num_nodes, dtype=torch.int64, device=DEVICE)
+    parent_rows = torch.zeros(NUM_SLOTS, 1 + num_nodes, dtype=torch.int32, device=DEVICE)
+    depths = torch.zeros_like(parent_rows)
+    masks = torch.zeros(NUM_SLOTS, 1 + num_nodes, -(-(1 + num_nodes) // 32), dtype=torch.int32, device=DEVICE)
+    order_tree(
+        drafted.tokens,
+        drafted.log_probs,
+        drafted.parents,
+        batch.idx_mapping,
+        ordered_tokens,
+        parent_rows,
+        depths,
+        masks,
+        len(levels),
+    )
+    for request, slot in enumerate(batch.slots):
+        tokens, parents = drafted.tokens[request].tolist(), drafted.parents[request].tolist()
+        log_probs = drafted.log_probs[request].tolist()
+        check_tree(pair.plain, batch, request, levels, tokens, parents, log_probs)
+        order = tree_oracle.order_nodes(log_probs, parents)[:num_nodes]
+        expected_parent_rows, expected_depths, expected_masks = tree_oracle.describe_tree(order, parents)
+        assert ordered_tokens[request].tolist() == [tokens[node] for node in order]
+        assert parent_rows[slot].tolist() == expected_parent_rows
+        assert depths[slot].tolist() == expected_depths
+        assert [tree_oracle.mask_to_rows(words) for words in masks[slot].tolist()] == expected_masks
+
+
+def test_drafts_up_to_the_last_position(tmp_path):
+    """At the end of the context the deeper levels are beyond what the rotary embedding knows, and are cut off later."""
+    target, draft = write_pair(tmp_path, "llama", num_key_value_heads=1, max_position_embeddings=MAX_MODEL_LEN)
+    pair = load(target, draft)
+    batch = Batch([MAX_MODEL_LEN - 2, MAX_MODEL_LEN - 1, 40], pair.draft)
+    levels = (2, 4, 4, 4)
+    # Not every rotary kernel says so when a position is out of its range.
+    last_positions = []
+    pair.draft.rotary_emb.register_forward_pre_hook(lambda _, args: last_positions.append(int(args[0].max())))
+    drafted = batch.grow(pair.draft, levels, batch.rebuilt_window(pair.draft))
+    assert max(last_positions) == MAX_MODEL_LEN - 1
+    for request, depth in enumerate((2, 1, 4)):
+        shown = levels[:depth]
+        columns = (drafted.tokens, drafted.parents, drafted.log_probs)
+        check_tree(pair.plain, batch, request, shown, *(column[request, : sum(shown)].tolist() for column in columns))
+    assert int(drafted.tokens.min()) >= 0
+    assert int(drafted.tokens.max()) < 64
+
+
+def live_window(window: DraftWindow, slot: int, root_position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of the last 512 tokens before the root, in the order of the text."""
+    entries = torch.arange(max(0, root_position - WINDOW), root_position) % WINDOW
+    kv = window.kv[slot].cpu()[entries]
+    return kv[:, 0], kv[:, 1]
+
+
+def test_window_holds_the_last_tokens_however_it_came_about(pairs):
+    """Rebuilt, appended to step by step, or rebuilt in place of another request's: the plain layer's K and V."""
+    pair = pairs("llama")
+    # More requests than are rebuilt at a time.
+    lengths = [1, 2, 5, 60, 300, 507, 509, 510, 512, 700]
+    assert len(lengths) > MAX_REBUILD_REQS
+    max_new = 6
+    batch = Batch([length + 5 * max_new for length in lengths], pair.draft)
+    twins = [pair.plain.self_kv(history) for history in batch.histories]
+
+    def check(window: DraftWindow, root_positions: torch.Tensor) -> None:
+        for slot, root_position, (keys, values) in zip(batch.slots, root_positions.tolist(), twins, strict=True):
+            actual_keys, actual_values = live_window(window, slot, root_position)
+            live = slice(max(0, root_position - WINDOW), root_position)
+            torch.testing.assert_close(actual_keys, keys[live].float(), rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(actual_values, values[live].float(), rtol=1e-5, atol=1e-4)
+        others = sorted(set(range(NUM_SLOTS)) - set(batch.slots))
+        assert others and bool(window.kv[others].isnan().all())
+
+    source = random.Random(0)
+    root_positions = torch.tensor(lengths, device=DEVICE)
+    with torch.inference_mode():
+        appended = batch.new_window(pair.draft)
+        appended.rebuild(batch.token_ids, batch.idx_mapping, root_positions, max(lengths))
+        check(appended, root_positions)
+        for _ in range(5):
+            num_new = [source.randint(1, max_new) for _ in lengths]
+            num_new[source.randrange(len(lengths))] = max_new
+            root_positions = root_positions + torch.tensor(num_new, device=DEVICE)
+            # vLLM counts sampled tokens in int32.
+            settled = torch.tensor(num_new, dtype=torch.int32, device=DEVICE)
+            appended.append(batch.token_ids, batch.idx_mapping, root_positions, settled, max_new)
+            check(appended, root_positions)
+
+        rebuilt = batch.new_window(pair.draft)
+        # What an earlier request left in the slots.
+        rebuilt.kv[batch.idx_mapping] = 1e4
+        rebuilt.rebuild(batch.token_ids, batch.idx_mapping, root_positions, int(root_positions.max()))
+        check(rebuilt, root_positions)
+        for slot, root_position in zip(batch.slots, root_positions.tolist(), strict=True):
+            for one, other in zip(
+                live_window(appended, slot, root_position), live_window(rebuilt, slot, root_position), strict=True
+            ):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_shares_the_modules_of_the_target(pairs):
+    for name in ("llama", "qwen2 tied"):
+        draft, target = pairs(name).draft, pairs(name).target
+        assert draft.embed_tokens is target.model.embed_tokens
+        assert draft.lm_head is target.lm_head
+        assert draft.rotary_emb is target.model.layers[-1].self_attn.rotary_emb
+        assert draft.logits_processor is target.logits_processor
+        assert draft.embed_tokens.weight.data_ptr() == target.model.embed_tokens.weight.data_ptr() != 0
+        # The layer's own: qkv and o, q and o, gate_up and down, three norms, and biases for qkv and q.
+        shared = {id(parameter) for parameter in target.parameters()}
+        own = {name for name, parameter in draft.named_parameters() if id(parameter) not in shared}
+        assert own == {
+            *(f"self_attn.{name}" for name in ("qkv_proj.weight", "qkv_proj.bias", "o_proj.weight")),
+            *(f"cross_attn.{name}" for name in ("q_proj.weight", "q_proj.bias", "o_proj.weight")),
+            *(f"mlp.{name}" for name in ("gate_up_proj.weight", "down_proj.weight")),
+            *(f"{norm}layernorm.weight" for norm in ("input_", "post_self_attention_", "post_cross_attention_")),
+        }
+
+
+def check_draft(pair: Pair) -> None:
+    batch = Batch([90], pair.draft)
+    levels = (2, 4)
+    drafted = batch.grow(pair.draft, levels, batch.rebuilt_window(pair.draft))
+    columns = (drafted.tokens, drafted.parents, drafted.log_probs)
+    check_tree(pair.plain, batch, 0, levels, *(column[0].tolist() for column in columns))
+
+
+def test_rotates_as_the_target_does(tmp_path):
+    """The rotary embedding is the target's, whatever the draft's own config.json says."""
+    target, draft = write_pair(tmp_path, "llama tied linear")
+    edit_config(draft, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    check_draft(load(target, draft))
+
+
+@pytest.mark.parametrize(
+    ("family", "file_name", "prefix", "dtype", "with_biases"),
+    [
+        ("llama", "model.safetensors", "glide.", torch.bfloat16, True),
+        ("llama", "pytorch_model.bin", "model.", torch.float32, True),
+        ("llama", "pytorch_model.bin", "", torch.bfloat16, False),
+        ("qwen2", "model.safetensors", "model.", torch.float16, False),
+        ("qwen2", "pytorch_model.bin", "glide.", torch.bfloat16, True),
+    ],
+)
+def test_loads_every_form_of_checkpoint(tmp_path, family, file_name, prefix, dtype, with_biases):
+    target, draft = write_pair(tmp_path, family)
+    weights = {name: weight.to(dtype) for name, weight in load_file(draft / "model.safetensors").items()}
+    stored = {prefix + name: weight for name, weight in weights.items() if with_biases or not name.endswith("bias")}
+    (draft / "model.safetensors").unlink()
+    if file_name.endswith("bin"):
+        torch.save(stored, draft / file_name)
+    else:
+        save_file(stored, draft / file_name)
+
+    expected = {name: weight.float() for name, weight in weights.items()}
+    for name in expected.keys() - {name.removeprefix(prefix) for name in stored}:
+        expected[name] = torch.zeros_like(expected[name])
+    check_draft(load(target, draft, weights=expected))
+
+
+@dataclass
+class Scheduled:
+    """A request's part in a step of the model runner."""
+
+    request: int
+    computed_before: int
+    computed: int  # afterwards; the position of the root, unless the prompt goes on
+    prompt_len: int
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.computed_before < self.prompt_len
+
+    @property
+    def num_sampled(self) -> int:
+        if self.is_prefilling:
+            return int(self.computed == self.prompt_len)
+        return self.computed - self.computed_before
+
+
+def propose(speculator: GlideSpeculator, batch: Batch, step: list[Scheduled]) -> torch.Tensor:
+    """Calls the speculator as vLLM's model runner does after a step."""
+    slots = [batch.slots[each.request] for each in step]
+    # Of the text, what has been emitted; the rest is not known yet.
+    token_ids = torch.full_like(batch.token_ids, 10**6)
+    num_computed = torch.zeros(token_ids.shape[0], dtype=torch.int32, device=DEVICE)
+    last_sampled = torch.full((token_ids.shape[0], 1), 10**6, dtype=torch.int64, device=DEVICE)
+    for slot, each in zip(slots, step, strict=True):
+        num_known = max(each.prompt_len, each.computed + 1)
+        token_ids[slot, :num_known] = batch.token_ids[slot, :num_known]
+        num_computed[slot] = each.computed
+        last_sampled[slot] = batch.token_ids[slot, each.computed]
+    request_state = speculator.req_states
+    request_state.all_token_ids = SimpleNamespace(gpu=token_ids)  # type: ignore[assignment]
+    request_state.num_computed_tokens = SimpleNamespace(gpu=num_computed)  # type: ignore[assignment]
+    block_table = batch.block_table[[each.request for each in step]]
+    speculator.block_tables = SimpleNamespace(input_block_tables=[block_table])  # type: ignore[assignment]
+    layers = speculator.vllm_config.compilation_config.static_forward_context
+    layers[speculator.target_layer_name].kv_cache = batch.kv_cache
+
+    prompt_lens = np.array([each.prompt_len for each in step], dtype=np.int32)
+    before = np.array([each.computed_before for each in step], dtype=np.int32)
+    # A decoding request has its whole tree in the step, most of which is rejected.
+    num_scheduled = np.array(
+        [
+            each.computed - each.computed_before if each.is_prefilling else 1 + speculator.num_speculative_steps
+            for each in step
+        ],
+        dtype=np.int32,
+    )
+    num_sampled = torch.tensor([each.num_sampled for each in step], dtype=torch.int32, device=DEVICE)
+    input_batch = SimpleNamespace(
+        num_reqs=len(step),
+        idx_mapping=torch.tensor(slots, device=DEVICE),
+        idx_mapping_np=np.array(slots),
+        num_scheduled_tokens=num_scheduled,
+        num_computed_prefill_tokens_np=np.minimum(before, prompt_lens),
+        prefill_len_np=prompt_lens,
+        is_prefilling_np=before < prompt_lens,
+        seq_lens=torch.from_numpy(before + num_scheduled).to(DEVICE),
+        seq_lens_cpu_upper_bound=torch.from_numpy(before + num_scheduled),
+    )
+    unused = torch.zeros(0, device=DEVICE)
+    return speculator.propose(
+        input_batch,
+        attn_metadata=None,
+        slot_mappings=None,
+        last_hidden_states=unused,
+        aux_hidden_states=None,
+        num_sampled=num_sampled,
+        num_rejected=torch.from_numpy(num_scheduled).to(DEVICE) - num_sampled,
+        last_sampled=last_sampled,
+        next_prefill_tokens=unused,
+        temperature=unused,
+        seeds=unused,
+    )
+
+
+def test_proposes_from_step_to_step(tmp_path):
+    """Prompts in chunks, prompts that end and requests that settle a few tokens a step, in one batch."""
+    levels = (2, 4, 4)
+    target, draft = write_pair(tmp_path, "llama", num_key_value_heads=1)
+    pair = load(target, draft, levels)
+    speculator = pair.speculator
+    batch = Batch([26, 605, 535], pair.draft)
+    speculator.window.kv.fill_(torch.nan)
+    # A step settles at most one token more than the tree is deep. The order of the requests is of no importance, though
+    # vLLM puts those first that decode.
+    steps = [
+        [Scheduled(1, 400, 600, 600), Scheduled(2, 0, 64, 530), Scheduled(0, 0, 20, 20)],
+        [Scheduled(2, 64, 300, 530), Scheduled(0, 20, 24, 20), Scheduled(1, 600, 601, 600)],
+        [Scheduled(0, 24, 25, 20), Scheduled(1, 601, 603, 600), Scheduled(2, 300, 530, 530)],
+        [Scheduled(2, 530, 534, 530), Scheduled(1, 603, 604, 600)],
+    ]
+    for step in steps:
+        proposed = propose(speculator, batch, step).tolist()
+        for tokens, each in zip(proposed, step, strict=True):
+            assert len(tokens) == sum(levels)
+            if each.computed < each.prompt_len:
+                assert set(tokens) == {0}
+                continue
+            slot, root_position = batch.slots[each.request], each.computed
+            parent_rows, depths = speculator.tree.parent_rows[slot].tolist(), speculator.tree.depths[slot].tolist()
+            rows = sorted(range(1, 1 + sum(levels)), key=lambda row: depths[row])
+            number = {row: index for index, row in enumerate(rows)} | {0: -1}
+            seen = SimpleNamespace(
+                histories=[batch.histories[each.request][:root_position]],
+                roots=[batch.histories[each.request][root_position]],
+                target_kv=[batch.target_kv[each.request][:root_position]],
+            )
+            log_probs = check_tree(
+                pair.plain,
+                seen,  # type: ignore[arg-type]
+                0,
+                levels,
+                [tokens[row - 1] for row in rows],
+                [number[parent_rows[row]] for row in rows],
+            )
+            listed = [log_probs[number[row]] for row in range(1, 1 + sum(levels))]
+            assert all(later <= earlier + TOLERANCE for earlier, later in itertools.pairwise(listed))

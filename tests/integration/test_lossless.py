@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token for token: an engine with a GLIDE draft emits what the same engine emits without one."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from engine import Request, Result, generate, request
+from models import as_llama, untied, write_draft, write_target
+
+PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
+DEFAULT_SHAPE = [4, 16, 16, 16, 16]
+
+GREEDY = {"temperature": 0.0}
+SAMPLINGS = [
+    {"temperature": 0.7, "seed": 1, "top_k": 30, "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 1.0, "seed": 2, "top_k": 20},
+    {"temperature": 1.0, "seed": 3, "min_p": 0.05},
+    {"temperature": 0.7, "seed": 4, "top_p": 0.9},
+    {"temperature": 1.0, "seed": 5},
+    {"temperature": 0.7, "seed": 6, "min_tokens": 6, "logit_bias": {5: 2.0}},
+]
+
+
+def speculative(draft: Path, tree_shape: list[int], **options: object) -> dict:
+    return {"speculative_config": {"model": str(draft), "tree_shape": tree_shape, **options}}
+
+
+def assert_lossless(plain: Result, result: Result) -> None:
+    assert result.tokens == plain.tokens
+    assert result.finish_reasons == plain.finish_reasons
+    # Speculation must have run: a tree was verified, and more than once.
+    assert result.metrics["vllm:spec_decode_num_drafts"] > 1
+
+
+def batches(prompts: list[list[int]], max_tokens: int = 48) -> list[list[Request]]:
+    """Every prompt twice: greedy and sampled requests in one batch, then the other way round from the prefix cache."""
+    ways = [[GREEDY, sampling] for sampling in SAMPLINGS]
+    return [
+        [
+            request(prompt, **ways[i][(i + turn) % 2], max_tokens=limit, ignore_eos=True)
+            for i, prompt in enumerate(prompts)
+        ]
+        for turn, limit in enumerate((max_tokens, 8))
+    ]
+
+
+def random_prompts(vocab_size: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    source = random.Random(0)
+    return [[source.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
+
+
+# One token; a few; one less and one more than a block; the window of 512 sliding.
+LENGTHS = (1, 3, 31, 33, 200, 640)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "kv_heads", "tree_shape"),
+    [
+        ("llama", False, 2, [1]),
+        ("qwen2", True, 1, [1, 1, 1, 1]),
+        ("llama", True, 1, [2, 4, 4]),
+        ("qwen2", False, 1, DEFAULT_SHAPE),
+    ],
+)
+def test_random_draft(tmp_path, family, tied, kv_heads, tree_shape):
+    """The worst draft: nearly everything is rejected, so every step leaves holes behind."""
+    target = write_target(
+        tmp_path / "target", family, tied=tied, num_key_value_heads=kv_heads, num_hidden_layers=kv_heads
+    )
+    draft = write_draft(tmp_path / "draft", target)
+    requests = batches(random_prompts(64, LENGTHS))
+    assert_lossless(generate(target, requests), generate(target, requests, **speculative(draft, tree_shape)))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """The trained pair as it ships (Qwen2, tied), and as a Llama model with a head of its own."""
+    shipped = (PAIR / "target", PAIR / "draft")
+    folder = tmp_path_factory.mktemp("pairs")
+    return {"qwen2": shipped, "llama": untied(folder / "untied", *as_llama(folder / "llama", *shipped))}
+
+
+def source_code(lengths: tuple[int, ...]) -> list[list[int]]:
+    """Token ids of held-out source code."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    texts = [json.loads(line) for line in (PAIR / "prompts.jsonl").read_text().splitlines()]
+    ids = [each["token_ids"] if "token_ids" in each else tokenizer.encode(each["text"]) for each in texts]
+    return [ids[i][:length] for i, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize(
+    ("family", "tree_shape", "least"),
+    [("qwen2", DEFAULT_SHAPE, 2.2), ("llama", [2, 4, 4], 1.8), ("qwen2", [1, 1, 1, 1], 1.7), ("llama", [1], 1.2)],
+)
+def test_trained_draft(pairs, family, tree_shape, least):
+    """A good draft: whole paths are accepted, at every depth and in every sampling."""
+    target, draft = pairs[family]
+    requests = batches(source_code(LENGTHS))
+    plain = generate(target, requests)
+    result = generate(target, requests, **speculative(draft, tree_shape))
+    assert_lossless(plain, result)
+    assert result.acceptance_length >= least
+
+
+def test_fewer_nodes_than_the_tree(pairs):
+    """`num_speculative_tokens` cuts the list of nodes, and any prefix of it is a tree."""
+    target, draft = pairs["qwen2"]
+    requests = batches(source_code(LENGTHS))
+    result = generate(target, requests, **speculative(draft, DEFAULT_SHAPE, num_speculative_tokens=12))
+    assert_lossless(generate(target, requests), result)
+    drafts = result.metrics["vllm:spec_decode_num_drafts"]
+    assert result.metrics["vllm:spec_decode_num_draft_tokens"] <= 12 * drafts
+    assert result.acceptance_length >= 1.8
+
+
+def test_preemption(pairs):
+    """A cache too small for the batch: requests lose their place, their cache and the draft's window, and come back."""
+    target, draft = pairs["qwen2"]
+    requests = [[request(prompt, temperature=0.0, max_tokens=64) for prompt in source_code((120, 150, 180, 200, 220))]]
+    settings = {"max_model_len": 512}
+    plain = generate(target, requests, **settings)
+    result = generate(target, requests, **settings, num_gpu_blocks_override=28, **speculative(draft, DEFAULT_SHAPE))
+    assert result.metrics["vllm:num_preemptions"] > 0
+    assert_lossless(plain, result)
+
+
+def test_stops_in_the_middle_of_a_path(pairs, tmp_path):
+    """EOS or a stop token on an accepted path: what was accepted after it is not emitted."""
+    from transformers import AutoTokenizer
+
+    target, draft = pairs["qwen2"]
+    prompts = source_code((100, 160, 220, 280, 340, 400))
+    greedy = {"temperature": 0.0, "max_tokens": 48}
+    free = generate(target, [[request(prompt, ignore_eos=True, **greedy) for prompt in prompts]])
+    # What the model is about to say anyway becomes the end: a token of the first prompt's continuation becomes EOS, and
+    # each of the other prompts gets a stop token of its own.
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(free.tokens[0][0][10])
+    tokenizer.save_pretrained(tmp_path)
+    stops = [[]] + [[tokens[10 + i]] for i, tokens in enumerate(free.tokens[0][1:])]
+    requests = [[request(prompt, stop_token_ids=stop, **greedy) for prompt, stop in zip(prompts, stops, strict=True)]]
+    settings = {"tokenizer": str(tmp_path), "skip_tokenizer_init": False}
+    plain = generate(target, requests, **settings)
+    assert plain.finish_reasons[0] == ["stop"] * len(prompts)
+    assert plain.tokens[0][0][-1] == tokenizer.eos_token_id
+    result = generate(target, requests, **settings, **speculative(draft, [2, 4, 4]))
+    assert_lossless(plain, result)
+    # Steps were longer than one token: some end was not the last token of its step.
+    assert result.acceptance_length > 1.5
+
+
+def test_end_of_the_context(tmp_path):
+    """Prompts that end at, and just before, `max_model_len`: trees are cut to what fits."""
+    target = write_target(tmp_path / "target", "llama")
+    draft = write_draft(tmp_path / "draft", target)
+    prompts = random_prompts(64, (128, 127, 126, 124, 120, 100))
+    requests = [[request(prompt[:127], temperature=0.0, ignore_eos=True, max_tokens=64) for prompt in prompts]]
+    settings = {"max_model_len": 128}
+    result = generate(target, requests, **settings, **speculative(draft, [2, 4, 4]))
+    assert_lossless(generate(target, requests, **settings), result)
+
+
+def test_logprobs_come_from_the_rows_that_were_emitted(pairs):
+    target, draft = pairs["qwen2"]
+    samplings = [{"temperature": 0.0, "logprobs": 0}, {"temperature": 0.0, "logprobs": 5}, {"temperature": 0.0}]
+    samplings += [{"temperature": 1.0, "seed": 7, "logprobs": 3}]
+    requests = [
+        [
+            request(prompt, max_tokens=32, **sampling)
+            for prompt, sampling in zip(source_code((60, 90, 120, 150)), samplings, strict=True)
+        ]
+    ]
+    plain = generate(target, requests)
+    result = generate(target, requests, **speculative(draft, [2, 4, 4]))
+    assert_lossless(plain, result)
+    for expected, found in zip(plain.logprobs[0], result.logprobs[0], strict=True):
+        assert (found is None) == (expected is None)
+        for at_plain, at_tree in zip(expected or [], found or [], strict=True):
+            assert at_tree.keys() == at_plain.keys()
+            assert at_tree == pytest.approx(at_plain, abs=1e-3)

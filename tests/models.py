@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small targets and drafts in the layouts that users load: Hugging Face folders with a config and safetensors."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+GLIDE_ARCHITECTURES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_target(
+    path: Path, family: str, *, vocab_size: int = 64, tied: bool = False, seed: int = 0, **overrides: object
+) -> Path:
+    """A target with random weights. A small vocabulary lets even a random draft be right now and then."""
+    torch.manual_seed(seed)
+    settings = {**SIZES, "vocab_size": vocab_size, "tie_word_embeddings": tied, "initializer_range": 0.3, **overrides}
+    model: torch.nn.Module
+    model = (
+        LlamaForCausalLM(LlamaConfig(**settings)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**settings))
+    )
+    if family == "qwen2":
+        # transformers starts biases at zero, which would not notice one that is not loaded.
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
+    return path
+
+
+def glide_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Parameter names and shapes of the published GLIDE checkpoints for a target's config."""
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    head_size = config.get("head_dim") or hidden // config["num_attention_heads"]
+    heads = {
+        "q_proj": config["num_attention_heads"] * head_size,
+        "k_proj": config["num_key_value_heads"] * head_size,
+        "v_proj": config["num_key_value_heads"] * head_size,
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for attention in ("self_attn", "cross_attn"):
+        for name, size in heads.items():
+            shapes[f"{attention}.{name}.weight"] = (size, hidden)
+            shapes[f"{attention}.{name}.bias"] = (size,)
+        shapes[f"{attention}.o_proj.weight"] = (hidden, heads["q_proj"])
+    shapes["mlp.gate_proj.weight"] = (intermediate, hidden)
+    shapes["mlp.up_proj.weight"] = (intermediate, hidden)
+    shapes["mlp.down_proj.weight"] = (hidden, intermediate)
+    for norm in ("input_layernorm", "post_self_attention_layernorm", "post_cross_attention_layernorm"):
+        shapes[f"{norm}.weight"] = (hidden,)
+    return shapes
+
+
+def write_draft(path: Path, target: Path, *, seed: int = 1, prefix: str = "", std: float = 0.2) -> Path:
+    """A GLIDE draft with random weights that fits `target`."""
+    path.mkdir(parents=True)
+    config = json.loads((target / "config.json").read_text())
+    config["architectures"] = [GLIDE_ARCHITECTURES[config["model_type"]]]
+    (path / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in glide_shapes(config).items():
+        noise = torch.randn(shape, generator=generator) * std
+        weights[prefix + name] = 1 + noise if name.endswith("layernorm.weight") else noise
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+def as_llama(path: Path, target: Path, draft: Path) -> tuple[Path, Path]:
+    """The same pair as a Llama model: a Qwen2 layer is a Llama layer with `attention_bias` and no bias on o_proj."""
+    config = json.loads((target / "config.json").read_text())
+    config.update(model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=True, mlp_bias=False)
+    weights = load_file(target / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        like = weights[f"model.layers.{layer}.input_layernorm.weight"]
+        weights[f"model.layers.{layer}.self_attn.o_proj.bias"] = torch.zeros_like(like)
+    return _write_pair(path, config, weights, target, draft)
+
+
+def untied(path: Path, target: Path, draft: Path) -> tuple[Path, Path]:
+    """The same pair with a head of its own that equals the embedding."""
+    config = json.loads((target / "config.json").read_text())
+    config["tie_word_embeddings"] = False
+    weights = load_file(target / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    return _write_pair(path, config, weights, target, draft)
+
+
+def _write_pair(path: Path, config: dict, weights: dict, target: Path, draft: Path) -> tuple[Path, Path]:
+    for folder, source in ((path / "target", target), (path / "draft", draft)):
+        folder.mkdir(parents=True)
+        for file in source.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    (path / "target" / "config.json").write_text(json.dumps(config))
+    save_file(weights, path / "target" / "model.safetensors", metadata={"format": "pt"})
+    draft_config = config | {"architectures": [GLIDE_ARCHITECTURES[config["model_type"]]]}
+    (path / "draft" / "config.json").write_text(json.dumps(draft_config))
+    return path / "target", path / "draft"
+
+
+def load_target(path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

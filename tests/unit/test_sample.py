@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tree sampler around vLLM's own: what it emits, how often, and which rows its log-probabilities come from."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from oracles import tree as oracle
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.triton_utils import tl, triton
+from vllm.v1.sample.ops import topk_topp_sampler
+from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
+from vllm.v1.worker.gpu import buffer_utils
+from vllm.v1.worker.gpu.sample import gumbel
+from vllm.v1.worker.gpu.sample import sampler as vllm_sampler
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_longspec.interpreter import interpreting
+from vllm_longspec.step import sample
+from vllm_longspec.step.sample import TreeSampler, _rows_of_emitted
+from vllm_longspec.tree import TreeState
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MAX_MODEL_LEN = 64
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    """What vLLM's CPU worker and this plugin replace before an engine starts."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(buffer_utils, "UvaBuffer", cpu_buffer_utils.UvaBuffer)
+    if interpreting():
+        monkeypatch.setattr(topk_topp_sampler, "HAS_TRITON", False)
+
+
+class Request:
+    """A tree, the target's logits at its rows, and how to sample."""
+
+    def __init__(
+        self,
+        parents: list[int],
+        tokens: list[int],
+        logits: torch.Tensor,  # [num_rows, vocab_size]
+        position: int,
+        params: SamplingParams,
+    ):
+        self.parents = parents
+        self.tokens = tokens
+        self.logits = logits
+        self.position = position
+        self.params = params
+        self.depths = [0]
+        for parent in parents[1:]:
+            self.depths.append(self.depths[parent] + 1)
+
+
+class Step:
+    """A step's batch of trees, with the state that vLLM's runner would hold."""
+
+    def __init__(self, requests: list[Request], max_depth: int, logprobs_mode: str = "raw_logprobs"):
+        num_reqs, vocab_size = len(requests), requests[0].logits.shape[1]
+        num_rows = max(len(request.parents) for request in requests)
+        max_num_reqs = num_reqs + 2
+        self.vocab_size = vocab_size
+        self.requests = requests
+        # Slots in another order than the batch.
+        self.slots = list(range(max_num_reqs - 1, 1, -1))
+        self.state = RequestState(max_num_reqs, MAX_MODEL_LEN, 4096, num_rows - 1, vocab_size, DEVICE)
+        self.sampler = Sampler(
+            VllmConfig(),
+            max_num_reqs,
+            vocab_size,
+            DEVICE,
+            self.state,
+            logprobs_mode=logprobs_mode,  # type: ignore[arg-type]
+            num_speculative_tokens=num_rows,
+        )
+        tree = TreeState.allocate(max_num_reqs, num_rows - 1, max_depth, DEVICE)
+        for slot, request in zip(self.slots, requests, strict=True):
+            self.sampler.add_request(slot, request.params)
+            tree.parent_rows[slot, : len(request.parents)] = torch.tensor(request.parents, dtype=torch.int32)
+        self.sampler.apply_staged_writes()
+        self.tree_sampler = TreeSampler(self.sampler, tree, max_depth)
+
+        lengths = np.array([len(request.parents) for request in requests])
+        self.starts = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+        seq_lens = torch.tensor([request.position for request in requests]) + torch.from_numpy(lengths)
+        # Other tokens stand between those of the trees, as in a batch that also holds prompts.
+        num_logits = int(self.starts[-1])
+        self.batch = SimpleNamespace(
+            num_reqs=num_reqs,
+            idx_mapping=torch.tensor(self.slots, device=DEVICE),
+            idx_mapping_np=np.array(self.slots),
+            expanded_idx_mapping=torch.tensor(np.repeat(self.slots, lengths), device=DEVICE),
+            expanded_local_pos=torch.tensor([row for length in lengths for row in range(length)], device=DEVICE),
+            logits_indices=torch.arange(num_logits, device=DEVICE) * 2 + 1,
+            input_ids=self._interleave([token for request in requests for token in request.tokens], torch.int32),
+            positions=self._interleave(
+                [request.position + depth for request in requests for depth in request.depths], torch.int64
+            ),
+            cu_num_logits=torch.from_numpy(self.starts).to(DEVICE),
+            cu_num_logits_np=self.starts,
+            seq_lens=seq_lens.to(DEVICE, torch.int32),
+            seq_lens_cpu_upper_bound=seq_lens.to(torch.int32),
+        )
+
+    @staticmethod
+    def _interleave(values: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.stack([torch.full((len(values),), 3), torch.tensor(values)], dim=1).flatten().to(DEVICE, dtype)
+
+    def run(self) -> SamplerOutput:
+        logits = torch.cat([request.logits for request in self.requests]).to(DEVICE)
+        return self.tree_sampler(logits, self.batch)  # type: ignore[arg-type]
+
+    def sample_one(self, request: int, row: int) -> int:
+        """What vLLM's sampler draws at one row when the row is all that there is."""
+        slot = self.slots[request]
+        drawn, _ = self.sampler.sample(
+            self.requests[request].logits[row : row + 1].to(DEVICE),
+            torch.tensor([slot], device=DEVICE),
+            torch.tensor([slot], device=DEVICE),
+            np.array([slot]),
+            torch.tensor([self.requests[request].position + self.requests[request].depths[row]], device=DEVICE),
+            torch.tensor([0], device=DEVICE),
+            torch.tensor([0], device=DEVICE),
+            np.array([MAX_MODEL_LEN]),
+        )
+        return int(drawn)
+
+
+def emitted_by(output: SamplerOutput) -> list[list[int]]:
+    return [
+        tokens[:count]
+        for tokens, count in zip(output.sampled_token_ids.tolist(), output.num_sampled.tolist(), strict=True)
+    ]
+
+
+def random_request(source: torch.Generator, vocab_size: int, num_rows: int, params: SamplingParams) -> Request:
+    """A tree of likely tokens; siblings have different ones, as in every drafted tree."""
+
+    def draw(limit: int) -> int:
+        return int(torch.randint(limit, (1,), generator=source))
+
+    logits = torch.randn(num_rows, vocab_size, generator=source) * 2
+    parents, tokens, taken = [-1], [draw(vocab_size)], set()
+    while len(parents) < num_rows:
+        parent = draw(len(parents))
+        token = int(logits[parent].softmax(-1).multinomial(1, generator=source))
+        if (parent, token) not in taken:
+            taken.add((parent, token))
+            parents.append(parent)
+            tokens.append(token)
+    return Request(parents, tokens, logits, 1 + draw(40), params)
+
+
+SAMPLINGS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.6, "seed": 2},
+    {"temperature": 1.3, "seed": 3, "top_k": 3},
+    {"temperature": 1.0, "seed": 4, "top_p": 0.7},
+    {"temperature": 0.9, "seed": 5, "min_p": 0.2},
+    {"temperature": 0.8, "seed": 6, "top_k": 4, "top_p": 0.8, "min_p": 0.05},
+]
+
+
+def mixed_requests(count: int, vocab_size: int = 5, **settings: object) -> list[Request]:
+    """All kinds of sampling in one batch; requests of 1 to 9 rows."""
+    source = torch.Generator().manual_seed(0)
+    return [
+        random_request(source, vocab_size, 1 + index % 9, SamplingParams(**SAMPLINGS[index % 7], **settings))  # type: ignore[arg-type]
+        for index in range(count)
+    ]
+
+
+def test_emits_what_sampling_one_token_after_the_other_emits():
+    step = Step(mixed_requests(28), max_depth=8)
+    output = step.run()
+    num_accepted = 0
+    for index, (request, tokens) in enumerate(zip(step.requests, emitted_by(output), strict=True)):
+        row: int | None = 0
+        expected = []
+        while row is not None:
+            expected.append(step.sample_one(index, row))
+            row = next(
+                (
+                    child
+                    for child in range(len(request.parents))
+                    if request.parents[child] == row and request.tokens[child] == expected[-1]
+                ),
+                None,
+            )
+        assert tokens == expected
+        num_accepted += len(tokens) - 1
+    lengths = [len(request.parents) for request in step.requests]
+    rejected = [length - len(tokens) for length, tokens in zip(lengths, emitted_by(output), strict=True)]
+    assert output.num_rejected.tolist() == rejected
+    assert num_accepted > 20
+
+
+def test_greedy_requests_emit_the_path_of_the_best_tokens():
+    source = torch.Generator().manual_seed(1)
+    requests = [random_request(source, 4, 9, SamplingParams(temperature=0.0)) for _ in range(12)]
+    step = Step(requests, max_depth=8)
+    emitted = emitted_by(step.run())
+    for request, tokens in zip(requests, emitted, strict=True):
+        best = request.logits.argmax(-1).tolist()
+        assert tokens == oracle.walk(best, request.tokens, request.parents)[0]
+    assert max(map(len, emitted)) >= 3
+
+
+def test_a_prompt_that_goes_on_emits_nothing():
+    requests = mixed_requests(3)
+    step = Step(requests, max_depth=8)
+    step.state.prefill_len.np[step.slots[0]] = MAX_MODEL_LEN
+    step.state.prefill_len.copy_to_uva()
+    output = step.run()
+    assert output.num_sampled.tolist()[0] == output.num_rejected.tolist()[0] == 0
+    assert all(count > 0 for count in output.num_sampled.tolist()[1:])
+
+
+def chi_square_p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    """Probability of counts at least as far from the expected ones; the rare outcomes count as one."""
+    rare = expected < 5
+    observed, expected = (
+        torch.cat([counts[~rare], counts[rare].sum()[None]]).double() for counts in (observed, expected)
+    )
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2))
+
+
+@triton.jit
+def _noise_kernel(noise_ptr, seeds_ptr, positions_ptr, tokens_ptr, count, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    mask = index < count
+    seed = tl.load(seeds_ptr + index, mask=mask, other=0)
+    position = tl.load(positions_ptr + index, mask=mask, other=0)
+    token = tl.load(tokens_ptr + index, mask=mask, other=0)
+    uniform = gumbel.murmur3_uniform32(seed, position, token)
+    tl.store(noise_ptr + index, -tl.log(-gumbel._log1p_neg_stable(uniform)), mask=mask)
+
+
+def gumbel_sample_at_once(logits, expanded_idx_mapping, temperature, seeds, positions, **options):
+    """vLLM's draws at temperature 1 with vLLM's noise, in one program; vLLM has a program for every row."""
+    num_rows, vocab_size = logits.shape
+    shape = (num_rows, vocab_size)
+    columns = (
+        seeds[expanded_idx_mapping][:, None].expand(shape).flatten(),
+        positions[:, None].expand(shape).flatten(),
+        torch.arange(vocab_size).expand(shape).flatten(),
+    )
+    noise = torch.empty(shape)
+    _noise_kernel[(1,)](noise, *columns, noise.numel(), BLOCK=triton.next_power_of_2(noise.numel()))
+    # Some rows are enough to see that it is the same.
+    some = slice(0, num_rows, max(1, num_rows // 20))
+    drawn = (logits + noise).argmax(-1)
+    by_vllm = gumbel.gumbel_sample(
+        logits[some], expanded_idx_mapping[some], temperature, seeds, positions[some], **options
+    )
+    assert torch.equal(drawn[some], by_vllm)
+    return drawn
+
+
+def test_emitted_tokens_have_the_distribution_of_the_target(monkeypatch):
+    """Unseeded requests over six tokens: every outcome of a step is as frequent as the target's logits make it."""
+    num_reqs, vocab_size = 600, 6
+    # The root's children are 2 and 4; the children of 2 are 0 and 2. Drafted tokens are likely ones and unlikely ones.
+    parents, tokens = [-1, 0, 1, 0, 1], [5, 2, 0, 4, 2]
+    logits = torch.tensor(
+        [
+            [0.0, -1.0, 1.5, 0.3, -0.5, 0.2],
+            [1.0, 0.0, -0.7, 0.5, -1.0, 0.3],
+            [0.0, 0.8, -0.3, -1.0, 0.4, 0.1],
+            [-0.5, 0.9, 0.2, 0.0, 0.6, -1.2],
+            [0.7, -0.4, 0.0, 0.3, 0.9, -0.8],
+        ]
+    )
+    probs = logits.double().softmax(-1)
+    outcomes: dict[tuple[int, ...], float] = {}
+
+    def add_outcomes(row: int, emitted: tuple[int, ...], prob: float) -> None:
+        for token in range(vocab_size):
+            children = [child for child in range(1, 5) if parents[child] == row and tokens[child] == token]
+            token_prob = prob * float(probs[row, token])
+            if children:
+                add_outcomes(children[0], (*emitted, token), token_prob)
+            else:
+                outcomes[(*emitted, token)] = token_prob
+
+    add_outcomes(0, (), 1.0)
+    assert sum(outcomes.values()) == pytest.approx(1.0)
+    assert len(outcomes) == 4 + 6 + 4 + 6 + 6
+
+    # vLLM draws the seeds of unseeded requests from NumPy's generator.
+    monkeypatch.setattr(np.random, "randint", np.random.RandomState(0).randint)
+    if interpreting():
+        monkeypatch.setattr(vllm_sampler, "gumbel_sample", gumbel_sample_at_once)
+    requests = [Request(parents, tokens, logits, 7, SamplingParams(temperature=1.0)) for _ in range(num_reqs)]
+    emitted = emitted_by(Step(requests, max_depth=2).run())
+    observed = torch.zeros(len(outcomes))
+    index = {outcome: number for number, outcome in enumerate(outcomes)}
+    for sequence in emitted:
+        observed[index[tuple(sequence)]] += 1
+    expected = torch.tensor(list(outcomes.values())) * num_reqs
+    assert chi_square_p_value(observed, expected) > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs", "raw_logits"])
+def test_logprobs_are_those_of_the_rows_that_were_drawn_from(mode):
+    step = Step(mixed_requests(9, logprobs=2), max_depth=8, logprobs_mode=mode)
+    output = step.run()
+    emitted = emitted_by(output)
+    assert max(map(len, emitted)) >= 3
+    logprobs = output.logprobs_tensors
+    assert logprobs is not None
+    assert logprobs.cu_num_generated_tokens == step.starts.tolist()
+    for index, (request, tokens) in enumerate(zip(step.requests, emitted, strict=True)):
+        scores = request.logits
+        if mode == "processed_logprobs":
+            anything = torch.zeros(len(scores), dtype=torch.int64, device=DEVICE)
+            scores = step.sampler.sample(
+                scores.to(DEVICE),
+                torch.full((len(scores),), step.slots[index], device=DEVICE),
+                torch.tensor([step.slots[index]], device=DEVICE),
+                np.array([step.slots[index]]),
+                # Positions, tokens and rows matter to the draw, not to the logits.
+                anything,
+                anything,
+                anything,
+                np.array([MAX_MODEL_LEN]),
+                return_logprobs=True,
+            )[1].cpu()
+        if mode != "raw_logits":
+            scores = scores.log_softmax(-1)
+        # The accepted tokens lead down the tree; each was drawn at the row of the one before.
+        row = 0
+        for offset, token in enumerate(tokens):
+            place = int(step.starts[index]) + offset
+            best = scores[row].topk(2)
+            assert logprobs.logprob_token_ids[place].tolist() == [token, *best.indices.tolist()]
+            torch.testing.assert_close(
+                logprobs.logprobs[place].cpu(), torch.stack([scores[row, token], *best.values]), rtol=0, atol=1e-5
+            )
+            assert logprobs.selected_token_ranks[place] == int((scores[row] >= scores[row, token]).sum())
+            if offset < len(tokens) - 1:
+                (row,) = [
+                    child
+                    for child in range(len(request.parents))
+                    if request.parents[child] == row and request.tokens[child] == token
+                ]
+
+
+def test_a_large_batch_goes_through_in_slices(monkeypatch):
+    whole = Step(mixed_requests(9, logprobs=1), max_depth=8)
+    expected = whole.run()
+    # Fewer rows at a time than the largest request has, which goes alone.
+    monkeypatch.setattr(sample, "get_max_chunk_logits", lambda vocab_size: 8)
+    sliced = Step(mixed_requests(9, logprobs=1), max_depth=8)
+    output = sliced.run()
+    assert emitted_by(output) == emitted_by(expected)
+    assert output.num_rejected.tolist() == expected.num_rejected.tolist()
+    assert output.logprobs_tensors is not None and expected.logprobs_tensors is not None
+    assert output.logprobs_tensors.cu_num_generated_tokens == expected.logprobs_tensors.cu_num_generated_tokens
+    for index, tokens in enumerate(emitted_by(expected)):
+        rows = slice(int(whole.starts[index]), int(whole.starts[index]) + len(tokens))
+        for name in ("logprob_token_ids", "logprobs", "selected_token_ranks"):
+            one, other = (getattr(each.logprobs_tensors, name)[rows] for each in (output, expected))
+            assert torch.equal(one, other), name
+    # The rows of the walk, which the cache is compacted by.
+    path_rows = [each.tree_sampler.tree.batch_path_rows for each in (sliced, whole)]
+    assert torch.equal(*path_rows)
+
+
+@pytest.mark.parametrize("width", [1, 3, 6])
+def test_rows_of_emitted(width):
+    generator = torch.Generator().manual_seed(width)
+    num_rows = [5, 1, 9, width, 7]
+    starts = [sum(num_rows[:request]) for request in range(len(num_rows) + 1)]
+    paths, tokens = [], []
+    for length in num_rows:
+        count = int(torch.randint(1, min(width, length) + 1, (1,), generator=generator))
+        deeper = (1 + torch.randperm(length - 1, generator=generator)[: count - 1]).sort().values.tolist()
+        paths.append([0, *deeper])
+        tokens.append(torch.randint(1, 2**40, (count,), generator=generator).tolist())
+    # Both come out of wider tensors, as when a batch goes through in slices; past the end there is nothing to read.
+    path_rows = torch.full((len(num_rows), width + 2), -1, dtype=torch.int32)
+    emitted = torch.full((len(num_rows), width + 1), -1)
+    for request, (path, drawn) in enumerate(zip(paths, tokens, strict=True)):
+        path_rows[request, : len(path)] = torch.tensor(path)
+        emitted[request, : len(drawn)] = torch.tensor(drawn)
+
+    # Two more rows of padding after the last request.
+    num_logits = starts[-1] + 2
+    rows, row_tokens = _rows_of_emitted(
+        num_logits,
+        torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+        path_rows.to(DEVICE)[:, :width],
+        emitted.to(DEVICE)[:, :width],
+        torch.tensor([len(path) for path in paths], dtype=torch.int32, device=DEVICE),
+    )
+    expected_rows, expected_tokens = [0] * num_logits, [0] * num_logits
+    for start, path, drawn in zip(starts, paths, tokens, strict=False):
+        for offset, (row, token) in enumerate(zip(path, drawn, strict=True)):
+            expected_rows[start + offset] = start + row
+            expected_tokens[start + offset] = token
+    assert rows.dtype == row_tokens.dtype == torch.int64
+    assert rows.tolist() == expected_rows
+    assert row_tokens.tolist() == expected_tokens

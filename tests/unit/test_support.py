@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm.platforms
+import vllm.triton_utils
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+from vllm_longspec.config import support
+
+
+def refused(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def target(**settings):
+    """What is read of vLLM's ModelConfig, of a target that is served."""
+    text_config = SimpleNamespace(**{"model_type": "llama", **settings.pop("hf_text_config", {})})
+    served = {
+        "model": "TARGET",
+        "hf_text_config": text_config,
+        "runner_type": "generate",
+        "is_multimodal_model": False,
+        "is_encoder_decoder": False,
+        "is_diffusion": False,
+        "use_mla": False,
+        "is_hybrid": False,
+        "is_attention_free": False,
+        "uses_alibi": False,
+        "uses_mrope": False,
+        "enable_prompt_embeds": False,
+        "logits_processors": None,
+        "return_sampling_mask": False,
+        "get_head_size": lambda: 128,
+        "get_sliding_window": lambda: None,
+    }
+    assert settings.keys() <= served.keys()
+    return SimpleNamespace(**{**served, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"hf_text_config": {"model_type": "qwen2"}},
+        # a window that no layer has, and layers that have none (any more)
+        {"get_sliding_window": lambda: 64, "hf_text_config": {"layer_types": ["full_attention"]}},
+        {"hf_text_config": {"layer_types": ["sliding_attention"]}},
+    ],
+)
+def test_supported_target(settings):
+    support.check_target(target(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"runner_type": "pooling"}, "a pooling target"),
+        ({"is_multimodal_model": True}, "a multimodal target"),
+        ({"is_encoder_decoder": True}, "an encoder-decoder target"),
+        ({"is_diffusion": True}, "a diffusion target"),
+        ({"use_mla": True}, "MLA"),
+        ({"is_hybrid": True}, "a hybrid target"),
+        ({"is_attention_free": True}, "an attention-free target"),
+        ({"get_sliding_window": lambda: 4096}, "a sliding window of 4096"),
+        (
+            {
+                "get_sliding_window": lambda: 64,
+                "hf_text_config": {"layer_types": ["full_attention", "sliding_attention"]},
+            },
+            "a sliding window of 64",
+        ),
+        ({"hf_text_config": {"dual_chunk_attention_config": {}}}, "dual chunk attention"),
+        ({"uses_alibi": True}, "ALiBi"),
+        ({"uses_mrope": True}, "multi-dimensional RoPE"),
+        ({"hf_text_config": {"model_type": "mistral"}}, "a target of the mistral family"),
+        ({"get_head_size": lambda: 16}, "head size 16"),
+        ({"get_head_size": lambda: 512}, "head size 512"),
+        ({"enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"logits_processors": ["package:Processor"]}, "a custom logits processor"),
+        ({"return_sampling_mask": True}, "a sampling mask"),
+    ],
+)
+def test_unsupported_target_is_refused_by_name(settings, said):
+    with pytest.raises(ValueError, match=r"\(target TARGET\) is not supported with a GLIDE draft: .*serve") as error:
+        support.check_target(target(**settings))
+    assert said in refused(error)
+
+
+def arguments(**settings):
+    """What is read of vLLM's EngineArgs and ParallelConfig, of an engine that is served."""
+    engine_args = {"enable_lora": False, "watermark_config": None}
+    parallel = {
+        "pipeline_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "use_ubatching": False,
+    }
+    for part in (engine_args, parallel):
+        part.update({name: settings.pop(name) for name in part.keys() & settings.keys()})
+    assert not settings
+    return SimpleNamespace(**engine_args), SimpleNamespace(**parallel)
+
+
+def test_supported_arguments():
+    support.check_arguments(*arguments())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
+        ({"use_ubatching": True}, "dual batch overlap"),
+        ({"enable_lora": True}, "LoRA"),
+        ({"watermark_config": {}}, "watermarking"),
+    ],
+)
+def test_unsupported_argument_is_refused_by_name(settings, said):
+    with pytest.raises(ValueError, match="is not supported with a GLIDE draft: ") as error:
+        support.check_arguments(*arguments(**settings))
+    assert said in refused(error)
+
+
+def test_installed_logits_processors_are_refused_by_name(monkeypatch):
+    installed = {"vllm.logits_processors": [SimpleNamespace(name="theirs")]}
+    monkeypatch.setattr(support, "entry_points", lambda group: installed[group])
+    with pytest.raises(ValueError, match="the installed logits processor theirs is not supported") as error:
+        support.check_arguments(*arguments())
+    refused(error)
+
+
+def engine(**settings):
+    """What is read of vLLM's VllmConfig, of an engine that is served."""
+    served = {
+        "use_v2_model_runner": True,
+        "kv_transfer_config": None,
+        "model_config": SimpleNamespace(dtype=torch.bfloat16),
+    }
+    cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False}
+    for part in (served, cache):
+        part.update({name: settings.pop(name) for name in part.keys() & settings.keys()})
+    assert not settings
+    return SimpleNamespace(**served, cache_config=SimpleNamespace(**cache))
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_dtype": "bfloat16"}])
+def test_supported_engine(settings):
+    support.check_engine(engine(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_v2_model_runner": False}, "VLLM_USE_V2_MODEL_RUNNER"),
+        ({"kv_transfer_config": object()}, "a KV connector"),
+        ({"cache_dtype": "fp8"}, "a KV cache of fp8 with a model of bfloat16"),
+        ({"cache_dtype": "float16"}, "a KV cache of float16 with a model of bfloat16"),
+        ({"kv_sharing_fast_prefill": True}, "KV sharing"),
+    ],
+)
+def test_unsupported_engine_is_refused_by_name(settings, said):
+    with pytest.raises(ValueError, match="is not supported with a GLIDE draft: ") as error:
+        support.check_engine(engine(**settings))
+    assert said in refused(error)
+
+
+PARALLEL = SimpleNamespace(tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"model": "DRAFT", "revision": "main", "code_revision": "main", "num_speculative_tokens": 5},
+        {"method": None},
+        {"method": "draft_model"},
+        {"draft_tensor_parallel_size": 2},
+        {"enforce_eager": True},
+        # what vLLM assumes when nothing is said
+        {"rejection_sample_method": "standard", "draft_sample_method": "greedy", "parallel_drafting": False},
+        {"suffix_decoding_max_tree_depth": 24, "max_model_len": None},
+        # not an option at all: vLLM says so
+        {"no_such_option": 1},
+    ],
+)
+def test_supported_options(options):
+    support.check_options(options, PARALLEL)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "eagle"}, "speculative method 'eagle'"),
+        ({"method": "ngram"}, "speculative method 'ngram'"),
+        ({"draft_tensor_parallel_size": 1}, "draft_tensor_parallel_size=1 with a target of tensor_parallel_size=2"),
+        ({"rejection_sample_method": "synthetic"}, "rejection_sample_method='synthetic'"),
+        ({"rejection_sample_method": "block"}, "rejection_sample_method='block'"),
+        ({"draft_sample_method": "probabilistic"}, "draft_sample_method='probabilistic'"),
+        ({"parallel_drafting": True}, "parallel_drafting=True"),
+        ({"num_speculative_tokens_per_batch_size": [(1, 4, 8)]}, "num_speculative_tokens_per_batch_size="),
+        ({"quantization": "fp8"}, "quantization='fp8'"),
+        ({"attention_backend": "FLASH_ATTN"}, "attention_backend='FLASH_ATTN'"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+        ({"use_heterogeneous_vocab": True}, "use_heterogeneous_vocab=True"),
+        ({"max_model_len": 512}, "max_model_len=512"),
+        ({"prompt_lookup_max": 3}, "prompt_lookup_max=3"),
+    ],
+)
+def test_unsupported_option_is_refused_by_name(options, said):
+    with pytest.raises(ValueError, match="is not supported with a GLIDE draft: leave ") as error:
+        support.check_options(options, PARALLEL)
+    assert said in refused(error)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "seed": 1, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "n": 2},
+        {"logit_bias": {3: 1.0}, "allowed_token_ids": [3, 4], "min_tokens": 5},
+        {"logprobs": 3, "prompt_logprobs": 2, "stop_token_ids": [7], "ignore_eos": True},
+    ],
+)
+def test_supported_sampling(params):
+    support.check_sampling(SamplingParams(**params))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -0.5),
+        ("repetition_penalty", 1.1),
+        ("bad_words", ["no"]),
+        ("structured_outputs", StructuredOutputsParams(json_object=True)),
+        ("thinking_token_budget", 0),
+        ("logprob_token_ids", [3]),
+    ],
+)
+def test_sampling_that_reads_the_order_of_draft_tokens_is_refused_by_name(name, value):
+    with pytest.raises(VLLMValidationError, match=f"{name} is not supported with a GLIDE draft: .*serve") as error:
+        support.check_sampling(SamplingParams(**{name: value}))
+    refused(error)
+
+
+class Platform:
+    def __init__(self, name):
+        self.device_name = name
+
+    def is_cpu(self):
+        return self.device_name == "cpu"
+
+    def is_cuda(self):
+        return self.device_name == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("platform", "interpret", "has_triton", "said"),
+    [
+        ("cpu", "1", True, None),
+        ("cuda", None, True, None),
+        ("cpu", None, False, "install triton and set TRITON_INTERPRET=1"),
+        ("cpu", None, True, "install triton and set TRITON_INTERPRET=1"),
+        ("cpu", "0", False, "install triton and set TRITON_INTERPRET=1"),
+        ("cpu", "1", False, "install triton"),
+        ("cuda", None, False, "install triton"),
+        ("rocm", None, True, "not on rocm"),
+        ("xpu", None, True, "not on xpu"),
+    ],
+)
+def test_platform(monkeypatch, platform, interpret, has_triton, said):
+    monkeypatch.setattr(vllm.platforms, "_current_platform", Platform(platform))
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", has_triton)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if interpret is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    if said is None:
+        support.check_platform()
+        return
+    with pytest.raises(ValueError) as error:
+        support.check_platform()
+    assert said in refused(error)

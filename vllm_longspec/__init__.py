@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm-longspec: LongSpec GLIDE drafts as a speculative-decoding method of vLLM."""
+
+from vllm_longspec.version import __version__
+
+__all__ = ["__version__"]

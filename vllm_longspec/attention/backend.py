@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tree backends have in common: a batch is split into requests with a tree and requests without.
+
+Requests with a tree lead the batch. Their rows attend the cached prefix without a mask, with the fastest paged kernel
+there is (`prefix_attention` of the concrete backend), and each other through `tree_attention`, which merges both.
+Everything else (prompts, single tokens) goes down the concrete backend's own causal path.
+
+The two mixins stand before a vLLM backend's builder and implementation; see flash.py, triton.py and cpu.py beside this.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from vllm_longspec.step.verify import tree_attention
+
+if TYPE_CHECKING:
+    from vllm_longspec.model_state import TreeBatch
+
+
+@dataclass
+class TreeRequests:
+    """The requests of a batch that carry a tree: its leading `num_reqs` requests and `num_tokens` rows."""
+
+    num_reqs: int
+    num_tokens: int
+    query_start_loc: torch.Tensor  # int32 [num_reqs + 1]
+    max_query_len: int
+    prefix_lens: torch.Tensor  # int32 [num_reqs] cached tokens before the root
+    max_prefix_len: int
+    block_table: torch.Tensor  # int32 [num_reqs, max_num_blocks]
+    slot_mapping: torch.Tensor  # int64 [num_tokens]
+    ancestor_masks: torch.Tensor  # int32 [num_reqs, num_rows, num_words]
+
+
+@dataclass
+class TreeAttentionMetadata:
+    trees: TreeRequests | None
+    # The concrete backend's own metadata, for the requests without a tree; None when there are none.
+    causal: Any | None
+
+
+class TreeMetadataBuilderMixin:
+    # Graphs would have to hold a whole tree batch's metadata at fixed addresses; until then attention runs between the
+    # pieces of a graph.
+    _cudagraph_support = AttentionCGSupport.NEVER
+    supports_update_block_table = False
+    supports_draft_decode_metadata_update = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        return cls._cudagraph_support
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        tree_batch: "TreeBatch | None" = None,
+    ) -> TreeAttentionMetadata:
+        num_tree_reqs = tree_batch.num_tree_reqs if tree_batch is not None else 0
+        if num_tree_reqs == 0:
+            causal = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+            return TreeAttentionMetadata(trees=None, causal=causal)
+
+        assert tree_batch is not None
+        trees = _tree_requests(common_attn_metadata, tree_batch)
+        rest = _requests_after(common_attn_metadata, num_tree_reqs, trees.num_tokens)
+        causal = super().build(0, rest, fast_build) if rest is not None else None  # type: ignore[misc]
+        return TreeAttentionMetadata(trees=trees, causal=causal)
+
+
+def _tree_requests(common: CommonAttentionMetadata, tree_batch: "TreeBatch") -> TreeRequests:
+    num_reqs = tree_batch.num_tree_reqs
+    query_start_loc = common.query_start_loc[: num_reqs + 1]
+    query_start_loc_cpu = common.query_start_loc_cpu[: num_reqs + 1]
+    num_tokens = int(query_start_loc_cpu[-1])
+    query_lens = query_start_loc[1:] - query_start_loc[:-1]
+    return TreeRequests(
+        num_reqs=num_reqs,
+        num_tokens=num_tokens,
+        query_start_loc=query_start_loc,
+        max_query_len=int((query_start_loc_cpu[1:] - query_start_loc_cpu[:-1]).max()),
+        prefix_lens=common.seq_lens[:num_reqs] - query_lens,
+        max_prefix_len=common.max_seq_len,
+        block_table=common.block_table_tensor[:num_reqs],
+        slot_mapping=common.slot_mapping[:num_tokens],
+        ancestor_masks=tree_batch.ancestor_masks,
+    )
+
+
+def _requests_after(
+    common: CommonAttentionMetadata, num_tree_reqs: int, num_tree_tokens: int
+) -> CommonAttentionMetadata | None:
+    """The same batch without its leading tree requests."""
+    num_reqs = common.num_reqs - num_tree_reqs
+    if num_reqs == 0:
+        return None
+
+    def tail(values: Any, start: int) -> Any:
+        return None if values is None else values[start:]
+
+    query_start_loc_cpu = common.query_start_loc_cpu[num_tree_reqs:] - num_tree_tokens
+    return common.replace(
+        query_start_loc=common.query_start_loc[num_tree_reqs:] - num_tree_tokens,
+        query_start_loc_cpu=query_start_loc_cpu,
+        seq_lens=common.seq_lens[num_tree_reqs:],
+        num_reqs=num_reqs,
+        num_actual_tokens=common.num_actual_tokens - num_tree_tokens,
+        max_query_len=int((query_start_loc_cpu[1:] - query_start_loc_cpu[:-1]).max()),
+        block_table_tensor=common.block_table_tensor[num_tree_reqs:],
+        slot_mapping=common.slot_mapping[num_tree_tokens:],
+        positions=tail(common.positions, num_tree_tokens),
+        is_prefilling=tail(common.is_prefilling, num_tree_reqs),
+        seq_lens_cpu_upper_bound=tail(common.seq_lens_cpu_upper_bound, num_tree_reqs),
+        req_idx=tail(common.req_idx, num_tree_reqs),
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+
+
+class TreeAttentionImplMixin:
+    # Set by vLLM's implementations.
+    num_heads: int
+    scale: float
+
+    def prefix_attention(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+        block_table: torch.Tensor,  # int32 [num_reqs, max_num_blocks]
+        prefix_lens: torch.Tensor,  # int32 [num_reqs]
+        max_prefix_len: int,
+        query_start_loc: torch.Tensor,  # int32 [num_reqs + 1]
+        max_query_len: int,
+        output: torch.Tensor,  # [num_tokens, num_heads, head_size], written
+    ) -> torch.Tensor:  # float32 [num_heads, num_tokens] log-sum-exp
+        """Every query attends every cached token before its request's root, without a mask."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        kv_cache: torch.Tensor,
+        attn_metadata: TreeAttentionMetadata | None,
+        output: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("tree attention does not quantise its output")
+        if attn_metadata is None:
+            # vLLM's memory profiling.
+            return output.fill_(0)
+
+        trees = attn_metadata.trees
+        num_tree_tokens = 0
+        if trees is not None:
+            num_tree_tokens = trees.num_tokens
+            prefix_lse = self.prefix_attention(
+                query[:num_tree_tokens],
+                kv_cache,
+                trees.block_table,
+                trees.prefix_lens,
+                trees.max_prefix_len,
+                trees.query_start_loc,
+                trees.max_query_len,
+                output[:num_tree_tokens],
+            )
+            tree_attention(
+                query[:num_tree_tokens],
+                kv_cache,
+                trees.slot_mapping,
+                trees.query_start_loc,
+                trees.ancestor_masks,
+                trees.max_query_len,
+                self.scale,
+                prefix_lse,
+                output[:num_tree_tokens],
+            )
+        if attn_metadata.causal is not None:
+            rest = slice(num_tree_tokens, None)
+            super().forward(  # type: ignore[misc]
+                layer, query[rest], key[rest], value[rest], kv_cache, attn_metadata.causal, output[rest]
+            )
+        return output

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of every row of a tree to the tokens that all of them follow: the prefix, read without a mask.
+
+Nothing distinguishes the rows of a tree where the prefix is concerned, so a mask is not needed and the result comes
+with its log-sum-exp, for `vllm_longspec/step/verify.py` to merge the tree's own part into. The kernel serves wherever
+FlashAttention does not: float32, other devices, and Triton's interpreter.
+
+The rows of a tile are pairs of a query token and a query head of one KV head's group, so that a tile reads each K and
+V once for the whole group, as FlashAttention does for grouped queries ("packed GQA"). The softmax is computed in one
+pass over the keys with a running maximum and sum in float32 (Milakov and Gimelshein, "Online normalizer calculation
+for softmax", 2018; Dao et al., "FlashAttention", 2022).
+
+The functions of a tile are shared with the tree half in `vllm_longspec/step/verify.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from vllm.triton_utils import tl, triton
+
+from vllm_longspec.interpreter import interpreting
+
+# tl.dot takes no operand with a smaller side.
+MIN_TILE = 16
+# The interpreter turns an operation on a tile into one NumPy call, so its cost is the number of tiles.
+INTERPRETER_ROWS = 2048
+INTERPRETER_KEYS = 512
+
+
+class TileSizes(NamedTuple):
+    """The shape of a tile of scores and how a GPU runs it."""
+
+    rows: int  # (query token, head of the group) pairs
+    keys: int
+    num_warps: int
+
+
+def choose_tile_sizes(num_rows: int, num_keys: int, padded_head_size: int, dtype: torch.dtype) -> TileSizes:
+    """Tile sizes for `num_rows` packed rows against at most `num_keys` keys.
+
+    On a GPU they follow from the registers, which hold a tile's float32 result, and from the shared memory, which
+    holds its K and V. `padded_head_size` is the head size rounded up to a power of two.
+    """
+    if interpreting():
+        max_rows, max_keys, num_warps = INTERPRETER_ROWS, INTERPRETER_KEYS, 4
+    elif dtype == torch.float32:
+        # Exact float32 products run on the ordinary cores, which keep both operands of a tile in registers: with larger
+        # tiles or fewer warps they spill.
+        max_rows, max_keys, num_warps = 16, 32, 8
+    else:
+        max_rows = max_keys = 64 if padded_head_size <= 128 else 32
+        num_warps = 4
+
+    def fit(size: int, limit: int) -> int:
+        return max(MIN_TILE, min(triton.next_power_of_2(size), limit))
+
+    return TileSizes(fit(num_rows, max_rows), fit(num_keys, max_keys), num_warps)
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The type in which a tile's operands are multiplied; products are summed in float32 either way.
+
+    The interpreter multiplies the bit patterns of bfloat16 operands as if they were integers, so it gets float32.
+    """
+    if interpreting():
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+@triton.jit
+def packed_rows(tile, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """The query token (within its request) and the query head of each row of a tile."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    return row // GROUP, kv_head * GROUP + row % GROUP
+
+
+@triton.jit
+def load_keys_values(
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * HEAD_SIZE]
+    block_stride,
+    head_stride,
+    offset_stride,
+    kv_head,
+    block,  # [KEYS]
+    offset,  # [KEYS] position in the block
+    is_key,  # [KEYS] the others are not read
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD_SIZE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """K and V of one tile, [KEYS, PADDED_HEAD_SIZE] each, zero where there is nothing."""
+    dim = tl.arange(0, PADDED_HEAD_SIZE)
+    # A cache can hold more than 2**31 elements.
+    start = block.to(tl.int64) * block_stride + kv_head.to(tl.int64) * head_stride + offset.to(tl.int64) * offset_stride
+    ptr = kv_cache_ptr + start[:, None] + dim[None, :]
+    mask = is_key[:, None] & (dim < HEAD_SIZE)[None, :]
+    key = tl.load(ptr, mask=mask, other=0.0)
+    value = tl.load(ptr + HEAD_SIZE, mask=mask, other=0.0)
+    return key.to(DOT_DTYPE), value.to(DOT_DTYPE)
+
+
+@triton.jit
+def attend_tile(
+    query,  # [ROWS, PADDED_HEAD_SIZE]
+    key,  # [KEYS, PADDED_HEAD_SIZE]
+    value,  # [KEYS, PADDED_HEAD_SIZE]
+    scale,
+    attends,  # [ROWS, KEYS] or [1, KEYS]
+    score_max,  # float32 [ROWS] greatest score so far; -inf for none
+    weight_sum,  # float32 [ROWS] sum of exp(score - score_max)
+    weighted_sum,  # float32 [ROWS, PADDED_HEAD_SIZE] sum of exp(score - score_max) * value
+):
+    """Adds one tile of keys to the running softmax of every row; returns its new state."""
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    score = tl.where(attends, score, float("-inf"))
+    new_max = tl.maximum(score_max, tl.max(score, axis=1))
+    # Without this, a row that has met no key yet would subtract infinity from infinity.
+    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weight = tl.exp(score - reference[:, None])
+    rescale = tl.exp(score_max - reference)
+    weight_sum = weight_sum * rescale + tl.sum(weight, axis=1)
+    weighted_sum = weighted_sum * rescale[:, None]
+    weighted_sum = tl.dot(weight.to(value.dtype), value, acc=weighted_sum, input_precision="ieee")
+    return new_max, weight_sum, weighted_sum
+
+
+# The number of tokens changes with the batch, and is the stride of `lse`: it must not compile the kernel anew.
+@triton.jit(do_not_specialize=["lse_head_stride"])
+def _prefix_attention_kernel(
+    query_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
+    query_token_stride,
+    query_head_stride,
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * HEAD_SIZE]
+    kv_block_stride,
+    kv_head_stride,
+    kv_offset_stride,
+    block_table_ptr,  # [num_reqs, max_num_blocks]
+    block_table_stride,
+    prefix_lens_ptr,  # [num_reqs]
+    query_start_loc_ptr,  # [num_reqs + 1]
+    output_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
+    output_token_stride,
+    output_head_stride,
+    lse_ptr,  # [num_heads, num_tokens]
+    lse_head_stride,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    request = tl.program_id(2)
+    query_start = tl.load(query_start_loc_ptr + request)
+    query_len = tl.load(query_start_loc_ptr + request + 1) - query_start
+    if tile * ROWS >= query_len * GROUP:
+        return
+    prefix_len = tl.load(prefix_lens_ptr + request)
+
+    query_token, head = packed_rows(tile, kv_head, GROUP, ROWS)
+    is_row = query_token < query_len
+    token = (query_start + query_token).to(tl.int64)
+    dim = tl.arange(0, PADDED_HEAD_SIZE)
+    row_mask = is_row[:, None] & (dim < HEAD_SIZE)[None, :]
+    query_row = token * query_token_stride + head * query_head_stride
+    query = tl.load(query_ptr + query_row[:, None] + dim[None, :], mask=row_mask, other=0.0).to(DOT_DTYPE)
+
+    score_max = tl.full([ROWS], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([ROWS], tl.float32)
+    weighted_sum = tl.zeros([ROWS, PADDED_HEAD_SIZE], tl.float32)
+    block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
+    for start in range(0, prefix_len, KEYS):
+        position = start + tl.arange(0, KEYS)
+        is_key = position < prefix_len
+        block = tl.load(block_table_row_ptr + position // BLOCK_SIZE, mask=is_key, other=0)
+        key, value = load_keys_values(
+            kv_cache_ptr,
+            kv_block_stride,
+            kv_head_stride,
+            kv_offset_stride,
+            kv_head,
+            block,
+            position % BLOCK_SIZE,
+            is_key,
+            HEAD_SIZE,
+            PADDED_HEAD_SIZE,
+            DOT_DTYPE,
+        )
+        score_max, weight_sum, weighted_sum = attend_tile(
+            query, key, value, scale, is_key[None, :], score_max, weight_sum, weighted_sum
+        )
+
+    # The sum is at least 1 unless the prefix is empty; then the result is 0 and its log-sum-exp is -inf.
+    divisor = tl.where(prefix_len > 0, weight_sum, 1.0)
+    output_row = token * output_token_stride + head * output_head_stride
+    result = (weighted_sum / divisor[:, None]).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + output_row[:, None] + dim[None, :], result, mask=row_mask)
+    tl.store(lse_ptr + head.to(tl.int64) * lse_head_stride + token, score_max + tl.log(divisor), mask=is_row)
+
+
+def prefix_attention(
+    # [num_tokens, num_heads, head_size]
+    query: torch.Tensor,
+    # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    kv_cache: torch.Tensor,
+    # [num_reqs, max_num_blocks] int32
+    block_table: torch.Tensor,
+    # [num_reqs] int32, cached tokens that every query of the request attends
+    prefix_lens: torch.Tensor,
+    # [num_reqs + 1] int32
+    query_start_loc: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    # [num_tokens, num_heads, head_size]
+    output: torch.Tensor,
+    # [num_heads, num_tokens] float32
+    lse: torch.Tensor,
+) -> None:
+    """Lets every query token attend all of its request's prefix, and writes the result and its log-sum-exp.
+
+    Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32;
+    their last dimensions, and those of `block_table`, `output` and `lse`, are contiguous. Other strides are free.
+
+    Args:
+        query: the tokens of all requests, one request after the other.
+        kv_cache: the layer's cache, K then V in the last dimension.
+        block_table: the blocks of each request, in the order of its positions.
+        prefix_lens: how many positions, from 0, are the prefix; not bounded by anything known on the host.
+        query_start_loc: first token of each request, then the end of the last; a request may have none. Requests that
+            hold no tree can follow: tokens from `query_start_loc[-1]` on are neither read nor written.
+        max_query_len: a bound on a request's tokens.
+        scale: factor of the scores.
+        output: written; 0 where the prefix is empty.
+        lse: natural logarithm of the sum of the exponentiated scores, written; -inf where the prefix is empty.
+    """
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads, block_size = kv_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    padded_head_size = triton.next_power_of_2(head_size)
+    tiles = choose_tile_sizes(max_query_len * group, block_table.shape[1] * block_size, padded_head_size, query.dtype)
+    grid = (triton.cdiv(max_query_len * group, tiles.rows), num_kv_heads, query_start_loc.shape[0] - 1)
+    _prefix_attention_kernel[grid](
+        query,
+        query.stride(0),
+        query.stride(1),
+        kv_cache,
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        block_table,
+        block_table.stride(0),
+        prefix_lens,
+        query_start_loc,
+        output,
+        output.stride(0),
+        output.stride(1),
+        lse,
+        lse.stride(0),
+        scale,
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        PADDED_HEAD_SIZE=padded_head_size,
+        BLOCK_SIZE=block_size,
+        DOT_DTYPE=dot_dtype(query.dtype),
+        ROWS=tiles.rows,
+        KEYS=tiles.keys,
+        num_warps=tiles.num_warps,
+    )

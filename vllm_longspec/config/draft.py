@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepares vLLM's engine arguments for a GLIDE draft, or leaves them alone when the draft is of another kind."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_longspec.attention.registry import ATTENTION_BACKENDS, FLASH_BACKEND, TRITON_BACKEND, attention_backend
+from vllm_longspec.config import support
+from vllm_longspec.config.checkpoint import DraftCheckpoint, inspect_draft
+from vllm_longspec.config.fit import check_fit
+from vllm_longspec.config.options import (
+    OPTION_NAMES,
+    SHAPE_ATTRIBUTE,
+    TreeShape,
+    count_verified_nodes,
+    parse_tree_shape,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+# The same order as vLLM's: flag, key of the speculative configuration, field of EngineArgs.
+_FLAGS = (
+    ("--spec-method", "method", "spec_method"),
+    ("--spec-model", "model", "spec_model"),
+    ("--spec-tokens", "num_speculative_tokens", "spec_tokens"),
+)
+
+# vLLM decides what kind of draft it has by these words in its path, before it looks at anything else.
+_WORDS_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+
+
+@dataclass(frozen=True)
+class GlideDraft:
+    """A GLIDE draft with everything that vLLM needs to be told about it."""
+
+    checkpoint: DraftCheckpoint
+    tree_shape: TreeShape
+    # of vLLM's SpeculativeConfig
+    options: dict[str, Any]
+
+
+# The draft whose speculative configuration is being built.
+_current: ContextVar[GlideDraft | None] = ContextVar("longspec_current_draft", default=None)
+
+
+def read_options(engine_args: "EngineArgs") -> dict[str, Any]:
+    """The speculative options from all the places where a user can put them.
+
+    Raises:
+        ValueError: when one of them is given in two places, the way vLLM says it.
+    """
+    options = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    for flag, key, field in _FLAGS:
+        value = getattr(engine_args, field)
+        if value is None:
+            continue
+        if key in options:
+            raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive")
+        options[key] = value
+    return options
+
+
+def find_glide_draft(
+    engine_args: "EngineArgs", target: "ModelConfig", parallel_config: "ParallelConfig"
+) -> GlideDraft | None:
+    """The GLIDE draft that the user asks for; None when there is no draft or one of another kind.
+
+    Raises:
+        ValueError: in one line, for a draft, a target or an option that does not work, and for a tree without a
+            GLIDE draft.
+    """
+    options = read_options(engine_args)
+    tree_options = {name: options.pop(name) for name in OPTION_NAMES if name in options}
+    model = options.get("model")
+    checkpoint = inspect_draft(model, options.get("revision")) if isinstance(model, str) else None
+    if checkpoint is None:
+        for name in tree_options:
+            draft = f"{model} is not one" if model else "no draft was given, add --speculative-model DRAFT"
+            raise ValueError(f"{name} needs a GLIDE draft: {draft}")
+        return None
+
+    support.check_platform()
+    support.check_options(options, parallel_config)
+    support.check_arguments(engine_args, parallel_config)
+    support.check_target(target)
+    check_fit(checkpoint, target)
+    for word in _WORDS_OF_OTHER_METHODS:
+        if word in checkpoint.model.lower():
+            raise ValueError(
+                f"draft {checkpoint.model} is a GLIDE draft, but vLLM takes any path with {word!r} in it for another "
+                "kind: move it or link to it under another name"
+            )
+    tree_shape = parse_tree_shape(tree_options, target.get_vocab_size())
+    options["num_speculative_tokens"] = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
+    options["method"] = "draft_model"
+    return GlideDraft(checkpoint, tree_shape, options)
+
+
+@contextmanager
+def building(draft: GlideDraft, engine_args: "EngineArgs") -> Iterator[None]:
+    """Shows vLLM the options as it knows them while it builds the draft's SpeculativeConfig, then the user's again."""
+    fields = ("speculative_config", *(field for _, _, field in _FLAGS))
+    given = {field: getattr(engine_args, field) for field in fields}
+    token = _current.set(draft)
+    try:
+        for field in fields:
+            setattr(engine_args, field, dict(draft.options) if field == "speculative_config" else None)
+        yield
+    finally:
+        _current.reset(token)
+        for field, value in given.items():
+            setattr(engine_args, field, value)
+
+
+def glide_hf_overrides(
+    overrides: "Callable[[PretrainedConfig], PretrainedConfig]",
+) -> "Callable[[PretrainedConfig], PretrainedConfig]":
+    """The `hf_overrides` of the draft that is being built: vLLM's own, and what is written on a GLIDE draft's config.
+
+    Part of vLLM's configuration, so it must be picklable.
+    """
+    draft = _current.get()
+    if draft is None:
+        return overrides
+    return functools.partial(_describe, draft.checkpoint.architecture, draft.tree_shape.levels, overrides)
+
+
+def _describe(
+    architecture: str,
+    levels: tuple[int, ...],
+    overrides: "Callable[[PretrainedConfig], PretrainedConfig]",
+    hf_config: "PretrainedConfig",
+) -> "PretrainedConfig":
+    hf_config.architectures = [architecture]
+    setattr(hf_config, SHAPE_ATTRIBUTE, list(levels))
+    return overrides(hf_config)
+
+
+def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig") -> None:
+    """Selects the tree attention backend for the target, unless the platform has only one (the CPU).
+
+    Raises:
+        ValueError: when the user asks for a backend that cannot verify a tree.
+    """
+    from vllm.platforms import current_platform
+
+    given = engine_args.attention_backend or engine_args.attention_config.backend or "auto"
+    name = (given if isinstance(given, str) else given.name).upper()
+    # A CPU has one attention backend; workers put the tree's in its place.
+    if name not in (("AUTO", "CPU_ATTN") if current_platform.is_cpu() else ("AUTO", *ATTENTION_BACKENDS)):
+        raise ValueError(
+            f"attention backend {name} cannot verify the tree of a GLIDE draft: leave --attention-backend out"
+        )
+    if current_platform.is_cpu() or engine_args.attention_config.backend is not None:
+        return
+    if name == "AUTO":
+        name = FLASH_BACKEND if _flash_attention_serves(engine_args, target) else TRITON_BACKEND
+    engine_args.attention_backend = attention_backend(name)
+
+
+def _flash_attention_serves(engine_args: "EngineArgs", target: "ModelConfig") -> bool:
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if target.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    version = engine_args.attention_config.flash_attn_version
+    return (version or get_flash_attn_version(head_size=target.get_head_size())) in (2, 3)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GLIDE draft does not work with. Each is refused by name and with a way out, none is quietly ignored.
+
+A refusal stands where it can be known first: arguments and target before the speculative configuration is built, what
+vLLM works out for itself once the engine's configuration is complete, sampling parameters with each request.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from vllm_longspec.config.checkpoint import FAMILIES
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+# What the attention kernels are built and tested for.
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
+
+# Options of vLLM's speculative configuration that mean for a GLIDE draft what they mean for any other.
+_OPTIONS = frozenset(
+    {"model", "method", "num_speculative_tokens", "revision", "code_revision", "draft_load_config", "enforce_eager"}
+    | {"draft_tensor_parallel_size"}
+)
+
+# (does it apply, what it is, the way out)
+_Refusals = Iterable[tuple[bool, str, str]]
+
+
+def _refuse(refusals: _Refusals) -> None:
+    for applies, what, way_out in refusals:
+        if applies:
+            raise ValueError(f"{what} is not supported with a GLIDE draft: {way_out}")
+
+
+def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig") -> None:
+    """Refuses options of the speculative configuration that a GLIDE draft has no use for.
+
+    Raises:
+        ValueError: in one line, with the way out.
+    """
+    from vllm.config import SpeculativeConfig
+
+    method = options.get("method")
+    draft_size, target_size = options.get("draft_tensor_parallel_size"), parallel_config.tensor_parallel_size
+    _refuse(
+        [
+            (method not in (None, "draft_model"), f"speculative method {method!r}", "leave the method out"),
+            (
+                draft_size not in (None, target_size),
+                f"draft_tensor_parallel_size={draft_size} with a target of tensor_parallel_size={target_size}",
+                "leave it out",
+            ),
+        ]
+    )
+    for field in fields(SpeculativeConfig):
+        value = options.get(field.name)
+        if field.name in _OPTIONS or value is None or value == _default(field):
+            continue
+        _refuse([(True, f"{field.name}={value!r} in the speculative configuration", "leave it out")])
+
+
+def _default(field: Any) -> Any:
+    # vLLM's fields are plain defaults or pydantic's Field(default=...).
+    return getattr(field.default, "default", field.default) if field.default is not MISSING else None
+
+
+def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig") -> None:
+    """Refuses features of the engine that the user asks for by an argument.
+
+    Raises:
+        ValueError: in one line, with the way out.
+    """
+    logits_processors = entry_points(group="vllm.logits_processors")
+    pipeline = parallel_config.pipeline_parallel_size
+    prefill_context = parallel_config.prefill_context_parallel_size
+    decode_context = parallel_config.decode_context_parallel_size
+    _refuse(
+        (
+            (pipeline > 1, f"pipeline_parallel_size={pipeline}", "use --tensor-parallel-size instead"),
+            (
+                prefill_context > 1,
+                f"prefill_context_parallel_size={prefill_context}",
+                "use --tensor-parallel-size instead",
+            ),
+            (
+                decode_context > 1,
+                f"decode_context_parallel_size={decode_context}",
+                "serve without --decode-context-parallel-size",
+            ),
+            (parallel_config.use_ubatching, "dual batch overlap", "serve without --enable-dbo"),
+            (engine_args.enable_lora, "LoRA", "serve without --enable-lora"),
+            (engine_args.watermark_config is not None, "watermarking", "serve without --watermark-config"),
+            (
+                # They are part of every request's sampling, and may read its history.
+                bool(logits_processors),
+                f"the installed logits processor {', '.join(plugin.name for plugin in logits_processors)}",
+                "uninstall it or serve without --speculative-model",
+            ),
+        )
+    )
+
+
+def check_target(target: "ModelConfig") -> None:
+    """Refuses targets whose attention or output the draft and its tree cannot share.
+
+    Raises:
+        ValueError: in one line, with the way out.
+    """
+    config = target.hf_text_config
+    head_size = target.get_head_size()
+    # vLLM gives every layer the window when the config does not tell them apart.
+    sliding_window = target.get_sliding_window()
+    layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
+    without = "serve without --speculative-model"
+    _refuse(
+        (applies, f"{what} (target {target.model})", way_out)
+        for applies, what, way_out in (
+            (target.runner_type != "generate", f"a {target.runner_type} target", without),
+            (target.is_multimodal_model, "a multimodal target", without),
+            (target.is_encoder_decoder, "an encoder-decoder target", without),
+            (target.is_diffusion, "a diffusion target", without),
+            (target.use_mla, "a target with multi-head latent attention (MLA)", without),
+            (target.is_hybrid, "a hybrid target", without),
+            (target.is_attention_free, "an attention-free target", without),
+            (
+                sliding_window is not None and "sliding_attention" in layer_types,
+                f"a target with a sliding window of {sliding_window}",
+                "serve without --speculative-model, or with --disable-sliding-window",
+            ),
+            (getattr(config, "dual_chunk_attention_config", None) is not None, "dual chunk attention", without),
+            (target.uses_alibi, "a target with ALiBi", without),
+            (target.uses_mrope, "a target with multi-dimensional RoPE", without),
+            (
+                config.model_type not in FAMILIES,
+                f"a target of the {config.model_type} family",
+                f"the families supported are {', '.join(FAMILIES)}; {without}",
+            ),
+            (
+                not MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE,
+                f"head size {head_size}",
+                f"{MIN_HEAD_SIZE} to {MAX_HEAD_SIZE} are; {without}",
+            ),
+            (target.enable_prompt_embeds, "prompt embeddings", "serve without --enable-prompt-embeds"),
+            (bool(target.logits_processors), "a custom logits processor", "serve without --logits-processors"),
+            (target.return_sampling_mask, "a sampling mask", "serve without --return-sampling-mask"),
+        )
+    )
+
+
+def check_platform() -> None:
+    """Refuses machines on which the kernels cannot run.
+
+    Raises:
+        ValueError: in one line, with the way to get a Triton that can.
+    """
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    from vllm_longspec.interpreter import interpreting
+
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        raise ValueError(
+            f"A GLIDE draft runs on NVIDIA GPUs and on CPUs, not on {current_platform.device_name}: "
+            "serve without --speculative-model"
+        )
+    if current_platform.is_cpu() and not interpreting():
+        raise ValueError(
+            "A GLIDE draft needs Triton, on a CPU its interpreter: install triton and set TRITON_INTERPRET=1 "
+            "before vLLM starts"
+        )
+    if not HAS_TRITON:
+        raise ValueError(
+            "A GLIDE draft needs Triton and vLLM found none that works: install triton (pip install triton)"
+        )
+
+
+def check_engine(vllm_config: "VllmConfig") -> None:
+    """Refuses what only the complete configuration of an engine shows.
+
+    Raises:
+        ValueError: in one line, with the way out.
+    """
+    cache = vllm_config.cache_config
+    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    cache_dtypes = ("auto", model_dtype)
+    _refuse(
+        (
+            (
+                not vllm_config.use_v2_model_runner,
+                "vLLM's model runner V1",
+                "set VLLM_USE_V2_MODEL_RUNNER=1 or leave it unset",
+            ),
+            (
+                vllm_config.kv_transfer_config is not None,
+                "a KV connector or KV offloading",
+                "serve without --kv-transfer-config and --kv-offloading-size",
+            ),
+            (
+                cache.cache_dtype not in cache_dtypes,
+                f"a KV cache of {cache.cache_dtype} with a model of {model_dtype}",
+                "serve with --kv-cache-dtype auto",
+            ),
+            (cache.kv_sharing_fast_prefill, "fast prefill by KV sharing", "serve without --kv-sharing-fast-prefill"),
+        )
+    )
+
+
+def check_sampling(params: "SamplingParams") -> None:
+    """Refuses sampling parameters that read the tokens before a node in their linear order.
+
+    vLLM takes a request's draft tokens for a chain: the history of draft token i is draft tokens 0 to i - 1. In a tree
+    it is the path from the root, so penalties, bad words, grammars and budgets would count tokens of other branches.
+    min_p, logit_bias, min_tokens and allowed_token_ids read nothing but the node's own logits and position.
+
+    Raises:
+        VLLMValidationError: in one line, with the way out.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    for name, used in (
+        ("presence_penalty", params.presence_penalty != 0.0),
+        ("frequency_penalty", params.frequency_penalty != 0.0),
+        ("repetition_penalty", params.repetition_penalty != 1.0),
+        ("bad_words", bool(params.bad_words)),
+        ("structured_outputs", params.structured_outputs is not None),
+        ("thinking_token_budget", params.thinking_token_budget is not None),
+        ("logprob_token_ids", params.logprob_token_ids is not None),
+    ):
+        if used:
+            raise VLLMValidationError(
+                f"{name} is not supported with a GLIDE draft: leave it out, or serve without --speculative-model",
+                parameter=name,
+            )

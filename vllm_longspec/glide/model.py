@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GLIDE draft: one decoder layer that reads the target's KV cache (LongSpec, arXiv:2502.17421, section 3).
+
+    h = embed(token)
+    h = h + self_attn(input_layernorm(h))                    causal, within a sliding window
+    h = h + cross_attn(post_self_attention_layernorm(h))     queries only; K and V are the target's last layer's cache
+    h = h + mlp(post_cross_attention_layernorm(h))
+    logits = lm_head(h)                                      no norm before the head
+
+Embedding, rotary embedding, head and logits processor are the target's own modules, not copies. One class serves every
+family whose layer has this form; `vllm_longspec/config/checkpoint.py` lists them.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+
+# Keys this many positions behind a query are still in its window: position p attends [p - WINDOW_SIZE, p].
+WINDOW_SIZE = 512
+
+
+class GlideAttention(Protocol):
+    """What a layer attends to is the caller's business: the draft's state lives outside the model."""
+
+    def self_attention(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
+        ...
+
+    def cross_attention(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
+        ...
+
+
+class GlideSelfAttention(nn.Module):
+    def __init__(self, hidden_size: int, head_size: int, num_heads: int, num_kv_heads: int, prefix: str):
+        super().__init__()
+        self.head_size = head_size
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size, head_size, num_heads, num_kv_heads, bias=True, prefix=f"{prefix}.qkv_proj"
+        )
+        self.o_proj = RowParallelLinear(num_heads * head_size, hidden_size, bias=False, prefix=f"{prefix}.o_proj")
+        self.num_heads = self.qkv_proj.num_heads
+        self.num_kv_heads = self.qkv_proj.num_kv_heads
+
+    def project(
+        self,
+        hidden: torch.Tensor,  # [num_tokens, hidden_size]
+        positions: torch.Tensor,  # [num_tokens]
+        rotary_emb: nn.Module,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # query, key, value: [num_tokens, heads, head_size]
+        qkv, _ = self.qkv_proj(hidden)
+        kv_size = self.num_kv_heads * self.head_size
+        query, key, value = qkv.split([self.num_heads * self.head_size, kv_size, kv_size], dim=-1)
+        query, key = rotary_emb(positions, query.contiguous(), key.contiguous())
+        heads = (hidden.shape[0], -1, self.head_size)
+        return query.view(heads), key.view(heads), value.reshape(heads)
+
+
+class GlideCrossAttention(nn.Module):
+    """Queries only: K and V come from the target's cache, already rotated, so k_proj and v_proj are never built."""
+
+    def __init__(self, hidden_size: int, head_size: int, num_heads: int, prefix: str):
+        super().__init__()
+        self.head_size = head_size
+        self.q_proj = ColumnParallelLinear(hidden_size, num_heads * head_size, bias=True, prefix=f"{prefix}.q_proj")
+        self.o_proj = RowParallelLinear(num_heads * head_size, hidden_size, bias=False, prefix=f"{prefix}.o_proj")
+
+    def project(
+        self,
+        hidden: torch.Tensor,  # [num_tokens, hidden_size]
+        positions: torch.Tensor,  # [num_tokens]
+        rotary_emb: nn.Module,
+    ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
+        query, _ = self.q_proj(hidden)
+        query, _ = rotary_emb(positions, query, None)
+        return query.view(hidden.shape[0], -1, self.head_size)
+
+
+class GlideForCausalLM(nn.Module):
+    """A GLIDE draft built from vLLM's parallel layers; call `share_with` before the first forward pass."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"glide.": "", "model.": ""},
+        orig_to_new_substr={
+            # Part of every published checkpoint, used by no equation.
+            "cross_attn.k_proj": None,
+            "cross_attn.v_proj": None,
+        },
+        orig_to_new_stacked={
+            "self_attn.q_proj": ("self_attn.qkv_proj", "q"),
+            "self_attn.k_proj": ("self_attn.qkv_proj", "k"),
+            "self_attn.v_proj": ("self_attn.qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        },
+    )
+
+    # The target's modules, see `share_with`.
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    lm_head: nn.Module
+    logits_processor: nn.Module
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        model_config = vllm_config.model_config
+        config = model_config.hf_config
+        hidden_size = config.hidden_size
+        head_size = model_config.get_head_size()
+        num_heads = config.num_attention_heads
+        num_kv_heads = model_config.get_total_num_kv_heads()
+        if num_heads % get_tensor_model_parallel_world_size():
+            raise ValueError(
+                f"GLIDE draft: {num_heads} attention heads cannot be split over "
+                f"tensor_parallel_size={get_tensor_model_parallel_world_size()}"
+            )
+
+        def norm() -> RMSNorm:
+            return RMSNorm(hidden_size, eps=config.rms_norm_eps)
+
+        self.input_layernorm = norm()
+        self.self_attn = GlideSelfAttention(
+            hidden_size, head_size, num_heads, num_kv_heads, maybe_prefix(prefix, "self_attn")
+        )
+        self.post_self_attention_layernorm = norm()
+        self.cross_attn = GlideCrossAttention(hidden_size, head_size, num_heads, maybe_prefix(prefix, "cross_attn"))
+        self.post_cross_attention_layernorm = norm()
+        self.mlp = LlamaMLP(
+            hidden_size, config.intermediate_size, config.hidden_act, prefix=maybe_prefix(prefix, "mlp")
+        )
+
+    def share_with(self, target: nn.Module) -> None:
+        """Takes the target's embedding, rotary embedding, head and logits processor; none is copied."""
+        self.embed_tokens = target.model.embed_tokens
+        self.rotary_emb = target.model.layers[-1].self_attn.rotary_emb
+        self.lm_head = target.lm_head
+        self.logits_processor = target.logits_processor
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+    def window_kv(
+        self,
+        input_ids: torch.Tensor,  # [num_tokens]
+        positions: torch.Tensor,  # [num_tokens]
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # key, value: [num_tokens, num_kv_heads, head_size]
+        """Self-attention K and V of tokens that are already part of the text.
+
+        The layer is the first and only one, so they depend on nothing but the token and its position.
+        """
+        hidden = self.input_layernorm(self.embed_tokens(input_ids))
+        _, key, value = self.self_attn.project(hidden, positions, self.rotary_emb)
+        return key, value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [num_tokens]
+        positions: torch.Tensor,  # [num_tokens]
+        attention: GlideAttention,
+    ) -> torch.Tensor:  # [num_tokens, hidden_size]
+        num_tokens = input_ids.shape[0]
+        residual = self.embed_tokens(input_ids)
+
+        hidden = self.input_layernorm(residual)
+        query, key, value = self.self_attn.project(hidden, positions, self.rotary_emb)
+        attended = attention.self_attention(query, key, value)
+        hidden, _ = self.self_attn.o_proj(attended.reshape(num_tokens, -1))
+
+        hidden, residual = self.post_self_attention_layernorm(hidden, residual)
+        query = self.cross_attn.project(hidden, positions, self.rotary_emb)
+        attended = attention.cross_attention(query)
+        hidden, _ = self.cross_attn.o_proj(attended.reshape(num_tokens, -1))
+
+        hidden, residual = self.post_cross_attention_layernorm(hidden, residual)
+        return self.mlp(hidden) + residual
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        # A checkpoint without biases is the same layer with biases of zero.
+        biases = {name: parameter for name, parameter in self.named_parameters() if name.endswith(".bias")}
+        for bias in biases.values():
+            bias.data.zero_()
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return loaded | biases.keys()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's per-step hooks: lay trees out before its forward pass, compact its cache after the walk.
+
+vLLM's `ModelState` is the seam; `GlideSpeculator.load_draft_model` gives it to the target.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_longspec.config.options import tree_shape_of
+from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.step.sample import TreeSampler
+from vllm_longspec.tree import TreeState, lay_out_trees
+
+
+class TreeBatch(ModelSpecificAttnMetadata):
+    """Tells the attention backend which requests of the batch carry a tree."""
+
+    def __init__(self, num_tree_reqs: int, ancestor_masks: torch.Tensor):
+        self.num_tree_reqs = num_tree_reqs
+        # [num_tree_reqs, num_rows, num_words]
+        self.ancestor_masks = ancestor_masks
+
+    def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
+        return {"tree_batch": self}
+
+
+class TreeModelState(DefaultModelState):
+    def __init__(
+        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device
+    ):
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.tree: TreeState = model.tree_state
+        shape = tree_shape_of(vllm_config)
+        assert shape is not None
+        self.max_depth = shape.max_depth
+        # Of the step in flight.
+        self.num_tree_reqs = 0
+        self.block_table: torch.Tensor | None = None
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        # Every layer of a supported target is ordinary full attention, so all of them share one block table.
+        assert len(kv_cache_config.kv_cache_groups) == 1
+        layers = self.vllm_config.compilation_config.static_forward_context
+        layer_names = kv_cache_config.kv_cache_groups[0].layer_names
+        self.kv_caches = KVCacheTable([layers[name].kv_cache for name in layer_names])
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
+        return sampler, TreeSampler(sampler, self.tree, self.max_depth)
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+        model_specific_attn_metadata: ModelSpecificAttnMetadata | None = None,
+    ) -> dict[str, Any]:
+        # vLLM sorts requests with draft tokens to the front of the batch.
+        num_drafts = input_batch.num_draft_tokens_per_req
+        self.num_tree_reqs = 0 if num_drafts is None else int((num_drafts > 0).sum())
+        self.block_table = block_tables[0]
+        if self.num_tree_reqs > 0:
+            lay_out_trees(
+                self.tree,
+                self.num_tree_reqs,
+                input_batch.idx_mapping,
+                input_batch.query_start_loc,
+                input_batch.seq_lens,
+                input_batch.positions,
+            )
+        return super().prepare_attn(
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            for_capture,
+            ubatch_idx,
+            TreeBatch(self.num_tree_reqs, self.tree.batch_ancestor_masks[: self.num_tree_reqs]),
+        )
+
+    def postprocess_state(
+        self,
+        idx_mapping: torch.Tensor,
+        num_sampled: torch.Tensor,
+        num_computed_tokens: torch.Tensor | None = None,
+    ) -> None:
+        num_reqs = self.num_tree_reqs
+        if num_reqs == 0:
+            return
+        assert num_computed_tokens is not None and self.block_table is not None
+        num_sampled = num_sampled[:num_reqs]
+        # vLLM has already counted the accepted rows as computed; the root's slot is the first of them.
+        first_positions = num_computed_tokens[idx_mapping[:num_reqs]] - num_sampled
+        compact_kv_caches(
+            self.kv_caches,
+            self.block_table[:num_reqs],
+            first_positions,
+            self.tree.batch_path_rows[:num_reqs],
+            num_sampled,
+            self.max_depth,
+        )

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every function of vLLM that this plugin replaces, and which seam is missing. Nothing else touches vLLM's own code.
+
+Each replacement gets the original and calls it for everything that is not about a GLIDE draft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_longspec.compatibility import unsupported_version
+from vllm_longspec.config import support
+from vllm_longspec.config.checkpoint import inspect_draft
+from vllm_longspec.config.draft import building, choose_attention_backend, find_glide_draft, glide_hf_overrides
+from vllm_longspec.config.options import DEFAULT_LEVELS, is_glide, speculates_with_glide
+from vllm_longspec.interpreter import interpreting
+
+if TYPE_CHECKING:
+    import torch
+    from vllm import SamplingParams
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.gpu.states import RequestState
+
+_HELP_GROUP = "LongSpec"
+_HELP_SUMMARY = (
+    "Speculative decoding with a LongSpec GLIDE draft: --speculative-model MODEL "
+    "[--speculative-tree-shape N [N ...]]. See --help=LongSpec."
+)
+
+
+def apply() -> None:
+    """Replaces what has to be replaced in a supported version of vLLM; calling it again changes nothing."""
+    import vllm.v1.worker.gpu.spec_decode as spec_decode
+    from vllm.config import SpeculativeConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+
+    _replace(EngineArgs, "add_cli_args", _add_cli_args)
+    _replace(EngineArgs, "from_cli_args", _from_cli_args)
+    _replace(EngineArgs, "create_speculative_config", _create_speculative_config)
+    _replace(EngineArgs, "create_engine_config", _create_engine_config)
+    _replace(SpeculativeConfig, "compose_draft_hf_overrides", _compose_draft_hf_overrides)
+    _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+    _replace(spec_decode, "init_speculator", _init_speculator)
+    # The model runner imports it by name, usually later than this.
+    if model_runner := sys.modules.get("vllm.v1.worker.gpu.model_runner"):
+        _replace(model_runner, "init_speculator", _init_speculator)
+    if interpreting():
+        _use_pytorch_top_k_top_p()
+
+
+def apply_refusal() -> None:
+    """All that is done to an unsupported version of vLLM: a GLIDE draft is refused by name, if the place is there."""
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+
+        _replace(EngineArgs, "create_speculative_config", _refuse_glide_draft)
+    except (ImportError, KeyError):
+        pass
+
+
+def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Puts `replacement`, called with the original as its first argument, in the place of `owner.name`."""
+    found = vars(owner)[name]
+    descriptor = type(found) if isinstance(found, staticmethod | classmethod) else None
+    original = found.__func__ if descriptor else found
+    if hasattr(original, "longspec_original"):
+        return
+
+    # Keeps the qualified name too: vLLM's configuration pickles functions by it.
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    wrapper.longspec_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, descriptor(wrapper) if descriptor else wrapper)
+
+
+def _refuse_glide_draft(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    options = getattr(self, "speculative_config", None)
+    options = options if isinstance(options, dict) else {}
+    model = options.get("model") or getattr(self, "spec_model", None)
+    if isinstance(model, str) and inspect_draft(model, options.get("revision")) is not None:
+        raise ValueError(f"draft {model} is a GLIDE draft. {unsupported_version()}")
+    return original(self, *args, **kwargs)
+
+
+# The command line has no seam for options of a plugin.
+
+
+def _add_cli_args(
+    original: Callable[..., argparse.ArgumentParser], parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    parser = original(parser)
+    group = parser.add_argument_group(title=_HELP_GROUP, description=_HELP_SUMMARY)
+    group.add_argument(
+        "--speculative-model",
+        dest="spec_model",
+        metavar="MODEL",
+        help="The draft to speculate with, as --spec-model. A LongSpec GLIDE draft is recognised from its checkpoint "
+        "and needs no other option; a draft of another kind is handled by vLLM.",
+    )
+    group.add_argument(
+        "--speculative-tree-shape",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="Nodes at each level of the tree that a GLIDE draft grows, as "
+        "--speculative-config '{\"tree_shape\": [...]}'. Without it the shape is "
+        f"{' '.join(map(str, DEFAULT_LEVELS))}; 1 1 1 1 drafts 4 tokens in sequence.",
+    )
+    return parser
+
+
+def _from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+    # It copies the fields of EngineArgs and nothing else. The speculative configuration is one of them, and goes
+    # wherever vLLM sends these arguments next.
+    engine_args = original(cls, args)
+    if tree_shape := getattr(args, "speculative_tree_shape", None):
+        given = engine_args.speculative_config or {}
+        if "tree_shape" in given or "tree-shape" in given:
+            raise ValueError("--speculative-tree-shape and --speculative-config['tree_shape'] are mutually exclusive")
+        engine_args.speculative_config = {**given, "tree_shape": tree_shape}
+    return engine_args
+
+
+# SpeculativeConfig refuses options it does not know, and knows the kinds of draft it has.
+
+
+def _create_speculative_config(
+    original: Callable[..., SpeculativeConfig | None],
+    self: EngineArgs,
+    target_model_config: ModelConfig,
+    target_parallel_config: ParallelConfig,
+) -> SpeculativeConfig | None:
+    draft = find_glide_draft(self, target_model_config, target_parallel_config)
+    if draft is None:
+        return original(self, target_model_config, target_parallel_config)
+    choose_attention_backend(self, target_model_config)
+    with building(draft, self):
+        return original(self, target_model_config, target_parallel_config)
+
+
+def _compose_draft_hf_overrides(original: Callable[..., Any], target_hf_overrides: Any) -> Any:
+    # The draft's ModelConfig takes no other change to its Hugging Face config, such as another architecture.
+    return glide_hf_overrides(original(target_hf_overrides))
+
+
+def _create_engine_config(
+    original: Callable[..., VllmConfig], self: EngineArgs, *args: Any, **kwargs: Any
+) -> VllmConfig:
+    # A complete configuration is shown to platforms only; checked here, an error is the user's own process's.
+    vllm_config = original(self, *args, **kwargs)
+    if is_glide(vllm_config):
+        support.check_engine(vllm_config)
+    return vllm_config
+
+
+def _validate_spec_decode(
+    original: Callable[..., None], self: SamplingParams, speculative_config: SpeculativeConfig | None
+) -> None:
+    # vLLM refuses min_p and logit_bias with any draft. Sampling every node of the tree makes both exact.
+    if speculates_with_glide(speculative_config):
+        support.check_sampling(self)
+    else:
+        original(self, speculative_config)
+
+
+def _init_speculator(
+    original: Callable[..., Any], vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+) -> Any:
+    # Speculators are listed in this function; a model class cannot bring its own.
+    if not is_glide(vllm_config):
+        return original(vllm_config, device, req_states)
+    from vllm_longspec.speculator import GlideSpeculator
+
+    return GlideSpeculator(vllm_config, device, req_states)
+
+
+def _use_pytorch_top_k_top_p() -> None:
+    # vLLM's Triton kernel for top-k and top-p does not run in Triton's interpreter (a scalar argument has no `.to`).
+    # The module has the same function in PyTorch, for machines without Triton.
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proposer that vLLM's V2 runner calls after every step: bring the window up to date, draft, order."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig, replace
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.mem_utils import format_gib
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.dp_utils import DPSyncState
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_longspec.attention.registry import replace_cpu_backend
+from vllm_longspec.config.options import tree_shape_of
+from vllm_longspec.glide.model import GlideForCausalLM
+from vllm_longspec.glide.window import DraftWindow
+from vllm_longspec.model_state import TreeModelState
+from vllm_longspec.step.draft import CrossAttention, grow_trees
+from vllm_longspec.step.order import order_tree
+from vllm_longspec.tree import TreeState
+
+logger = init_logger(__name__)
+
+
+class GlideSpeculator(DraftModelSpeculator):
+    model: GlideForCausalLM
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState):
+        super().__init__(vllm_config, device)
+        if current_platform.is_cpu():
+            # The runner builds its speculator before the target, so this comes before the target's first layer.
+            replace_cpu_backend()
+        shape = tree_shape_of(vllm_config)
+        assert shape is not None
+        self.shape = shape
+        self.req_states = req_states
+        self.tree = TreeState.allocate(self.max_num_reqs, self.num_speculative_steps, shape.max_depth, device)
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        speculative_config = self.speculative_config
+        draft_vllm_config = replace(
+            self.vllm_config,
+            model_config=self.draft_model_config,
+            # A quantised target says nothing about its draft.
+            quant_config=None,
+            parallel_config=replace(
+                speculative_config.draft_parallel_config, rank=self.vllm_config.parallel_config.rank
+            ),
+        )
+        with set_model_tag("glide_draft"):
+            model = get_model(vllm_config=draft_vllm_config, prefix="glide")
+        model.share_with(target_model)
+
+        # vLLM asks the target for the state that accompanies its steps.
+        target_model.tree_state = self.tree
+        target_model.get_model_state_cls = lambda: TreeModelState
+        self.target_layer_name = max(target_attn_layer_names, key=extract_layer_index)
+
+        self.window = DraftWindow(self.max_num_reqs, model, self.dtype, self.device)
+        logger.info(
+            "GLIDE draft: tree shape %s, %d of %d nodes verified, draft state %d bytes per request (%s GiB in all)",
+            list(self.shape.levels),
+            self.num_speculative_steps,
+            self.shape.num_nodes,
+            self.window.bytes_per_request,
+            format_gib(self.window.bytes_per_request * self.max_num_reqs),
+        )
+        return model
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        pass  # The draft runs eagerly.
+
+    def capture(self) -> None:
+        pass  # The draft runs eagerly.
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        # [num_tokens, hidden_size]; a GLIDE draft reads the target's cache instead
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [num_reqs]
+        num_sampled: torch.Tensor,
+        # [num_reqs]
+        num_rejected: torch.Tensor,
+        # [max_num_reqs, 1]
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        # [max_num_reqs]; the tree does not depend on how the target samples
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: DPSyncState | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Drafts a tree for every request that decodes next.
+
+        Returns int64 [num_reqs, num_nodes]: tokens in list order; zeros for requests that are still in their prompt.
+        """
+        num_reqs = input_batch.num_reqs
+        if dummy_run:
+            if is_profile:
+                self._profile(num_reqs)
+            return self.draft_tokens[:num_reqs]
+
+        prompt_done = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
+        decodes_next = ~input_batch.is_prefilling_np | (prompt_done >= input_batch.prefill_len_np)
+        draft_tokens = torch.zeros(num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device)
+        if not decodes_next.any():
+            return draft_tokens
+
+        # Which requests decode next is known on the host, so a prompt in the batch costs the draft nothing.
+        rows = None if decodes_next.all() else self._to_device(np.flatnonzero(decodes_next))
+        slots = _select(input_batch.idx_mapping, rows)
+        block_table = _select(self.block_tables.input_block_tables[0][:num_reqs], rows)
+        root_positions = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+
+        self._update_window(input_batch, decodes_next, slots, root_positions, _select(num_sampled, rows))
+        drafted = grow_trees(
+            self.model,
+            self.shape.levels,
+            last_sampled[slots, 0],
+            root_positions,
+            slots,
+            self.window.kv,
+            self._cross_attention(block_table, root_positions, int(input_batch.seq_lens_cpu_upper_bound.max())),
+            max_position=self.max_model_len - 1,
+        )
+        ordered_tokens = torch.empty(slots.shape[0], self.num_speculative_steps, dtype=torch.int64, device=self.device)
+        order_tree(
+            drafted.tokens,
+            drafted.log_probs,
+            drafted.parents,
+            slots,
+            ordered_tokens,
+            self.tree.parent_rows,
+            self.tree.depths,
+            self.tree.ancestor_masks,
+            self.shape.max_depth,
+        )
+        if rows is None:
+            return ordered_tokens
+        draft_tokens[rows] = ordered_tokens
+        return draft_tokens
+
+    def _update_window(
+        self,
+        input_batch: InputBatch,
+        decodes_next: np.ndarray,
+        slots: torch.Tensor,
+        root_positions: torch.Tensor,
+        num_sampled: torch.Tensor,
+    ) -> None:
+        """Every request that leaves its prompt gets a new window, every other one the tokens that it just settled.
+
+        A request enters a slot through its prompt, whether it is new, was preempted or found its prefix cached.
+        """
+        token_ids = self.req_states.all_token_ids.gpu
+        leaves_prompt = input_batch.is_prefilling_np[decodes_next]
+        if leaves_prompt.any():
+            rows = self._to_device(np.flatnonzero(leaves_prompt))
+            longest = int(input_batch.prefill_len_np[decodes_next][leaves_prompt].max())
+            self.window.rebuild(token_ids, slots[rows], root_positions[rows], longest)
+        if not leaves_prompt.all():
+            # For requests that were just rebuilt this writes the same values once more.
+            self.window.append(token_ids, slots, root_positions, num_sampled, self.shape.max_depth + 1)
+
+    def _cross_attention(
+        self, block_table: torch.Tensor, root_positions: torch.Tensor, max_prefix_len: int
+    ) -> CrossAttention:
+        """Attention of the tree's nodes to all that the target has cached, in its last layer."""
+        layer = self.vllm_config.compilation_config.static_forward_context[self.target_layer_name]
+        prefix_lens = root_positions.to(torch.int32)
+        query_starts = torch.arange(root_positions.shape[0] + 1, dtype=torch.int32, device=self.device)
+
+        def attend(query: torch.Tensor, width: int) -> torch.Tensor:
+            output = torch.empty_like(query)
+            layer.impl.prefix_attention(
+                query,
+                layer.kv_cache,
+                block_table,
+                prefix_lens,
+                max_prefix_len,
+                query_starts * width,
+                width,
+                output,
+            )
+            return output
+
+        return attend
+
+    def _profile(self, num_reqs: int) -> None:
+        """Lets vLLM's memory profiling see what the largest draft allocates; there is no KV cache to attend yet."""
+        slots = torch.arange(num_reqs, device=self.device)
+        zeros = torch.zeros_like(slots)
+        grow_trees(
+            self.model,
+            self.shape.levels,
+            zeros,
+            zeros,
+            slots,
+            self.window.kv,
+            cross_attention=lambda query, width: torch.zeros_like(query),
+            max_position=self.max_model_len - 1,
+        )
+
+    def _to_device(self, indices: np.ndarray) -> torch.Tensor:
+        return async_tensor_h2d(indices, device=self.device)
+
+
+def _select(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return values if rows is None else values[rows]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage "compact": moves the accepted nodes' K and V to the slots right after the root.
+
+During verification row i of a request's tree lies at linear position first + i of the KV cache. Of those rows the walk
+accepts a path, so rejected nodes leave holes in front of accepted ones. Afterwards the i-th emitted token must lie at
+position first + i, as if it had been decoded alone; later steps and the prefix cache see nothing else.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.triton_utils import tl, triton
+
+
+class KVCacheTable:
+    """Where the KV caches of all layers lie, so that one kernel launch can reach every layer.
+
+    Args:
+        kv_caches: each layer's cache, logical shape [num_blocks, num_kv_heads, block_size, 2 * head_size] (K, then V),
+            of any dtype of 1, 2 or 4 bytes. The last dimension must be contiguous; the other strides are free, but the
+            same in every layer. All layers must use the same block tables. The caches must stay where they are.
+
+    Raises:
+        ValueError: there is no layer, or a layer (named by its index) differs from the first, or the layout or dtype
+            is not one of those above.
+    """
+
+    def __init__(self, kv_caches: Sequence[torch.Tensor]):
+        if not kv_caches:
+            raise ValueError("there is no KV cache to compact")
+        first = kv_caches[0]
+        if first.dim() != 4 or first.stride(3) != 1:
+            raise ValueError(
+                "layer 0: a KV cache must have shape [num_blocks, num_kv_heads, block_size, 2 * head_size] with a "
+                f"contiguous last dimension, not shape {tuple(first.shape)} with strides {first.stride()}"
+            )
+        if first.element_size() not in (1, 2, 4):
+            raise ValueError(f"layer 0: a KV cache of {first.dtype} cannot be moved")
+        for layer, kv_cache in enumerate(kv_caches):
+            for name, found, expected in (
+                ("shape", tuple(kv_cache.shape), tuple(first.shape)),
+                ("strides", kv_cache.stride(), first.stride()),
+                ("dtype", kv_cache.dtype, first.dtype),
+                ("device", kv_cache.device, first.device),
+            ):
+                if found != expected:
+                    raise ValueError(f"layer {layer}: the KV cache has {name} {found}, layer 0 has {expected}")
+
+        self.num_layers = len(kv_caches)
+        _, self.num_kv_heads, self.block_size, self.row_size = first.shape
+        self.strides = first.stride()
+        # Rows are moved as they are, so only the size of an element matters.
+        self.element_type: Any = {1: tl.int8, 2: tl.int16, 4: tl.int32}[first.element_size()]
+        self.pointers = torch.tensor(
+            [kv_cache.data_ptr() for kv_cache in kv_caches], dtype=torch.int64, device=first.device
+        )
+
+
+def compact_kv_caches(
+    kv_caches: KVCacheTable,
+    block_tables: torch.Tensor,  # int32 [num_reqs, max_num_blocks]
+    first_positions: torch.Tensor,  # int32 or int64 [num_reqs]
+    path_rows: torch.Tensor,  # int32 [num_reqs, width]
+    num_emitted: torch.Tensor,  # int32 [num_reqs]
+    max_depth: int,
+) -> None:
+    """Moves K and V of every accepted row, in every layer, from position first + path_rows[r, i] to first + i.
+
+    A request that emitted one token, or none because its prompt is not finished, has nothing to move and is left alone.
+
+    The last dimension of every tensor must be contiguous.
+
+    Args:
+        kv_caches: the caches of all layers.
+        block_tables: block p // block_size of a request holds its linear position p; by batch position.
+        first_positions: linear position of each request's row 0, the number of tokens computed before this step.
+        path_rows: row at which each emitted token was sampled, as `walk_tree` writes it.
+        num_emitted: tokens emitted; rows path_rows[r, 1] to path_rows[r, num_emitted[r] - 1] were accepted.
+        max_depth: depth of the deepest node of any tree, the most rows that one request can have accepted.
+
+    Raises:
+        ValueError: `path_rows` has no room for max_depth + 1 rows.
+    """
+    num_reqs, width = path_rows.shape
+    if width < max_depth + 1:
+        raise ValueError(f"a path of depth {max_depth} does not fit {width} path rows")
+    _compact_kv_caches_kernel[(num_reqs, kv_caches.num_layers, kv_caches.num_kv_heads)](
+        kv_caches.pointers,
+        *kv_caches.strides[:3],
+        block_tables,
+        block_tables.stride(0),
+        first_positions,
+        path_rows,
+        path_rows.stride(0),
+        num_emitted,
+        max_depth,
+        BLOCK_SIZE=kv_caches.block_size,
+        ROW_SIZE=kv_caches.row_size,
+        ROW_BLOCK=triton.next_power_of_2(kv_caches.row_size),
+        ELEMENT_TYPE=kv_caches.element_type,
+    )
+
+
+@triton.jit
+def _compact_kv_caches_kernel(
+    kv_cache_pointers_ptr,
+    block_stride,
+    head_stride,
+    token_stride,
+    block_tables_ptr,
+    block_tables_stride,
+    first_positions_ptr,
+    path_rows_ptr,
+    path_rows_stride,
+    num_emitted_ptr,
+    max_depth,
+    BLOCK_SIZE: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ELEMENT_TYPE: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    layer = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
+    num_emitted = tl.load(num_emitted_ptr + request)
+    if num_emitted <= 1:
+        return
+
+    # A cache's address arrives as an integer, because each layer's cache is a tensor of its own.
+    kv_cache_ptr = tl.load(kv_cache_pointers_ptr + layer).to(tl.pointer_type(ELEMENT_TYPE))
+    kv_cache_ptr += head * head_stride
+    block_tables_ptr += request * block_tables_stride
+    path_rows_ptr += request * path_rows_stride
+    first = tl.load(first_positions_ptr + request)
+    element = tl.arange(0, ROW_BLOCK)
+    is_element = element < ROW_SIZE
+
+    # Rows on a path strictly increase, so path_rows[i] >= i. Hence
+    # - row i is overwritten after it was read, if ever it is read: path_rows[j] = i asks for j <= i;
+    # - no row is read that was written here: a later i reads path_rows[i] >= i, and only rows before i are written.
+    # The second means that no load waits for another thread's store. The first holds within a thread, since an element
+    # has the same place in the block for every i. So the moves need no barrier.
+    for i in range(1, tl.minimum(num_emitted, max_depth + 1)):
+        row = tl.load(path_rows_ptr + i)
+        if row != i:
+            source = _position_offset(block_tables_ptr, first + row, block_stride, token_stride, BLOCK_SIZE)
+            target = _position_offset(block_tables_ptr, first + i, block_stride, token_stride, BLOCK_SIZE)
+            moved = tl.load(kv_cache_ptr + source + element, mask=is_element)
+            tl.store(kv_cache_ptr + target + element, moved, mask=is_element)
+
+
+@triton.jit
+def _position_offset(block_table_ptr, position, block_stride, token_stride, BLOCK_SIZE: tl.constexpr):
+    """Elements from the start of a head's cache to the row of a linear position."""
+    block = tl.load(block_table_ptr + position // BLOCK_SIZE).to(tl.int64)
+    return block * block_stride + (position % BLOCK_SIZE).to(tl.int64) * token_stride

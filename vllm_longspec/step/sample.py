@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 4, sample: draw the target's own next token at every node, then walk.
+
+The tree is fixed before any draw, so sampling every node with the target's sampler and following the path that the
+draws themselves take emits nothing but the target's samples: the output distribution is the target's for every
+sampling setting. vLLM's Gumbel noise is keyed by (seed, position, token id) and every node is sampled at its true
+position, so the tokens are also the very ones that plain decoding emits with the same seed.
+"""
+
+import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.triton_utils import tl, triton
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import _iter_request_chunks, get_max_chunk_logits
+
+from vllm_longspec.step.walk import walk_tree
+from vllm_longspec.tree import TreeState
+
+
+class TreeSampler:
+    """Stands where vLLM's V2 runner calls its rejection sampler."""
+
+    # Read by vLLM's kernel warm-up.
+    enable_adaptive_verification = False
+
+    def __init__(self, sampler: Sampler, tree: TreeState, max_depth: int):
+        self.sampler = sampler
+        self.tree = tree
+        self.max_depth = max_depth
+
+    def __call__(
+        self,
+        logits: torch.Tensor,  # [num_logits, vocab_size], a row for every root and node
+        input_batch: InputBatch,
+        draft_logits: torch.Tensor | None = None,
+        invalid_drafts: torch.Tensor | None = None,
+    ) -> SamplerOutput:
+        num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
+        num_reqs = input_batch.num_reqs
+        emitted = torch.empty(num_reqs, self.max_depth + 1, dtype=torch.int64, device=logits.device)
+        num_emitted = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
+        max_num_logprobs = self.sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np)
+        logprobs: list[LogprobsTensors] = []
+        # Processed logits are a float32 copy, so a large batch goes through in slices, as in vLLM.
+        max_logits = get_max_chunk_logits(logits.shape[1])
+        for start, end in _iter_request_chunks(input_batch.cu_num_logits_np, max_logits):
+            chunk_logprobs = self._sample_requests(
+                logits, input_batch, start, end, emitted, num_emitted, max_num_logprobs
+            )
+            if chunk_logprobs is not None:
+                logprobs.append(chunk_logprobs)
+
+        num_sampled, num_rejected = get_num_sampled_and_rejected(
+            num_emitted,
+            input_batch.seq_lens,
+            input_batch.cu_num_logits,
+            input_batch.idx_mapping,
+            self.sampler.req_states.prefill_len.gpu,
+        )
+        logprobs_tensors = None
+        if logprobs:
+            logprobs_tensors = LogprobsTensors.cat(
+                logprobs, cu_num_generated_tokens=input_batch.cu_num_logits_np.tolist()
+            )
+        return SamplerOutput(
+            sampled_token_ids=emitted,
+            logprobs_tensors=logprobs_tensors,
+            num_nans=num_nans,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
+
+    def _sample_requests(
+        self,
+        logits: torch.Tensor,
+        input_batch: InputBatch,
+        start: int,
+        end: int,
+        emitted: torch.Tensor,  # [num_reqs, max_depth + 1], written for requests [start, end)
+        num_emitted: torch.Tensor,  # [num_reqs], likewise
+        max_num_logprobs: int,
+    ) -> LogprobsTensors | None:
+        first = int(input_batch.cu_num_logits_np[start])
+        rows = slice(first, int(input_batch.cu_num_logits_np[end]))
+        logits = logits[rows]
+        idx_mapping_np = input_batch.idx_mapping_np[start:end]
+        logits_indices = input_batch.logits_indices[rows]
+        row_tokens = input_batch.input_ids[logits_indices]
+
+        sampled, processed_logits = self.sampler.sample(
+            logits,
+            input_batch.expanded_idx_mapping[rows],
+            input_batch.idx_mapping[start:end],
+            idx_mapping_np,
+            input_batch.positions[logits_indices],
+            row_tokens,
+            input_batch.expanded_local_pos[rows],
+            input_batch.seq_lens_cpu_upper_bound.numpy()[start:end],
+            return_logprobs=max_num_logprobs != NO_LOGPROBS,
+        )
+        cu_num_logits = input_batch.cu_num_logits[start : end + 1] - first
+        path_rows = self.tree.batch_path_rows[start:end]
+        walk_tree(
+            sampled,
+            row_tokens,
+            cu_num_logits,
+            input_batch.idx_mapping[start:end],
+            self.tree.parent_rows,
+            emitted[start:end],
+            num_emitted[start:end],
+            path_rows,
+            self.max_depth,
+        )
+        if max_num_logprobs == NO_LOGPROBS:
+            return None
+        scored = processed_logits if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES else logits
+        emitted_rows, emitted_tokens = _rows_of_emitted(
+            logits.shape[0], cu_num_logits, path_rows, emitted[start:end], num_emitted[start:end]
+        )
+        return compute_topk_scores(
+            scored[emitted_rows],
+            max_num_logprobs,
+            emitted_tokens,
+            (input_batch.cu_num_logits_np[start : end + 1] - first).tolist(),
+            logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
+        )
+
+
+@triton.jit
+def _rows_of_emitted_kernel(
+    rows_ptr,  # [num_logits]
+    tokens_ptr,  # [num_logits]
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    path_rows_ptr,  # [num_reqs, num_rows]
+    path_rows_stride,
+    emitted_ptr,  # [num_reqs, max_depth + 1]
+    emitted_stride,
+    num_emitted_ptr,  # [num_reqs]
+    BLOCK_SIZE: tl.constexpr,
+):
+    batch_idx = tl.program_id(0)
+    first = tl.load(cu_num_logits_ptr + batch_idx)
+    i = tl.arange(0, BLOCK_SIZE)
+    mask = i < tl.load(num_emitted_ptr + batch_idx)
+    row = tl.load(path_rows_ptr + batch_idx * path_rows_stride + i, mask=mask)
+    token = tl.load(emitted_ptr + batch_idx * emitted_stride + i, mask=mask)
+    tl.store(rows_ptr + first + i, (first + row).to(tl.int64), mask=mask)
+    tl.store(tokens_ptr + first + i, token, mask=mask)
+
+
+def _rows_of_emitted(
+    num_logits: int,
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1]
+    path_rows: torch.Tensor,  # [num_reqs, num_rows]
+    emitted: torch.Tensor,  # [num_reqs, max_depth + 1]
+    num_emitted: torch.Tensor,  # [num_reqs]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits row and token of every emitted token, packed at the front of each request's rows.
+
+    vLLM reads a request's log-probabilities as its first `num_emitted` rows, which for a tree are not the rows that the
+    tokens were drawn from. Rows that emit nothing point at row 0 and are never read.
+
+    Returns two int64 tensors [num_logits].
+    """
+    rows = torch.zeros(num_logits, dtype=torch.int64, device=emitted.device)
+    tokens = torch.zeros(num_logits, dtype=torch.int64, device=emitted.device)
+    _rows_of_emitted_kernel[(emitted.shape[0],)](
+        rows,
+        tokens,
+        cu_num_logits,
+        path_rows,
+        path_rows.stride(0),
+        emitted,
+        emitted.stride(0),
+        num_emitted,
+        BLOCK_SIZE=triton.next_power_of_2(emitted.shape[1]),
+    )
+    return rows, tokens

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage "verify": each row of a tree attends its ancestors, and the result is merged with the prefix attention's.
+
+The target scores a whole tree in one forward pass. In every layer a row attends what it would attend if the sequence
+ended with it: the prefix, and of the tree only its own path from the root. The prefix, with nearly all of the keys,
+needs no mask, so the fastest kernel there is serves it: FlashAttention, or `vllm_longspec/attention/prefix.py`. What
+is left is a square of at most 256 rows with a mask, below.
+
+**Mask.** Row i of request r attends row k when bit k % 32 of word k // 32 of `ancestor_masks[r, i]` is set: i itself
+and its ancestors. Rows beyond the request's query do not exist, whatever the mask says of them: a list of nodes may be
+cut anywhere, and what is left is a tree.
+
+**K and V come from the cache,** not from the layer's own K and V tensors, although those are at hand. A later step
+reads an accepted row's K and V from the cache, and plain decoding reads a token's own from there too; with a cache of
+lower precision than the layer the two sources differ, and then so would the tokens.
+
+**Merge.** Attention over the union of two sets of keys is the mean of the attentions over each, weighted by their sums
+of exponentiated scores: the prefix's weight is sigmoid(lse_prefix - lse_tree) (Dao et al., "Flash-Decoding for
+long-context inference", 2023). The same follows from starting the running softmax of the tree where the prefix ended,
+as if the prefix were one key with score `lse_prefix` and value `output`; that spares a second normalisation, and the
+cases in which one of the two is empty.
+"""
+
+import torch
+from vllm.triton_utils import tl, triton
+
+from vllm_longspec.attention.prefix import attend_tile, choose_tile_sizes, dot_dtype, load_keys_values, packed_rows
+
+
+# The number of tokens changes with the batch, and is the stride of `prefix_lse`: it must not compile the kernel anew.
+@triton.jit(do_not_specialize=["lse_head_stride"])
+def _tree_attention_kernel(
+    query_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
+    query_token_stride,
+    query_head_stride,
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * HEAD_SIZE]
+    kv_block_stride,
+    kv_head_stride,
+    kv_offset_stride,
+    slot_mapping_ptr,  # [num_tokens]
+    query_start_loc_ptr,  # [num_reqs + 1]
+    masks_ptr,  # [num_reqs, num_rows, num_words]
+    masks_request_stride,
+    masks_row_stride,
+    lse_ptr,  # [num_heads, num_tokens]
+    lse_head_stride,
+    output_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
+    output_token_stride,
+    output_head_stride,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    request = tl.program_id(2)
+    query_start = tl.load(query_start_loc_ptr + request)
+    query_len = tl.load(query_start_loc_ptr + request + 1) - query_start
+    if tile * ROWS >= query_len * GROUP:
+        return
+
+    tree_row, head = packed_rows(tile, kv_head, GROUP, ROWS)
+    is_row = tree_row < query_len
+    token = (query_start + tree_row).to(tl.int64)
+    dim = tl.arange(0, PADDED_HEAD_SIZE)
+    row_mask = is_row[:, None] & (dim < HEAD_SIZE)[None, :]
+    query_row = token * query_token_stride + head * query_head_stride
+    query = tl.load(query_ptr + query_row[:, None] + dim[None, :], mask=row_mask, other=0.0).to(DOT_DTYPE)
+
+    # The softmax goes on where the prefix left it. For an empty prefix FlashAttention 2 reports +inf, all others -inf.
+    lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head_stride + token, mask=is_row, other=float("-inf"))
+    has_prefix = tl.abs(lse) != float("inf")
+    score_max = tl.where(has_prefix, lse, float("-inf"))
+    weight_sum = has_prefix.to(tl.float32)
+    output_row = token * output_token_stride + head * output_head_stride
+    output_tile_ptr = output_ptr + output_row[:, None] + dim[None, :]
+    weighted_sum = tl.load(output_tile_ptr, mask=row_mask & has_prefix[:, None], other=0.0).to(tl.float32)
+
+    mask_ptr = masks_ptr + request.to(tl.int64) * masks_request_stride + tree_row * masks_row_stride
+    for start in range(0, query_len, KEYS):
+        key_row = start + tl.arange(0, KEYS)
+        # Rows that only pad a CUDA graph's batch have slot -1.
+        slot = tl.load(slot_mapping_ptr + query_start + key_row, mask=key_row < query_len, other=-1)
+        is_key = slot >= 0
+        key, value = load_keys_values(
+            kv_cache_ptr,
+            kv_block_stride,
+            kv_head_stride,
+            kv_offset_stride,
+            kv_head,
+            slot // BLOCK_SIZE,
+            slot % BLOCK_SIZE,
+            is_key,
+            HEAD_SIZE,
+            PADDED_HEAD_SIZE,
+            DOT_DTYPE,
+        )
+        is_pair = is_row[:, None] & is_key[None, :]
+        word = tl.load(mask_ptr[:, None] + (key_row // 32)[None, :], mask=is_pair, other=0)
+        attends = ((word >> (key_row % 32)[None, :]) & 1) != 0
+        score_max, weight_sum, weighted_sum = attend_tile(
+            query, key, value, scale, attends, score_max, weight_sum, weighted_sum
+        )
+
+    # The sum is 0 only for padding: a row attends itself.
+    divisor = tl.where(weight_sum > 0.0, weight_sum, 1.0)
+    result = (weighted_sum / divisor[:, None]).to(output_ptr.dtype.element_ty)
+    tl.store(output_tile_ptr, result, mask=row_mask)
+
+
+def tree_attention(
+    # [num_tokens, num_heads, head_size]
+    query: torch.Tensor,
+    # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    kv_cache: torch.Tensor,
+    # [num_tokens] int64
+    slot_mapping: torch.Tensor,
+    # [num_reqs + 1] int32
+    query_start_loc: torch.Tensor,
+    # [num_reqs, num_rows, num_words] int32, by batch position
+    ancestor_masks: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    # [num_heads, num_tokens] float32
+    prefix_lse: torch.Tensor,
+    # [num_tokens, num_heads, head_size]
+    output: torch.Tensor,
+) -> None:
+    """Lets every row attend its ancestors and itself, and merges that into the prefix attention's result.
+
+    Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32;
+    their last dimensions, and those of `ancestor_masks`, `prefix_lse` and `output`, are contiguous. Other strides are
+    free.
+
+    Args:
+        query: the rows of all requests, one request after the other.
+        kv_cache: the layer's cache, K then V in the last dimension; the rows' own are already there.
+        slot_mapping: slot of each row's K and V; a row with slot -1 is padding, and no row attends it.
+        query_start_loc: first row of each request, then the end of the last; a request may have none. Requests that
+            hold no tree can follow: tokens from `query_start_loc[-1]` on are neither read nor written.
+        ancestor_masks: see the module; a request has at most `num_rows` rows. May have more requests than the batch.
+        max_query_len: a bound on a request's rows.
+        scale: factor of the scores.
+        prefix_lse: natural logarithm of the sum of the prefix's exponentiated scores; infinite, with either sign, where
+            the prefix is empty. Then what `output` holds is not used.
+        output: the prefix attention on entry, the attention over prefix and tree on return.
+    """
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads, block_size = kv_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    padded_head_size = triton.next_power_of_2(head_size)
+    tiles = choose_tile_sizes(max_query_len * group, max_query_len, padded_head_size, query.dtype)
+    grid = (triton.cdiv(max_query_len * group, tiles.rows), num_kv_heads, query_start_loc.shape[0] - 1)
+    _tree_attention_kernel[grid](
+        query,
+        query.stride(0),
+        query.stride(1),
+        kv_cache,
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        slot_mapping,
+        query_start_loc,
+        ancestor_masks,
+        ancestor_masks.stride(0),
+        ancestor_masks.stride(1),
+        prefix_lse,
+        prefix_lse.stride(0),
+        output,
+        output.stride(0),
+        output.stride(1),
+        scale,
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        PADDED_HEAD_SIZE=padded_head_size,
+        BLOCK_SIZE=block_size,
+        DOT_DTYPE=dot_dtype(query.dtype),
+        ROWS=tiles.rows,
+        KEYS=tiles.keys,
+        num_warps=tiles.num_warps,
+    )
