@@ -51,7 +51,13 @@ def apply() -> None:
     if model_runner := sys.modules.get("vllm.v1.worker.gpu.model_runner"):
         _replace(model_runner, "init_speculator", _init_speculator)
     if interpreting():
+        from vllm.v1.worker.gpu.sample import sampler
+
+        from vllm_longspec.interpreted_sampling import gumbel_sample
+
         _use_pytorch_top_k_top_p()
+        # The sampler calls this function by name; nothing asks it for another.
+        _replace(sampler, "gumbel_sample", gumbel_sample)
 
 
 def apply_refusal() -> None:

@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import write_draft, write_target
-from oracles import tree as tree_oracle
-from oracles.glide import PlainDraft
 from safetensors.torch import load_file, save_file
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -26,6 +23,9 @@ from vllm.model_executor.model_loader import get_model
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
+from tests.models import write_draft, write_target
+from tests.oracles import tree as tree_oracle
+from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window import MAX_REBUILD_REQS, DraftWindow

@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from engine import Request, Result, generate, request
-from models import as_llama, untied, write_draft, write_target
+
+from tests.engine import Request, Result, generate, request
+from tests.models import as_llama, untied, write_draft, write_target
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]

@@ -25,7 +25,7 @@ def test_same_sizes_fit():
 @pytest.mark.parametrize(
     ("name", "in_draft", "in_target"),
     [
-        ("hidden_size", 512, 64),
+        ("hidden_size", 512, 128),
         ("num_attention_heads", 8, 4),
         ("num_key_value_heads", 4, 2),
         ("head_dim", 64, 32),

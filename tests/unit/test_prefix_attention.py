@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from oracles.attention import (
+
+from tests.oracles.attention import (
     TOLERANCE,
     PagedBatch,
     attend_slots,
@@ -12,7 +13,6 @@ from oracles.attention import (
     prefix_slots,
     relative_error,
 )
-
 from vllm_longspec.attention import prefix
 from vllm_longspec.attention.prefix import prefix_attention
 

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tree sampler around vLLM's own: what it emits, how often, and which rows its log-probabilities come from."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from oracles import tree as oracle
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.triton_utils import tl, triton
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
 from vllm.v1.worker.gpu import buffer_utils
-from vllm.v1.worker.gpu.sample import gumbel
 from vllm.v1.worker.gpu.sample import sampler as vllm_sampler
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
+from tests.oracles import tree as oracle
+from vllm_longspec.interpreted_sampling import gumbel_sample
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.step import sample
 from vllm_longspec.step.sample import TreeSampler, _rows_of_emitted
@@ -35,6 +35,8 @@ def without_a_gpu(monkeypatch):
         monkeypatch.setattr(buffer_utils, "UvaBuffer", cpu_buffer_utils.UvaBuffer)
     if interpreting():
         monkeypatch.setattr(topk_topp_sampler, "HAS_TRITON", False)
+        many_rows = functools.partial(gumbel_sample, vllm_sampler.gumbel_sample)
+        monkeypatch.setattr(vllm_sampler, "gumbel_sample", many_rows)
 
 
 class Request:
@@ -199,7 +201,8 @@ def test_emits_what_sampling_one_token_after_the_other_emits():
     lengths = [len(request.parents) for request in step.requests]
     rejected = [length - len(tokens) for length, tokens in zip(lengths, emitted_by(output), strict=True)]
     assert output.num_rejected.tolist() == rejected
-    assert num_accepted > 20
+    # Paths were walked, not only roots.
+    assert num_accepted >= 10
 
 
 def test_greedy_requests_emit_the_path_of_the_best_tokens():
@@ -231,38 +234,6 @@ def chi_square_p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
     )
     statistic = ((observed - expected) ** 2 / expected).sum()
     return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2))
-
-
-@triton.jit
-def _noise_kernel(noise_ptr, seeds_ptr, positions_ptr, tokens_ptr, count, BLOCK: tl.constexpr):
-    index = tl.arange(0, BLOCK)
-    mask = index < count
-    seed = tl.load(seeds_ptr + index, mask=mask, other=0)
-    position = tl.load(positions_ptr + index, mask=mask, other=0)
-    token = tl.load(tokens_ptr + index, mask=mask, other=0)
-    uniform = gumbel.murmur3_uniform32(seed, position, token)
-    tl.store(noise_ptr + index, -tl.log(-gumbel._log1p_neg_stable(uniform)), mask=mask)
-
-
-def gumbel_sample_at_once(logits, expanded_idx_mapping, temperature, seeds, positions, **options):
-    """vLLM's draws at temperature 1 with vLLM's noise, in one program; vLLM has a program for every row."""
-    num_rows, vocab_size = logits.shape
-    shape = (num_rows, vocab_size)
-    columns = (
-        seeds[expanded_idx_mapping][:, None].expand(shape).flatten(),
-        positions[:, None].expand(shape).flatten(),
-        torch.arange(vocab_size).expand(shape).flatten(),
-    )
-    noise = torch.empty(shape)
-    _noise_kernel[(1,)](noise, *columns, noise.numel(), BLOCK=triton.next_power_of_2(noise.numel()))
-    # Some rows are enough to see that it is the same.
-    some = slice(0, num_rows, max(1, num_rows // 20))
-    drawn = (logits + noise).argmax(-1)
-    by_vllm = gumbel.gumbel_sample(
-        logits[some], expanded_idx_mapping[some], temperature, seeds, positions[some], **options
-    )
-    assert torch.equal(drawn[some], by_vllm)
-    return drawn
 
 
 def test_emitted_tokens_have_the_distribution_of_the_target(monkeypatch):
@@ -297,8 +268,6 @@ def test_emitted_tokens_have_the_distribution_of_the_target(monkeypatch):
 
     # vLLM draws the seeds of unseeded requests from NumPy's generator.
     monkeypatch.setattr(np.random, "randint", np.random.RandomState(0).randint)
-    if interpreting():
-        monkeypatch.setattr(vllm_sampler, "gumbel_sample", gumbel_sample_at_once)
     requests = [Request(parents, tokens, logits, 7, SamplingParams(temperature=1.0)) for _ in range(num_reqs)]
     emitted = emitted_by(Step(requests, max_depth=2).run())
     observed = torch.zeros(len(outcomes))
@@ -341,7 +310,10 @@ def test_logprobs_are_those_of_the_rows_that_were_drawn_from(mode):
         for offset, token in enumerate(tokens):
             place = int(step.starts[index]) + offset
             best = scores[row].topk(2)
-            assert logprobs.logprob_token_ids[place].tolist() == [token, *best.indices.tolist()]
+            # Which of the tokens that are out (-inf) comes first is anyone's choice.
+            assert logprobs.logprob_token_ids[place, 0] == token
+            possible = best.values > float("-inf")
+            assert logprobs.logprob_token_ids[place, 1:].cpu()[possible].tolist() == best.indices[possible].tolist()
             torch.testing.assert_close(
                 logprobs.logprobs[place].cpu(), torch.stack([scores[row, token], *best.values]), rtol=0, atol=1e-5
             )

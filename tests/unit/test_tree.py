@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from oracles.attention import ancestors, pack_masks, random_tree
 
+from tests.oracles.attention import ancestors, pack_masks, random_tree
 from vllm_longspec.tree import TreeState, lay_out_trees
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

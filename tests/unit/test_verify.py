@@ -5,7 +5,8 @@ import random
 
 import pytest
 import torch
-from oracles.attention import (
+
+from tests.oracles.attention import (
     TOLERANCE,
     PagedBatch,
     ancestors,
@@ -21,7 +22,6 @@ from oracles.attention import (
     relative_error,
     row_slots,
 )
-
 from vllm_longspec.attention import prefix
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.step.verify import tree_attention

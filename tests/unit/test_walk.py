@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import tree as oracle
 
+from tests.oracles import tree as oracle
 from vllm_longspec.step.walk import walk_tree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from oracles import window as oracle
 
+from tests.oracles import window as oracle
 from vllm_longspec.glide.window_attention import window_attention, write_window
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

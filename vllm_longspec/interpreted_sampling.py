@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's Gumbel sampling with many rows in one program, for Triton's interpreter.
+
+vLLM's kernel has a program for every row. That is right for a GPU, but the interpreter takes some ten milliseconds for
+each, and a tree has a row for every node: sampling would take most of a step. The draws are the same, bit for bit,
+because vLLM's own functions make the noise.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.triton_utils import tl, triton
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax
+
+# Elements of a program's block; NumPy is no faster with more.
+_MAX_ELEMENTS = 1 << 18
+
+
+def gumbel_sample(
+    original: Callable[..., torch.Tensor],
+    logits: torch.Tensor,  # float32 [num_rows, vocab_size]
+    expanded_idx_mapping: torch.Tensor,  # [num_rows] slot of each row's request
+    temperature: torch.Tensor,  # float32 [max_num_reqs]
+    seed: torch.Tensor,  # int64 [max_num_reqs]
+    pos: torch.Tensor,  # int64 [num_rows]
+    apply_temperature: bool,
+    is_drafting: bool,
+    use_fp64: bool = False,
+    **logits_cache: Any,
+) -> torch.Tensor:
+    """The token drawn at every row, int64 [num_rows]: the argmax for temperature 0, otherwise under Gumbel noise.
+
+    A row without a request (slot -1) gets its argmax. Calls `original`, which is vLLM's function of the same name, for
+    what only drafts of other kinds ask for.
+    """
+    if apply_temperature or is_drafting or use_fp64 or logits_cache:
+        return original(
+            logits,
+            expanded_idx_mapping,
+            temperature,
+            seed,
+            pos,
+            apply_temperature,
+            is_drafting,
+            use_fp64=use_fp64,
+            **logits_cache,
+        )
+    sampled = logits.argmax(dim=-1)
+    drawn = ((expanded_idx_mapping >= 0) & (temperature[expanded_idx_mapping] != 0.0)).nonzero()[:, 0]
+    if len(drawn) == 0:
+        return sampled
+    # A program's rows side by side, so that its reduction runs down the vocabulary as vLLM's does.
+    columns = logits[drawn].float().t().contiguous()
+    seeds, positions = seed[expanded_idx_mapping[drawn]], pos[drawn].contiguous()
+    tokens = torch.empty_like(positions)
+    vocab_block = triton.next_power_of_2(columns.shape[0])
+    row_block = min(triton.next_power_of_2(len(drawn)), max(1, _MAX_ELEMENTS // vocab_block))
+    _gumbel_sample_rows_kernel[(triton.cdiv(len(drawn), row_block),)](
+        tokens,
+        columns,
+        columns.stride(0),
+        seeds,
+        positions,
+        columns.shape[0],
+        len(drawn),
+        VOCAB_BLOCK=vocab_block,
+        ROW_BLOCK=row_block,
+    )
+    sampled[drawn] = tokens
+    return sampled
+
+
+@triton.jit
+def _gumbel_sample_rows_kernel(
+    tokens_ptr,  # [num_rows]
+    logits_ptr,  # [vocab_size, num_rows]
+    logits_stride,
+    seeds_ptr,  # [num_rows]
+    positions_ptr,  # [num_rows]
+    vocab_size,
+    num_rows,
+    VOCAB_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    is_row = row < num_rows
+    token = tl.arange(0, VOCAB_BLOCK)[:, None]
+    mask = (token < vocab_size) & is_row[None, :]
+    logits = tl.load(logits_ptr + token * logits_stride + row[None, :], mask=mask, other=float("-inf"))
+    seed = tl.load(seeds_ptr + row, mask=is_row, other=0)[None, :]
+    position = tl.load(positions_ptr + row, mask=is_row, other=0)[None, :]
+    _, drawn = gumbel_noised_argmax(
+        logits, token, mask, seed, position, 1.0, IS_DRAFTING=False, USE_FP64=False, APPLY_TEMPERATURE=False
+    )
+    tl.store(tokens_ptr + row, drawn.to(tl.int64), mask=is_row)
