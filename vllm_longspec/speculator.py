@@ -15,10 +15,14 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
-from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec.attention.registry import replace_cpu_backend
 from vllm_longspec.config.options import tree_shape_of
@@ -45,6 +49,9 @@ class GlideSpeculator(DraftModelSpeculator):
         self.shape = shape
         self.req_states = req_states
         self.tree = TreeState.allocate(self.max_num_reqs, self.num_speculative_steps, shape.max_depth, device)
+        # The requests that are drafted for, by their order in the draft's batch.
+        self.slots = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self.num_sampled = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         speculative_config = self.speculative_config
@@ -76,6 +83,17 @@ class GlideSpeculator(DraftModelSpeculator):
             format_gib(self.window.bytes_per_request * self.max_num_reqs),
         )
         return model
+
+    def set_attn(
+        self,
+        model_state: ModelState,
+        kv_cache_config: KVCacheConfig,
+        block_tables: BlockTables,
+        target_input_buffers: InputBuffers,
+        target_attn_groups: list[list[AttentionGroup]],
+    ) -> None:
+        super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
+        self.block_table = torch.zeros_like(block_tables.input_block_tables[0])
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         pass  # The draft runs eagerly.
@@ -121,65 +139,81 @@ class GlideSpeculator(DraftModelSpeculator):
 
         prompt_done = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
         decodes_next = ~input_batch.is_prefilling_np | (prompt_done >= input_batch.prefill_len_np)
-        draft_tokens = torch.zeros(num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device)
-        if not decodes_next.any():
-            return draft_tokens
-
         # Which requests decode next is known on the host, so a prompt in the batch costs the draft nothing.
-        rows = None if decodes_next.all() else self._to_device(np.flatnonzero(decodes_next))
-        slots = _select(input_batch.idx_mapping, rows)
-        block_table = _select(self.block_tables.input_block_tables[0][:num_reqs], rows)
-        root_positions = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+        num_drafts = int(decodes_next.sum())
+        if num_drafts == 0:
+            return self._no_drafts(num_reqs)
+        rows = None if num_drafts == num_reqs else self._to_device(np.flatnonzero(decodes_next))
+        slots = self._stage(self.slots, input_batch.idx_mapping, rows)
+        self._stage(self.num_sampled, num_sampled, rows)
+        self._stage(self.block_table, self.block_tables.input_block_tables[0][:num_reqs], rows)
 
-        self._update_window(input_batch, decodes_next, slots, root_positions, _select(num_sampled, rows))
+        leaves_prompt = input_batch.is_prefilling_np[decodes_next]
+        if leaves_prompt.any():
+            self._rebuild_windows(slots, leaves_prompt, input_batch.prefill_len_np[decodes_next])
+        self._draft(num_drafts, int(input_batch.seq_lens_cpu_upper_bound.max()))
+        if rows is None:
+            return self.draft_tokens[:num_reqs]
+        draft_tokens = self._no_drafts(num_reqs)
+        draft_tokens[rows] = self.draft_tokens[:num_drafts]
+        return draft_tokens
+
+    def _stage(self, staged: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Copies the rows that are drafted for to where `_draft` reads them."""
+        values = values if rows is None else values[rows]
+        staged = staged[: values.shape[0]]
+        return staged.copy_(values)
+
+    def _rebuild_windows(self, slots: torch.Tensor, leaves_prompt: np.ndarray, prefill_lens: np.ndarray) -> None:
+        """Every request that leaves its prompt gets a new window.
+
+        A request enters a slot through its prompt, whether it is new, was preempted or found its prefix cached.
+        """
+        rebuilt = slots[self._to_device(np.flatnonzero(leaves_prompt))]
+        self.window.rebuild(
+            self.req_states.all_token_ids.gpu,
+            rebuilt,
+            self.req_states.num_computed_tokens.gpu[rebuilt].to(torch.int64),
+            int(prefill_lens[leaves_prompt].max()),
+        )
+
+    def _draft(self, num_drafts: int, max_prefix_len: int) -> None:
+        """Draws a tree for each of the staged requests, into `draft_tokens` and the tree state.
+
+        Reads and writes nothing but tensors that live as long as the engine, and its shapes depend on `num_drafts`
+        alone, as a CUDA graph would need it.
+        """
+        slots = self.slots[:num_drafts]
+        root_positions = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+        # For requests whose window was just rebuilt this writes the same values once more.
+        self.window.append(
+            self.req_states.all_token_ids.gpu,
+            slots,
+            root_positions,
+            self.num_sampled[:num_drafts],
+            max_new=self.shape.max_depth + 1,
+        )
         drafted = grow_trees(
             self.model,
             self.shape.levels,
-            last_sampled[slots, 0],
+            self.req_states.last_sampled_tokens[slots, 0],
             root_positions,
             slots,
             self.window.kv,
-            self._cross_attention(block_table, root_positions, int(input_batch.seq_lens_cpu_upper_bound.max())),
+            self._cross_attention(self.block_table[:num_drafts], root_positions, max_prefix_len),
             max_position=self.max_model_len - 1,
         )
-        ordered_tokens = torch.empty(slots.shape[0], self.num_speculative_steps, dtype=torch.int64, device=self.device)
         order_tree(
             drafted.tokens,
             drafted.log_probs,
             drafted.parents,
             slots,
-            ordered_tokens,
+            self.draft_tokens[:num_drafts],
             self.tree.parent_rows,
             self.tree.depths,
             self.tree.ancestor_masks,
             self.shape.max_depth,
         )
-        if rows is None:
-            return ordered_tokens
-        draft_tokens[rows] = ordered_tokens
-        return draft_tokens
-
-    def _update_window(
-        self,
-        input_batch: InputBatch,
-        decodes_next: np.ndarray,
-        slots: torch.Tensor,
-        root_positions: torch.Tensor,
-        num_sampled: torch.Tensor,
-    ) -> None:
-        """Every request that leaves its prompt gets a new window, every other one the tokens that it just settled.
-
-        A request enters a slot through its prompt, whether it is new, was preempted or found its prefix cached.
-        """
-        token_ids = self.req_states.all_token_ids.gpu
-        leaves_prompt = input_batch.is_prefilling_np[decodes_next]
-        if leaves_prompt.any():
-            rows = self._to_device(np.flatnonzero(leaves_prompt))
-            longest = int(input_batch.prefill_len_np[decodes_next][leaves_prompt].max())
-            self.window.rebuild(token_ids, slots[rows], root_positions[rows], longest)
-        if not leaves_prompt.all():
-            # For requests that were just rebuilt this writes the same values once more.
-            self.window.append(token_ids, slots, root_positions, num_sampled, self.shape.max_depth + 1)
 
     def _cross_attention(
         self, block_table: torch.Tensor, root_positions: torch.Tensor, max_prefix_len: int
@@ -220,9 +254,8 @@ class GlideSpeculator(DraftModelSpeculator):
             max_position=self.max_model_len - 1,
         )
 
+    def _no_drafts(self, num_reqs: int) -> torch.Tensor:
+        return torch.zeros(num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device)
+
     def _to_device(self, indices: np.ndarray) -> torch.Tensor:
         return async_tensor_h2d(indices, device=self.device)
-
-
-def _select(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return values if rows is None else values[rows]

@@ -152,7 +152,7 @@ def _best_children(
         parents_log_probs = log_probs[start : start + chunk]
         logits = model.compute_logits(hidden[start * width : (start + chunk) * width])
         # A broken draft may produce NaN: then nothing is likely, and nothing but the acceptance length suffers.
-        token_log_probs = logits.float().log_softmax(dim=-1).nan_to_num_(nan=float("-inf"))
+        token_log_probs = logits.float().log_softmax(dim=-1).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
         # No parent can contribute more children than the level holds.
         per_parent, tokens = token_log_probs.topk(min(num_children, logits.shape[-1]))
         candidates = parents_log_probs[:, :, None] + per_parent.view(*parents_log_probs.shape, -1)
