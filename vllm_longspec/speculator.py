@@ -151,6 +151,10 @@ class GlideSpeculator(DraftModelSpeculator):
         leaves_prompt = input_batch.is_prefilling_np[decodes_next]
         if leaves_prompt.any():
             self._rebuild_windows(slots, leaves_prompt, input_batch.prefill_len_np[decodes_next])
+        self._extend_windows(num_drafts)
+        if num_speculative_tokens == 0:
+            # The batch is too large for speculation to pay; the windows are kept for when it is not.
+            return self._no_drafts(num_reqs)
         self._draft(num_drafts, int(input_batch.seq_lens_cpu_upper_bound.max()))
         if rows is None:
             return self.draft_tokens[:num_reqs]
@@ -173,26 +177,32 @@ class GlideSpeculator(DraftModelSpeculator):
         self.window.rebuild(
             self.req_states.all_token_ids.gpu,
             rebuilt,
-            self.req_states.num_computed_tokens.gpu[rebuilt].to(torch.int64),
+            self._root_positions(rebuilt),
             int(prefill_lens[leaves_prompt].max()),
         )
 
-    def _draft(self, num_drafts: int, max_prefix_len: int) -> None:
-        """Draws a tree for each of the staged requests, into `draft_tokens` and the tree state.
+    # What follows reads and writes nothing but tensors that live as long as the engine, and its shapes depend on the
+    # number of requests alone, as a CUDA graph will need it.
 
-        Reads and writes nothing but tensors that live as long as the engine, and its shapes depend on `num_drafts`
-        alone, as a CUDA graph would need it.
-        """
+    def _root_positions(self, slots: torch.Tensor) -> torch.Tensor:
+        return self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+
+    def _extend_windows(self, num_drafts: int) -> None:
+        """Adds the tokens that the last step settled to the windows of the staged requests."""
         slots = self.slots[:num_drafts]
-        root_positions = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
         # For requests whose window was just rebuilt this writes the same values once more.
         self.window.append(
             self.req_states.all_token_ids.gpu,
             slots,
-            root_positions,
+            self._root_positions(slots),
             self.num_sampled[:num_drafts],
             max_new=self.shape.max_depth + 1,
         )
+
+    def _draft(self, num_drafts: int, max_prefix_len: int) -> None:
+        """Draws a tree for each of the staged requests, into `draft_tokens` and the tree state."""
+        slots = self.slots[:num_drafts]
+        root_positions = self._root_positions(slots)
         drafted = grow_trees(
             self.model,
             self.shape.levels,

@@ -118,6 +118,30 @@ def test_fewer_nodes_than_the_tree(pairs):
     assert result.acceptance_length >= 2.5
 
 
+def test_nodes_by_batch_size(pairs):
+    """A batch that shrinks: too large for speculation at first, then verified with few nodes, then with more."""
+    target, draft = pairs["qwen2"]
+    limits = (8, 8, 24, 24, 40, 48)
+    requests = [
+        [
+            request(prompt, **(GREEDY if i % 2 else SAMPLINGS[i]), max_tokens=limit, ignore_eos=True)
+            for i, (prompt, limit) in enumerate(zip(source_code(LENGTHS), limits, strict=True))
+        ]
+    ]
+    schedule = [(1, 1, 14), (2, 4, 5), (5, 8, 0)]
+    plain = generate(target, requests)
+    options = {"num_speculative_tokens_per_batch_size": schedule}
+    result = generate(target, requests, **speculative(draft, [2, 4, 8], **options))
+    assert_lossless(plain, result)
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    drafts, nodes, accepted = (result.metrics[f"vllm:spec_decode_num_{name}"] for name in names)
+    # Some steps had 5 nodes and some 14.
+    assert 5 * drafts < nodes < 14 * drafts
+    # While more than four requests ran, tokens came without drafts.
+    assert sum(limits) - drafts - accepted >= 6 * 6
+    assert result.acceptance_length > 1.8
+
+
 def test_preemption(pairs):
     """A cache too small for the batch: requests lose their place, their cache and the draft's window, and come back."""
     target, draft = pairs["qwen2"]

@@ -183,6 +183,7 @@ PARALLEL = SimpleNamespace(tensor_parallel_size=2)
         {"method": "draft_model"},
         {"draft_tensor_parallel_size": 2},
         {"enforce_eager": True},
+        {"num_speculative_tokens_per_batch_size": [(1, 4, 8), [5, 8, 0]]},
         # what vLLM assumes when nothing is said
         {"rejection_sample_method": "standard", "draft_sample_method": "greedy", "parallel_drafting": False},
         {"suffix_decoding_max_tree_depth": 24, "max_model_len": None},
@@ -204,7 +205,6 @@ def test_supported_options(options):
         ({"rejection_sample_method": "block"}, "rejection_sample_method='block'"),
         ({"draft_sample_method": "probabilistic"}, "draft_sample_method='probabilistic'"),
         ({"parallel_drafting": True}, "parallel_drafting=True"),
-        ({"num_speculative_tokens_per_batch_size": [(1, 4, 8)]}, "num_speculative_tokens_per_batch_size="),
         ({"quantization": "fp8"}, "quantization='fp8'"),
         ({"attention_backend": "FLASH_ATTN"}, "attention_backend='FLASH_ATTN'"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
@@ -217,6 +217,13 @@ def test_unsupported_option_is_refused_by_name(options, said):
     with pytest.raises(ValueError, match="is not supported with a GLIDE draft: leave ") as error:
         support.check_options(options, PARALLEL)
     assert said in refused(error)
+
+
+@pytest.mark.parametrize("schedule", [[], "1:8", [(1, 4)], [(2, 4, 8)], [(1, 4, -1)], [(1, 4, 8), (3, 6, 4)]])
+def test_wrong_schedule_is_refused_before_the_engine_starts(schedule):
+    with pytest.raises(ValueError, match=r"range|non-empty|must not be empty|3-item|>= 0") as error:
+        support.check_options({"num_speculative_tokens_per_batch_size": schedule}, PARALLEL)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
 # Options of vLLM's speculative configuration that mean for a GLIDE draft what they mean for any other.
 _OPTIONS = frozenset(
     {"model", "method", "num_speculative_tokens", "revision", "code_revision", "draft_load_config", "enforce_eager"}
-    | {"draft_tensor_parallel_size"}
+    | {"draft_tensor_parallel_size", "num_speculative_tokens_per_batch_size"}
 )
 
 # (does it apply, what it is, the way out)
@@ -43,7 +43,11 @@ def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig")
         ValueError: in one line, with the way out.
     """
     from vllm.config import SpeculativeConfig
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
+    # vLLM would say so too, but from within the engine's process.
+    if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
+        validate_and_normalize_dynamic_sd_schedule(schedule)
     method = options.get("method")
     draft_size, target_size = options.get("draft_tensor_parallel_size"), parallel_config.tensor_parallel_size
     _refuse(
