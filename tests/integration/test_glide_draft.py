@@ -484,9 +484,11 @@ def propose(speculator: GlideSpeculator, batch: Batch, step: list[Scheduled]) ->
         last_sampled[slot] = batch.token_ids[slot, each.computed]
     request_state = speculator.req_states
     request_state.all_token_ids = SimpleNamespace(gpu=token_ids)  # type: ignore[assignment]
+    request_state.last_sampled_tokens = last_sampled
     request_state.num_computed_tokens = SimpleNamespace(gpu=num_computed)  # type: ignore[assignment]
     block_table = batch.block_table[[each.request for each in step]]
     speculator.block_tables = SimpleNamespace(input_block_tables=[block_table])  # type: ignore[assignment]
+    speculator.block_table = block_table.new_zeros(NUM_SLOTS, block_table.shape[1])
     layers = speculator.vllm_config.compilation_config.static_forward_context
     layers[speculator.target_layer_name].kv_cache = batch.kv_cache
 
