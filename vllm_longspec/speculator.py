@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import VllmConfig, replace
+from vllm.config import VllmConfig, replace, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
@@ -25,7 +25,8 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec.attention.registry import replace_cpu_backend
-from vllm_longspec.config.options import tree_shape_of
+from vllm_longspec.config.options import frequent_tokens_of, tree_shape_of
+from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window import DraftWindow
 from vllm_longspec.model_state import TreeModelState
@@ -67,6 +68,10 @@ class GlideSpeculator(DraftModelSpeculator):
         with set_model_tag("glide_draft"):
             model = get_model(vllm_config=draft_vllm_config, prefix="glide")
         model.share_with(target_model)
+        if path := frequent_tokens_of(self.vllm_config):
+            token_ids = read_frequent_tokens(path, self.vocab_size)
+            with set_current_vllm_config(draft_vllm_config):
+                model.restrict_head(torch.tensor(token_ids, device=self.device))
 
         # vLLM asks the target for the state that accompanies its steps.
         target_model.tree_state = self.tree
@@ -75,10 +80,13 @@ class GlideSpeculator(DraftModelSpeculator):
 
         self.window = DraftWindow(self.max_num_reqs, model, self.dtype, self.device)
         logger.info(
-            "GLIDE draft: tree shape %s, %d of %d nodes verified, draft state %d bytes per request (%s GiB in all)",
+            "GLIDE draft: tree shape %s, %d of %d nodes verified, %d of %d tokens drafted, "
+            "draft state %d bytes per request (%s GiB in all)",
             list(self.shape.levels),
             self.num_speculative_steps,
             self.shape.num_nodes,
+            model.draft_vocab_size,
+            self.vocab_size,
             self.window.bytes_per_request,
             format_gib(self.window.bytes_per_request * self.max_num_reqs),
         )

@@ -7,6 +7,7 @@ more, which is the next root. This is exactly what a verification pass does, sin
 would emit there: at temperature 0 its argmax, above it a draw that does not depend on the tree.
 
 Usage: python acceptance.py [--pair FOLDER] [--device cpu] [--prompts-per-length 2] [--tokens 128]
+           [--frequent-tokens FILE]
 """
 
 import argparse
@@ -76,7 +77,14 @@ def make_passage(target: Target, glide: GlideLayer, ids: Tensor, prompt_length: 
     return Passage(ids, prompt_length, ends, (keys, values), (window_keys, window_values))
 
 
-def accepted_nodes(target: Target, glide: GlideLayer, passage: Passage, roots: Tensor, shape: list[int]) -> Tensor:
+def accepted_nodes(
+    target: Target,
+    glide: GlideLayer,
+    passage: Passage,
+    roots: Tensor,
+    shape: list[int],
+    drafted: Tensor | None = None,
+) -> Tensor:
     """Grow one tree a request and count the nodes on the continuation's path.
 
     Level 1 is the root's most probable tokens; every further level the most probable (parent, token) pairs of the whole
@@ -85,6 +93,7 @@ def accepted_nodes(target: Target, glide: GlideLayer, passage: Passage, roots: T
     Args:
         roots: int64 [batch], index of the root token in `passage.ids`
         shape: nodes per level
+        drafted: int64 [tokens], the only tokens that the draft draws; None for all
 
     Returns:
         int64 [batch]
@@ -115,10 +124,14 @@ def accepted_nodes(target: Target, glide: GlideLayer, passage: Passage, roots: T
             past,
         )
         past = tuple(torch.cat(parts, dim=1) for parts in zip(past, new, strict=True))
-        log_probabilities = target.head(hidden).log_softmax(-1)
-        vocab_size = log_probabilities.shape[-1]
-        scores, best = (scores[..., None] + log_probabilities).flatten(1).topk(width)
+        logits = target.head(hidden)
+        if drafted is not None:
+            logits = logits[..., drafted]
+        vocab_size = logits.shape[-1]
+        scores, best = (scores[..., None] + logits.log_softmax(-1)).flatten(1).topk(width)
         parents, tokens = best // vocab_size, best % vocab_size
+        if drafted is not None:
+            tokens = drafted[tokens]
         own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
         ancestors = ancestors.gather(1, parents[..., None].expand(-1, -1, ancestors.shape[-1]))
         ancestors = torch.cat((ancestors, own), dim=-1)
@@ -127,7 +140,9 @@ def accepted_nodes(target: Target, glide: GlideLayer, passage: Passage, roots: T
     return accepted
 
 
-def walk(target: Target, glide: GlideLayer, passage: Passage, shape: list[int]) -> list[tuple[int, int, int]]:
+def walk(
+    target: Target, glide: GlideLayer, passage: Passage, shape: list[int], drafted: Tensor | None = None
+) -> list[tuple[int, int, int]]:
     """All steps of all requests as (request, index of the root in the continuation, tokens emitted).
 
     A step that could run into the end of the continuation is not counted: it would be cut short.
@@ -140,7 +155,7 @@ def walk(target: Target, glide: GlideLayer, passage: Passage, shape: list[int]) 
             return steps
         # Finished requests stay in the batch, at a root from where a whole tree still fits.
         emitted = 1 + accepted_nodes(
-            target, glide, passage, roots.clamp(max=passage.ids.shape[1] - len(shape) - 1), shape
+            target, glide, passage, roots.clamp(max=passage.ids.shape[1] - len(shape) - 1), shape, drafted
         )
         columns = (active, roots - passage.prompt_length, emitted)
         for request, (counts, root, count) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
@@ -173,6 +188,7 @@ def measure(
     num_tokens: int,
     temperature: float,
     seed: int = 0,
+    drafted: Tensor | None = None,  # int64 [tokens], the only tokens that the draft draws
 ) -> dict:
     """Mean tokens per step for all SHAPES, over all steps and over those before a continuation starts to loop."""
     generator = torch.Generator().manual_seed(seed)
@@ -190,7 +206,7 @@ def measure(
             total += len(continuation)
             looping += len(continuation) - loops[-1]
         for shape in SHAPES:
-            steps = walk(target, glide, passage, shape)
+            steps = walk(target, glide, passage, shape, drafted)
             emitted[str(shape)] += [count for _, _, count in steps]
             before_loop[str(shape)] += [count for request, root, count in steps if root < loops[request]]
             by_length[str(shape)][length] = mean([count for _, _, count in steps])
@@ -234,13 +250,17 @@ def main() -> None:
     parser.add_argument("--prompts-per-length", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--frequent-tokens", type=Path, help="JSON list of the only token ids that the draft draws")
     args = parser.parse_args()
     started = time.perf_counter()
     target, glide = load_pair(args.pair, args.device)
     prompts = load_prompts(
         args.pair / "prompts.jsonl", args.pair / "target" / "tokenizer.json", args.prompts_per_length, args.device
     )
-    print(json.dumps(measure(target, glide, prompts, args.tokens, args.temperature), indent=2))
+    drafted = None
+    if args.frequent_tokens:
+        drafted = torch.tensor(json.loads(args.frequent_tokens.read_text()), device=args.device)
+    print(json.dumps(measure(target, glide, prompts, args.tokens, args.temperature, drafted=drafted), indent=2))
     print(f"{time.perf_counter() - started:.1f} s")
 
 

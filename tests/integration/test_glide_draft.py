@@ -318,6 +318,33 @@ def test_drafts_what_the_plain_layer_drafts(pairs, name, levels, histories):
         assert [tree_oracle.mask_to_rows(words) for words in masks[slot].tolist()] == expected_masks
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2 tied"])
+def test_a_restricted_head_drafts_the_best_of_its_tokens(tmp_path, name):
+    """As the plain layer whose head has no rows but the frequent tokens', each with the target's own number."""
+    target, draft = write_pair(tmp_path, name)
+    pair = load(target, draft)
+    batch = Batch([40, 600], pair.draft)
+    vocab_size = pair.draft.draft_vocab_size
+    kept = random.Random(0).sample(range(vocab_size), vocab_size // 3)
+    with set_current_vllm_config(pair.speculator.vllm_config):
+        pair.draft.restrict_head(torch.tensor(kept, device=DEVICE))
+    assert pair.draft.draft_vocab_size == len(kept)
+
+    def restricted(*args: Any) -> torch.Tensor:
+        log_probs = pair.plain.next_log_probs(*args)
+        left_out = torch.ones(vocab_size, dtype=torch.bool)
+        left_out[kept] = False
+        return log_probs.masked_fill(left_out, float("-inf")).log_softmax(-1)
+
+    plain = SimpleNamespace(self_kv=pair.plain.self_kv, next_log_probs=restricted)
+    levels = (2, 4, 4)
+    drafted = batch.grow(pair.draft, levels, batch.rebuilt_window(pair.draft))
+    for request in range(batch.num_reqs):
+        tokens, parents = drafted.tokens[request].tolist(), drafted.parents[request].tolist()
+        assert set(tokens) <= set(kept)
+        check_tree(plain, batch, request, levels, tokens, parents, drafted.log_probs[request].tolist())  # type: ignore[arg-type]
+
+
 def test_drafts_up_to_the_last_position(tmp_path):
     """At the end of the context the deeper levels are beyond what the rotary embedding knows, and are cut off later."""
     target, draft = write_pair(tmp_path, "llama", num_key_value_heads=1, max_position_embeddings=MAX_MODEL_LEN)

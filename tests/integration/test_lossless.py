@@ -3,6 +3,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.engine import Request, Result, generate, request
 from tests.models import as_llama, untied, write_draft, write_target
 from vllm_longspec.config.options import DEFAULT_LEVELS
+from vllm_longspec.frequent_tokens import most_frequent
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 DEFAULT_SHAPE = list(DEFAULT_LEVELS)
@@ -116,6 +118,21 @@ def test_fewer_nodes_than_the_tree(pairs):
     drafts = result.metrics["vllm:spec_decode_num_drafts"]
     assert result.metrics["vllm:spec_decode_num_draft_tokens"] <= 12 * drafts
     assert result.acceptance_length >= 2.5
+
+
+def test_frequent_tokens(pairs, tmp_path):
+    """A draft that may draw a quarter of the tokens only: the target still emits any."""
+    target, draft = pairs["qwen2"]
+    prompts = source_code((200, 300, 400))
+    kept = most_frequent(Counter(token for prompt in source_code((2048,) * 8) for token in prompt), 300)
+    path = tmp_path / "frequent_tokens.json"
+    path.write_text(json.dumps(kept))
+    requests = [[request(prompt, **GREEDY, max_tokens=48, ignore_eos=True) for prompt in prompts]]
+    plain = generate(target, requests)
+    assert any(token not in kept for tokens in plain.tokens[0] for token in tokens)
+    result = generate(target, requests, **speculative(draft, [2, 4, 4], frequent_tokens=str(path)))
+    assert_lossless(plain, result)
+    assert result.acceptance_length > 1.5
 
 
 def test_nodes_by_batch_size(pairs):

@@ -17,7 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.models import write_draft, write_target
 from vllm_longspec.attention.registry import FLASH_BACKEND, attention_backend
 from vllm_longspec.config.draft import choose_attention_backend
-from vllm_longspec.config.options import TreeShape, is_glide, speculates_with_glide, tree_shape_of
+from vllm_longspec.config.options import TreeShape, frequent_tokens_of, is_glide, speculates_with_glide, tree_shape_of
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +208,53 @@ def test_a_tree_needs_a_glide_draft(target, ordinary_draft, options):
     refused(error)
     with pytest.raises(ValueError, match=f"{name} needs a GLIDE draft: no draft was given, add --speculative-model"):
         create(target, speculative_config=options)
+
+
+def test_frequent_tokens(tmp_path, target, draft):
+    few, many = tmp_path / "few.json", tmp_path / "many.json"
+    few.write_text("[5, 3, 9]")
+    many.write_text(json.dumps(list(range(40))))
+
+    def file_of(*options):
+        config = EngineArgs.from_cli_args(parse(target, *options)).create_engine_config()
+        return frequent_tokens_of(config)
+
+    command = ["--speculative-model", draft, "--speculative-tree-shape", "2", "4"]
+    assert file_of(*command) is None
+    assert file_of(*command, "--speculative-frequent-tokens", str(few)) == str(few)
+    with pytest.raises(ValueError, match="asks for 4 nodes at level 1, but 1 nodes above it with 3 tokens each"):
+        file_of("--speculative-model", draft, "--speculative-frequent-tokens", str(few))
+    given = json.dumps({"model": draft, "frequent_tokens": str(few)})
+    with pytest.raises(ValueError, match="--speculative-frequent-tokens and --speculative-config"):
+        file_of("--speculative-config", given, "--speculative-frequent-tokens", str(many))
+    # The file that comes with a draft is used without being asked for.
+    shipped = Path(with_config(tmp_path / "draft", draft)) / "frequent_tokens.json"
+    shipped.write_text(many.read_text())
+    config = create(target, speculative_config={"model": str(shipped.parent)})
+    assert frequent_tokens_of(config) == str(shipped)
+    config = create(target, speculative_config={"model": str(shipped.parent), "frequent_tokens": False})
+    assert frequent_tokens_of(config) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(8, "must be a file, or false, got 8"), ("no_file.json", "no_file.json cannot be read")]
+)
+def test_wrong_frequent_tokens_are_refused(target, draft, value, said):
+    with pytest.raises(ValueError, match=said) as error:
+        create(target, speculative_config={"model": draft, "frequent_tokens": value})
+    refused(error)
+
+
+def test_frequent_tokens_need_one_process(tmp_path, target, draft):
+    path = tmp_path / "tokens.json"
+    path.write_text("[1, 2, 3, 4]")
+    with pytest.raises(ValueError, match="frequent_tokens is not supported with tensor_parallel_size=2: give false"):
+        create(
+            target,
+            tensor_parallel_size=2,
+            distributed_executor_backend="mp",
+            speculative_config={"model": draft, "frequent_tokens": str(path)},
+        )
 
 
 def test_the_same_option_in_two_places_is_refused(target, draft):

@@ -85,6 +85,11 @@ def inspect_draft(model: str, revision: str | None = None) -> DraftCheckpoint | 
     return DraftCheckpoint(model, FAMILIES[model_type], config)
 
 
+def find_file(model: str, file_name: str, revision: str | None = None) -> Path | None:
+    """A file that lies beside the weights of a checkpoint; None when it is not there."""
+    return _Repository(model, revision)._find(file_name)
+
+
 def _prefix(names: Iterable[str]) -> str | None:
     known = set(names)
     return next((prefix for prefix in _PREFIXES if all(prefix + marker in known for marker in _MARKERS)), None)

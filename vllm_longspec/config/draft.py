@@ -2,6 +2,7 @@
 """Prepares vLLM's engine arguments for a GLIDE draft, or leaves them alone when the draft is of another kind."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,15 +13,17 @@ import torch
 
 from vllm_longspec.attention.registry import ATTENTION_BACKENDS, FLASH_BACKEND, TRITON_BACKEND, attention_backend
 from vllm_longspec.config import support
-from vllm_longspec.config.checkpoint import DraftCheckpoint, inspect_draft
+from vllm_longspec.config.checkpoint import DraftCheckpoint, find_file, inspect_draft
 from vllm_longspec.config.fit import check_fit
 from vllm_longspec.config.options import (
+    FREQUENT_TOKENS_ATTRIBUTE,
     OPTION_NAMES,
     SHAPE_ATTRIBUTE,
     TreeShape,
     count_verified_nodes,
     parse_tree_shape,
 )
+from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -44,6 +47,8 @@ class GlideDraft:
 
     checkpoint: DraftCheckpoint
     tree_shape: TreeShape
+    # None: all tokens are drafted
+    frequent_tokens: str | None
     # of vLLM's SpeculativeConfig
     options: dict[str, Any]
 
@@ -99,10 +104,34 @@ def find_glide_draft(
                 f"draft {checkpoint.model} is a GLIDE draft, but vLLM takes any path with {word!r} in it for another "
                 "kind: move it or link to it under another name"
             )
-    tree_shape = parse_tree_shape(tree_options, target.get_vocab_size())
+    vocab_size = target.get_vocab_size()
+    frequent_tokens = _find_frequent_tokens(tree_options.get("frequent_tokens"), checkpoint, options.get("revision"))
+    if frequent_tokens is not None:
+        if parallel_config.tensor_parallel_size > 1:
+            raise ValueError(
+                f"frequent_tokens is not supported with tensor_parallel_size={parallel_config.tensor_parallel_size}: "
+                "give false to draft all tokens"
+            )
+        vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
+    tree_shape = parse_tree_shape(tree_options, vocab_size)
     options["num_speculative_tokens"] = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
     options["method"] = "draft_model"
-    return GlideDraft(checkpoint, tree_shape, options)
+    return GlideDraft(checkpoint, tree_shape, frequent_tokens, options)
+
+
+def _find_frequent_tokens(option: Any, checkpoint: DraftCheckpoint, revision: str | None) -> str | None:
+    """The file that the user gives, or else the one that comes with the draft, unless the option is false."""
+    if option is False:
+        return None
+    if option is None:
+        shipped = find_file(checkpoint.model, FILE_NAME, revision)
+        return None if shipped is None else str(shipped)
+    if not isinstance(option, str):
+        raise ValueError(
+            f"frequent_tokens must be a file, or false, got {option!r}: make one with "
+            "python -m vllm_longspec.frequent_tokens"
+        )
+    return os.path.abspath(option)
 
 
 @contextmanager
@@ -131,17 +160,21 @@ def glide_hf_overrides(
     draft = _current.get()
     if draft is None:
         return overrides
-    return functools.partial(_describe, draft.checkpoint.architecture, draft.tree_shape.levels, overrides)
+    return functools.partial(
+        _describe, draft.checkpoint.architecture, draft.tree_shape.levels, draft.frequent_tokens, overrides
+    )
 
 
 def _describe(
     architecture: str,
     levels: tuple[int, ...],
+    frequent_tokens: str | None,
     overrides: "Callable[[PretrainedConfig], PretrainedConfig]",
     hf_config: "PretrainedConfig",
 ) -> "PretrainedConfig":
     hf_config.architectures = [architecture]
     setattr(hf_config, SHAPE_ATTRIBUTE, list(levels))
+    setattr(hf_config, FREQUENT_TOKENS_ATTRIBUTE, frequent_tokens)
     return overrides(hf_config)
 
 

@@ -3,6 +3,7 @@
 
 - `tree_shape`, such as [4, 16, 16, 16, 16]: nodes at each level of the tree;
 - `gamma`, such as 5: the sequential method, which is the tree shape [1] * gamma;
+- `frequent_tokens`, a file: the tokens that are drafted, if not all (`vllm_longspec/frequent_tokens.py`);
 - `num_speculative_tokens`, which is vLLM's own: verify at most so many of the tree's nodes.
 """
 
@@ -17,10 +18,11 @@ DEFAULT_LEVELS = (4, 16, 16, 16, 16)
 # An ancestor mask has one bit a row, the root's included: 256 rows are 8 words of int32.
 MAX_NODES = 255
 
-OPTION_NAMES = ("tree_shape", "gamma")
+OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens")
 
-# Workers find the shape on the draft's Hugging Face config: it travels with vLLM's configuration as it is.
+# Workers find the shape and the file on the draft's Hugging Face config: it travels with vLLM's configuration as it is.
 SHAPE_ATTRIBUTE = "longspec_tree_shape"
+FREQUENT_TOKENS_ATTRIBUTE = "longspec_frequent_tokens"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TreeShape:
 
 
 def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
-    """Reads `tree_shape` or `gamma` out of the options of a GLIDE draft.
+    """Reads `tree_shape` or `gamma` out of the options of a GLIDE draft, which draws from `vocab_size` tokens.
 
     Raises:
         ValueError: for a shape that cannot be drafted, in one line that says what to give instead.
@@ -95,6 +97,12 @@ def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
 def tree_shape_of(vllm_config: "VllmConfig") -> TreeShape | None:
     """The tree shape of an engine that speculates with a GLIDE draft, in every process; None for any other engine."""
     return _shape(vllm_config.speculative_config)
+
+
+def frequent_tokens_of(vllm_config: "VllmConfig") -> str | None:
+    """The file of the tokens that the GLIDE draft of this engine draws; None when it draws any."""
+    assert vllm_config.speculative_config is not None
+    return getattr(vllm_config.speculative_config.draft_model_config.hf_config, FREQUENT_TOKENS_ATTRIBUTE)
 
 
 def is_glide(vllm_config: "VllmConfig") -> bool:

@@ -7,8 +7,9 @@
     h = h + mlp(post_cross_attention_layernorm(h))
     logits = lm_head(h)                                      no norm before the head
 
-Embedding, rotary embedding, head and logits processor are the target's own modules, not copies. One class serves every
-family whose layer has this form; `vllm_longspec/config/checkpoint.py` lists them.
+Embedding, rotary embedding, head and logits processor are the target's own modules, not copies; only a head that is
+restricted to some tokens is a copy of their rows. One class serves every family whose layer has this form;
+`vllm_longspec/config/checkpoint.py` lists them.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,14 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
@@ -113,7 +121,9 @@ class GlideForCausalLM(nn.Module):
     embed_tokens: nn.Module
     rotary_emb: nn.Module
     lm_head: nn.Module
-    logits_processor: nn.Module
+    logits_processor: LogitsProcessor
+    # The tokens of a restricted head, int64 [draft_vocab_size]; None when the draft draws any.
+    token_ids: torch.Tensor | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -149,6 +159,42 @@ class GlideForCausalLM(nn.Module):
         self.rotary_emb = target.model.layers[-1].self_attn.rotary_emb
         self.lm_head = target.lm_head
         self.logits_processor = target.logits_processor
+        self.token_ids = None
+
+    def restrict_head(
+        self,
+        token_ids: torch.Tensor,  # int64 [num_tokens]
+    ) -> None:
+        """Lets the draft draw these tokens only, with their rows of the target's head.
+
+        Raises:
+            ValueError: the target's head is quantised, so it has no rows.
+        """
+        if not isinstance(self.lm_head.quant_method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)):
+            raise ValueError(
+                "frequent_tokens is not supported with a quantised head: give false to draft all tokens, or serve a "
+                "target that leaves its head as it is"
+            )
+        self.token_ids = token_ids
+        self.head_weight = self.lm_head.weight[token_ids]
+        # What the target's processor does to logits, without its head.
+        self.logits_processor = LogitsProcessor(
+            len(token_ids),
+            scale=self.logits_processor.scale,
+            soft_cap=self.logits_processor.soft_cap,
+            logits_as_input=True,
+        )
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """How many tokens the draft chooses from."""
+        return self.logits_processor.org_vocab_size
+
+    def to_token_ids(
+        self,
+        choices: torch.Tensor,  # int64, any shape, below draft_vocab_size
+    ) -> torch.Tensor:
+        return choices if self.token_ids is None else self.token_ids[choices]
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids)
@@ -188,8 +234,10 @@ class GlideForCausalLM(nn.Module):
         hidden, residual = self.post_cross_attention_layernorm(hidden, residual)
         return self.mlp(hidden) + residual
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.logits_processor(self.lm_head, hidden_states)
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [num_tokens, draft_vocab_size]
+        if self.token_ids is None:
+            return self.logits_processor(self.lm_head, hidden_states)
+        return self.logits_processor(None, nn.functional.linear(hidden_states, self.head_weight))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         # A checkpoint without biases is the same layer with biases of zero.

@@ -147,7 +147,7 @@ def _best_children(
     num_reqs, width = log_probs.shape
     chosen = []
     # Log-probabilities over the vocabulary are large; a slice of the batch at a time bounds them as vLLM bounds logits.
-    chunk = max(1, get_max_chunk_logits(model.logits_processor.org_vocab_size) // width)
+    chunk = max(1, get_max_chunk_logits(model.draft_vocab_size) // width)
     for start in range(0, num_reqs, chunk):
         parents_log_probs = log_probs[start : start + chunk]
         logits = model.compute_logits(hidden[start * width : (start + chunk) * width])
@@ -158,5 +158,6 @@ def _best_children(
         candidates = parents_log_probs[:, :, None] + per_parent.view(*parents_log_probs.shape, -1)
         best, index = candidates.flatten(1).topk(num_children)
         parents = index // per_parent.shape[-1]
-        chosen.append((parents, tokens.view(parents_log_probs.shape[0], -1).gather(1, index), best))
+        tokens = model.to_token_ids(tokens.view(parents_log_probs.shape[0], -1).gather(1, index))
+        chosen.append((parents, tokens, best))
     return tuple(torch.cat(column) for column in zip(*chosen, strict=True))
