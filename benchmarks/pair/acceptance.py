@@ -126,7 +126,7 @@ def accepted_nodes(
         past = tuple(torch.cat(parts, dim=1) for parts in zip(past, new, strict=True))
         logits = target.head(hidden)
         if drafted is not None:
-            logits = logits[..., drafted]
+            logits = logits.index_select(-1, drafted)
         vocab_size = logits.shape[-1]
         scores, best = (scores[..., None] + logits.log_softmax(-1)).flatten(1).topk(width)
         parents, tokens = best // vocab_size, best % vocab_size
