@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from vllm_longspec.compatibility import unsupported_version
 from vllm_longspec.config import support
 from vllm_longspec.config.checkpoint import inspect_draft
-from vllm_longspec.config.draft import building, choose_attention_backend, find_glide_draft, glide_hf_overrides
+from vllm_longspec.config.draft import (
+    building,
+    choose_attention_backend,
+    find_glide_draft,
+    given_config,
+    glide_hf_overrides,
+)
 from vllm_longspec.config.options import DEFAULT_LEVELS, is_glide, speculates_with_glide
 from vllm_longspec.interpreter import interpreting
 
@@ -128,7 +134,7 @@ def _from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], a
     # wherever vLLM sends these arguments next.
     engine_args = original(cls, args)
     if tree_shape := getattr(args, "speculative_tree_shape", None):
-        given = engine_args.speculative_config or {}
+        given = given_config(engine_args)
         if "tree_shape" in given or "tree-shape" in given:
             raise ValueError("--speculative-tree-shape and --speculative-config['tree_shape'] are mutually exclusive")
         engine_args.speculative_config = {**given, "tree_shape": tree_shape}
