@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from vllm_longspec.compatibility import unsupported_version
 from vllm_longspec.config import support
 from vllm_longspec.config.checkpoint import inspect_draft
-from vllm_longspec.config.draft import building, choose_attention_backend, find_glide_draft, glide_hf_overrides
+from vllm_longspec.config.draft import (
+    building,
+    choose_attention_backend,
+    find_glide_draft,
+    given_config,
+    glide_hf_overrides,
+)
 from vllm_longspec.config.options import DEFAULT_LEVELS, is_glide, speculates_with_glide
 from vllm_longspec.interpreter import interpreting
 
@@ -137,7 +143,7 @@ def _from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], a
         value = getattr(args, f"speculative_{name}", None)
         if value is None:
             continue
-        given = engine_args.speculative_config or {}
+        given = given_config(engine_args)
         flag = f"--speculative-{name.replace('_', '-')}"
         if name in given or name.replace("_", "-") in given:
             raise ValueError(f"{flag} and --speculative-config['{name}'] are mutually exclusive")

