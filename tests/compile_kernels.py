@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every kernel for an NVIDIA GPU, on a machine that has none: `python -m tests.compile_kernels`.
+
+Triton's interpreter runs what no compiler would take: types that differ between two branches, operations that a GPU
+does not have. Triton's compiler and the assembler that comes with it need no GPU, only to be told for which to compile.
+So the kernels' own Python wrappers are called here as they are on a GPU, and each launch is compiled instead.
+Prints the kernels' names.
+"""
+
+# ruff: noqa: E402 (what is imported depends on what is set up before)
+
+import os
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends import Backend, backends
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from vllm_longspec.interpreter import InterpreterDriver
+
+# vLLM puts placeholders in the place of Triton where not exactly one driver is active when this is first imported.
+if not torch.cuda.is_available():
+    backends["cpu"] = Backend(compiler=None, driver=InterpreterDriver)
+import vllm.triton_utils
+
+backends.pop("cpu", None)
+assert vllm.triton_utils.HAS_TRITON
+
+from vllm_longspec.attention.prefix import prefix_attention
+from vllm_longspec.glide.window_attention import window_attention, write_window
+from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.step.order import order_tree
+from vllm_longspec.step.sample import _rows_of_emitted
+from vllm_longspec.step.verify import tree_attention
+from vllm_longspec.step.walk import walk_tree
+from vllm_longspec.tree import TreeState, lay_out_trees
+
+HOPPER = GPUTarget("cuda", 90, 32)
+compiled: set[str] = set()
+
+
+def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Stands where Triton compiles and launches a kernel, with the same specialisation of integers that are 1."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or is_one or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = mangle_type(value)
+    binary = triton.compile(ASTSource(kernel, signature, constants), target=HOPPER, options=options)
+    assert binary.asm["cubin"]
+    compiled.add(kernel.__name__)
+
+
+def compile_tree_kernels(num_nodes: int) -> None:
+    """Everything that does not depend on the model's data type."""
+    num_reqs, max_depth = 3, 5
+    tree = TreeState.allocate(num_reqs, num_nodes, max_depth, torch.device("cpu"))
+    slots = torch.arange(num_reqs)
+    starts = torch.zeros(num_reqs + 1, dtype=torch.int32)
+    tokens = torch.zeros(num_reqs, 68, dtype=torch.int64)
+    order_tree(
+        tokens,
+        tokens.float(),
+        tokens.int(),
+        slots,
+        tokens[:, :num_nodes],
+        tree.parent_rows,
+        tree.depths,
+        tree.ancestor_masks,
+        max_depth,
+    )
+    lay_out_trees(tree, num_reqs, slots, starts, starts, tokens.flatten())
+    emitted = torch.zeros(num_reqs, max_depth + 1, dtype=torch.int64)
+    num_emitted = torch.zeros(num_reqs, dtype=torch.int32)
+    for row_tokens in (tokens.flatten(), tokens.flatten().int()):
+        walk_tree(
+            tokens.flatten(),
+            row_tokens,
+            starts,
+            slots,
+            tree.parent_rows,
+            emitted,
+            num_emitted,
+            tree.batch_path_rows,
+            max_depth,
+        )
+    _rows_of_emitted(num_reqs, starts, tree.batch_path_rows, emitted, num_emitted)
+
+
+def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
+    num_reqs, width, num_heads, num_kv_heads, block_size = 2, 16, 8, 2, 16
+    num_tokens = num_reqs * width
+    query = torch.zeros(num_tokens, num_heads, head_size, dtype=dtype)
+    kv_cache = torch.zeros(4, num_kv_heads, block_size, 2 * head_size, dtype=dtype)
+    block_table = torch.zeros(num_reqs, 4, dtype=torch.int32)
+    lengths = torch.zeros(num_reqs, dtype=torch.int32)
+    starts = torch.zeros(num_reqs + 1, dtype=torch.int32)
+    masks = torch.zeros(num_reqs, width, 1, dtype=torch.int32)
+    slots = torch.zeros(num_tokens, dtype=torch.int64)
+    output, lse = torch.empty_like(query), torch.zeros(num_heads, num_tokens)
+    prefix_attention(query, kv_cache, block_table, lengths, starts, width, 0.1, output, lse)
+    tree_attention(query, kv_cache, slots, starts, masks, width, 0.1, lse, output)
+    compact_kv_caches(KVCacheTable([kv_cache] * 2), block_table, lengths, masks[:, :6, 0], lengths, 5)
+
+    window_kv = torch.zeros(num_reqs, 512, 2, num_kv_heads, head_size, dtype=dtype)
+    node_kv = torch.zeros(num_reqs, width, 2, num_kv_heads, head_size, dtype=dtype)
+    levels = query.view(num_reqs, width, num_heads, head_size)
+    window_attention(levels, window_kv, slots[:num_reqs], slots[:num_reqs], node_kv, masks, 0, 0, 0.1)
+    write_window(window_kv, query[:, :num_kv_heads], query[:, :num_kv_heads], slots, slots)
+
+
+def main() -> None:
+    JITFunction.run = compile_launch  # type: ignore[method-assign]
+    for num_nodes in (1, 68):
+        compile_tree_kernels(num_nodes)
+    for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
+        compile_attention_kernels(dtype, head_size)
+    print("\n".join(sorted(compiled)))
+
+
+if __name__ == "__main__":
+    main()
