@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,16 @@ def request(prompt: Sequence[int], **sampling: Any) -> Request:
 
 @dataclass
 class Result:
-    # For every batch, for every request: token ids, and what ended it.
+    # For every batch, for every request (for every output of it, if it asks for n of them): token ids, what ended it.
     tokens: list[list[list[int]]]
     finish_reasons: list[list[str]]
     # For every batch and request that asked for them: per token {token id: log-probability}.
     logprobs: list[list[list[dict[str, float]] | None]]
+    # For every batch and request that asked for them: per prompt token but the first the same.
+    prompt_logprobs: list[list[list[dict[str, float]] | None]]
+    # For every batch, for every request: tokens a verified step, None without such a step or if not asked for with
+    # `per_request_spec_decode_metrics`.
+    acceptance_lengths: list[list[float | None]]
     # vLLM's own counters at the end.
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -99,36 +104,66 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     specification = json.load(sys.stdin)
+    if specification["settings"].get("async_scheduling"):
+        _schedule_asynchronously()
     defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
     llm = LLM(**(defaults | specification["settings"]))
-    tokens, finish_reasons, logprobs = [], [], []
+    columns: dict[str, list] = {field.name: [] for field in fields(Result) if field.name != "metrics"}
     for batch in specification["batches"]:
         outputs = llm.generate(
             [{"prompt_token_ids": each["prompt"]} for each in batch],
-            [SamplingParams(detokenize=False, **_sampling(each["sampling"])) for each in batch],
+            [SamplingParams(**_sampling(each["sampling"])) for each in batch],
             use_tqdm=False,
         )
-        completions = [output.outputs[0] for output in outputs]
-        tokens.append([list(completion.token_ids) for completion in completions])
-        finish_reasons.append([completion.finish_reason for completion in completions])
-        logprobs.append([_logprobs(completion) for completion in completions])
+        completions = [completion for output in outputs for completion in output.outputs]
+        columns["tokens"].append([list(completion.token_ids) for completion in completions])
+        columns["finish_reasons"].append([completion.finish_reason for completion in completions])
+        columns["logprobs"].append([_logprobs(completion.logprobs) for completion in completions])
+        # The first token of a prompt has none.
+        columns["prompt_logprobs"].append(
+            [_logprobs(output.prompt_logprobs and output.prompt_logprobs[1:]) for output in outputs]
+        )
+        columns["acceptance_lengths"].append([_acceptance_length(completion) for completion in completions])
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    result = {"tokens": tokens, "finish_reasons": finish_reasons, "logprobs": logprobs, "metrics": metrics}
-    Path(sys.argv[1]).write_text(json.dumps(result))
+    Path(sys.argv[1]).write_text(json.dumps({**columns, "metrics": metrics}))
+
+
+def _schedule_asynchronously() -> None:
+    """vLLM's CPU platform turns asynchronous scheduling off whatever the user says; its runner can do it."""
+    from vllm.platforms import current_platform
+
+    turns_off = current_platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        turns_off(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    current_platform.check_and_update_config = check_and_update_config
 
 
 def _sampling(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    sampling = dict(pairs)
+    from vllm.sampling_params import StructuredOutputsParams
+
+    sampling = {"detokenize": False, **dict(pairs)}
     if "logit_bias" in sampling:
         # JSON has no integer keys.
         sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
+    if "structured_outputs" in sampling:
+        sampling["structured_outputs"] = StructuredOutputsParams(**sampling["structured_outputs"])
     return sampling
 
 
-def _logprobs(completion: Any) -> list[dict[str, float]] | None:
-    if completion.logprobs is None:
+def _logprobs(positions: Any) -> list[dict[str, float]] | None:
+    if positions is None:
         return None
-    return [{str(token): value.logprob for token, value in position.items()} for position in completion.logprobs]
+    return [{str(token): value.logprob for token, value in position.items()} for position in positions]
+
+
+def _acceptance_length(completion: Any) -> float | None:
+    metrics = completion.spec_decode_metrics
+    if metrics is None or sum(metrics.histogram) == 0:
+        return None
+    return 1 + sum(length * count for length, count in enumerate(metrics.histogram)) / sum(metrics.histogram)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's Gumbel sampling with many rows in one program, for Triton's interpreter.
+"""What of vLLM's sampling Triton's interpreter cannot run, or not in good time.
 
-vLLM's kernel has a program for every row. That is right for a GPU, but the interpreter takes some ten milliseconds for
-each, and a tree has a row for every node: sampling would take most of a step. The draws are the same, bit for bit,
-because vLLM's own functions make the noise.
+**Gumbel sampling** with many rows in one program. vLLM's kernel has a program for every row. That is right for a GPU,
+but the interpreter takes some ten milliseconds for each, and a tree has a row for every node: sampling would take most
+of a step. The draws are the same, bit for bit, because vLLM's own functions make the noise.
+
+**Grammar bitmasks** in PyTorch. vLLM's kernel combines a condition of a whole program with conditions of its elements
+into the mask of a store. The interpreter makes integers of that, and then takes no mask but booleans.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax
+from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker, _build_grammar_mapping
 
 # Elements of a program's block; NumPy is no faster with more.
 _MAX_ELEMENTS = 1 << 18
@@ -94,3 +100,34 @@ def _gumbel_sample_rows_kernel(
         logits, token, mask, seed, position, 1.0, IS_DRAFTING=False, USE_FP64=False, APPLY_TEMPERATURE=False
     )
     tl.store(tokens_ptr + row, drawn.to(tl.int64), mask=is_row)
+
+
+def apply_grammar_bitmask(
+    original: Callable[..., None],
+    self: StructuredOutputsWorker,
+    logits: torch.Tensor,  # [num_logits, vocab_size], written
+    input_batch: InputBatch,
+    grammar_req_ids: list[str],
+    grammar_bitmask: np.ndarray,  # int32 [num_masks, vocab_size / 32]
+) -> None:
+    """Sets the logits of all tokens that a grammar forbids to minus infinity.
+
+    The masks are those of the requests in `grammar_req_ids`, one for each of their rows; a set bit allows a token.
+    """
+    mapping = _build_grammar_mapping(
+        input_batch.req_ids,
+        grammar_req_ids,
+        input_batch.cu_num_logits_np,
+        input_batch.num_draft_tokens_per_req,
+        self.num_bonus_tokens,
+        self.mask_stride,
+    )
+    requests, positions = np.divmod(np.array(mapping, dtype=np.int64), self.mask_stride)
+    # The device's, as in vLLM's kernel: the host's may count rows that were dropped since.
+    cu_num_logits = input_batch.cu_num_logits.cpu().numpy()
+    is_row = positions < cu_num_logits[requests + 1] - cu_num_logits[requests]
+    rows = torch.from_numpy((cu_num_logits[requests] + positions)[is_row]).to(logits.device)
+    words = torch.from_numpy(grammar_bitmask[is_row]).to(logits.device)
+    bits = (words[:, :, None] >> torch.arange(32, device=logits.device)) & 1
+    is_forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
+    logits[rows] = logits[rows].masked_fill(is_forbidden, float("-inf"))

@@ -6,10 +6,13 @@ vLLM's `ModelState` is the seam; `GlideSpeculator.load_draft_model` gives it to 
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -20,6 +23,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec.config.options import tree_shape_of
+from vllm_longspec.config.sampling import needs_chain
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.step.sample import TreeSampler
 from vllm_longspec.tree import TreeState, lay_out_trees
@@ -46,6 +50,9 @@ class TreeModelState(DefaultModelState):
         shape = tree_shape_of(vllm_config)
         assert shape is not None
         self.max_depth = shape.max_depth
+        # By slot, the host's copy of the tree's.
+        self.takes_chain = np.zeros(self.max_num_reqs, dtype=np.int32)
+        self.added_slots: list[int] = []
         # Of the step in flight.
         self.num_tree_reqs = 0
         self.block_table: torch.Tensor | None = None
@@ -56,6 +63,21 @@ class TreeModelState(DefaultModelState):
         layers = self.vllm_config.compilation_config.static_forward_context
         layer_names = kv_cache_config.kv_cache_groups[0].layer_names
         self.kv_caches = KVCacheTable([layers[name].kv_cache for name in layer_names])
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        assert new_req_data.sampling_params is not None
+        self.takes_chain[req_index] = needs_chain(new_req_data.sampling_params)
+        self.added_slots.append(req_index)
+
+    def apply_staged_writes(self) -> None:
+        super().apply_staged_writes()
+        if self.added_slots:
+            self.tree.add_requests(
+                async_tensor_h2d(self.added_slots, device=self.device, dtype=torch.int64),
+                async_tensor_h2d(self.takes_chain[self.added_slots], device=self.device),
+            )
+            self.added_slots.clear()
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
         return sampler, TreeSampler(sampler, self.tree, self.max_depth)
@@ -85,6 +107,9 @@ class TreeModelState(DefaultModelState):
                 input_batch.seq_lens,
                 input_batch.positions,
             )
+            if self.takes_chain[input_batch.idx_mapping_np[: self.num_tree_reqs]].any():
+                # Rows after a chain hold no token; they are run like all others, so their embedding must be there.
+                input_batch.input_ids.clamp_(min=0)
         return super().prepare_attn(
             input_batch,
             cudagraph_mode,

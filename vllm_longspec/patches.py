@@ -58,12 +58,15 @@ def apply() -> None:
         _replace(model_runner, "init_speculator", _init_speculator)
     if interpreting():
         from vllm.v1.worker.gpu.sample import sampler
+        from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
-        from vllm_longspec.interpreted_sampling import gumbel_sample
+        from vllm_longspec.interpreted_sampling import apply_grammar_bitmask, gumbel_sample
 
         _use_pytorch_top_k_top_p()
         # The sampler calls this function by name; nothing asks it for another.
         _replace(sampler, "gumbel_sample", gumbel_sample)
+        # The runner makes this worker itself, with its kernel.
+        _replace(StructuredOutputsWorker, "apply_grammar_bitmask", apply_grammar_bitmask)
 
 
 def apply_refusal() -> None:
@@ -187,9 +190,7 @@ def _validate_spec_decode(
     original: Callable[..., None], self: SamplingParams, speculative_config: SpeculativeConfig | None
 ) -> None:
     # vLLM refuses min_p and logit_bias with any draft. Sampling every node of the tree makes both exact.
-    if speculates_with_glide(speculative_config):
-        support.check_sampling(self)
-    else:
+    if not speculates_with_glide(speculative_config):
         original(self, speculative_config)
 
 

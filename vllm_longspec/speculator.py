@@ -226,6 +226,7 @@ class GlideSpeculator(DraftModelSpeculator):
             drafted.log_probs,
             drafted.parents,
             slots,
+            self.tree.takes_chain,
             self.draft_tokens[:num_drafts],
             self.tree.parent_rows,
             self.tree.depths,

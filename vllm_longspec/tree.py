@@ -3,7 +3,8 @@
 
 A tree has `num_rows = 1 + num_nodes` rows. Row 0 is the root, the last sampled token, whose K and V are not in the
 target's cache yet. Rows 1.. are the drafted nodes, highest cumulative log-probability first, parents before children,
-so every prefix of the list is a tree (see `vllm_longspec/step/order.py`).
+so every prefix of the list is a tree (see `vllm_longspec/step/order.py`). A chain is shorter than that: the rows after
+it hold no node, and as nothing is their parent the walk never comes to them.
 
 vLLM lays a request's draft tokens out one after the other: row i gets the KV slot of linear position root + i. The
 token's true position is root + depth, and that is what RoPE and the sampler must see. `lay_out_trees` writes it over
@@ -17,6 +18,10 @@ from vllm.triton_utils import tl, triton
 
 MASK_BITS = 32
 
+# The token of a row that holds no node. vLLM's scheduler takes it for padding: it ends the draft tokens that a grammar
+# is advanced over.
+NO_TOKEN = -1
+
 
 @dataclass
 class TreeState:
@@ -25,6 +30,8 @@ class TreeState:
     All tensors are int32 and live as long as the engine, so kernels and CUDA graphs can hold on to them.
     """
 
+    # [max_num_reqs] whether the request takes a chain (1) instead of a tree (0)
+    takes_chain: torch.Tensor
     # [max_num_reqs, num_rows] row of the parent; -1 for row 0 and for rows that hold no node
     parent_rows: torch.Tensor
     # [max_num_reqs, num_rows] 0 for the root
@@ -48,12 +55,22 @@ class TreeState:
         # Until a request has been drafted for, its rows know no ancestor but the root.
         ancestor_masks[:, :, 0] = 1
         return cls(
+            takes_chain=zeros(max_num_reqs),
             parent_rows=zeros(max_num_reqs, num_rows) - 1,
             depths=zeros(max_num_reqs, num_rows),
             ancestor_masks=ancestor_masks,
             batch_ancestor_masks=zeros(max_num_reqs, num_rows, num_words),
             batch_path_rows=zeros(max_num_reqs, max_depth + 1),
         )
+
+    def add_requests(
+        self,
+        slots: torch.Tensor,  # [num_added] int64
+        takes_chain: torch.Tensor,  # [num_added] int32
+    ) -> None:
+        """Lets new requests into their slots: until they are drafted for, their rows hold no node."""
+        self.takes_chain[slots] = takes_chain
+        self.parent_rows.index_fill_(0, slots, -1)
 
     @property
     def num_rows(self) -> int:

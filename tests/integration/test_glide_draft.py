@@ -300,6 +300,7 @@ def test_drafts_what_the_plain_layer_drafts(pairs, name, levels, histories):
         drafted.log_probs,
         drafted.parents,
         batch.idx_mapping,
+        torch.zeros(NUM_SLOTS, dtype=torch.int32, device=DEVICE),
         ordered_tokens,
         parent_rows,
         depths,

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many rows in one program draw what vLLM's own kernel draws with one program for each."""
+"""What stands in for vLLM's sampling kernels in Triton's interpreter does what they do."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from vllm.v1.worker.gpu.sample import gumbel
 
 from vllm_longspec import interpreted_sampling
-from vllm_longspec.interpreted_sampling import gumbel_sample
+from vllm_longspec.interpreted_sampling import apply_grammar_bitmask, gumbel_sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -40,3 +43,39 @@ def test_what_only_other_drafts_ask_for_is_vllms(option):
     options = {"apply_temperature": False, "is_drafting": False} | {option: True}
     with pytest.raises(AssertionError, match="vLLM's function was called"):
         gumbel_sample(unexpected, *[torch.zeros(1, 1)] * 5, **options)
+
+
+@pytest.mark.parametrize("vocab_size", [32, 50, 1500])
+@pytest.mark.parametrize("num_drafts", [None, [3, 0, 5, 2]])
+def test_grammar_bitmask(vocab_size, num_drafts):
+    source = np.random.default_rng(vocab_size)
+    num_reqs, max_rows = 4, 6
+    num_rows = [1 + drafts for drafts in num_drafts or [0] * num_reqs]
+    # Requests with a grammar, not in the order of the batch.
+    grammar_requests = [2, 0, 1]
+    starts = np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int32)
+    batch = SimpleNamespace(
+        req_ids=[f"request {request}" for request in range(num_reqs)],
+        cu_num_logits_np=starts,
+        cu_num_logits=torch.from_numpy(starts).to(DEVICE),
+        num_draft_tokens_per_req=None if num_drafts is None else np.array(num_drafts),
+    )
+    num_masks = sum(num_rows[request] for request in grammar_requests)
+    bitmask = source.integers(-(2**31), 2**31, (num_masks, -(-vocab_size // 32))).astype(np.int32)
+    logits = torch.from_numpy(source.standard_normal((int(starts[-1]), vocab_size))).float()
+
+    expected = logits.clone()
+    masks = iter(bitmask)
+    for request in grammar_requests:
+        for row in range(starts[request], starts[request + 1]):
+            words = next(masks)
+            for token in range(vocab_size):
+                if not (int(words[token // 32]) >> (token % 32)) & 1:
+                    expected[row, token] = float("-inf")
+    assert not torch.equal(expected, logits)
+
+    masked = logits.to(DEVICE)
+    worker = SimpleNamespace(num_bonus_tokens=1, mask_stride=max_rows)
+    names = [batch.req_ids[request] for request in grammar_requests]
+    apply_grammar_bitmask(unexpected, worker, masked, batch, names, bitmask)
+    assert torch.equal(masked.cpu(), expected)

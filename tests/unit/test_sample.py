@@ -114,9 +114,9 @@ class Step:
     def _interleave(values: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.stack([torch.full((len(values),), 3), torch.tensor(values)], dim=1).flatten().to(DEVICE, dtype)
 
-    def run(self) -> SamplerOutput:
+    def run(self, invalid_drafts: torch.Tensor | None = None) -> SamplerOutput:
         logits = torch.cat([request.logits for request in self.requests]).to(DEVICE)
-        return self.tree_sampler(logits, self.batch)  # type: ignore[arg-type]
+        return self.tree_sampler(logits, self.batch, invalid_drafts=invalid_drafts)  # type: ignore[arg-type]
 
     def sample_one(self, request: int, row: int) -> int:
         """What vLLM's sampler draws at one row when the row is all that there is."""
@@ -214,6 +214,27 @@ def test_greedy_requests_emit_the_path_of_the_best_tokens():
         best = request.logits.argmax(-1).tolist()
         assert tokens == oracle.walk(best, request.tokens, request.parents)[0]
     assert max(map(len, emitted)) >= 3
+
+
+def test_a_draft_token_that_no_grammar_allowed_is_not_accepted():
+    source = torch.Generator().manual_seed(2)
+    # Chains of likely tokens of which the second is invalid, and trees of which none is.
+    logits = torch.randn(6, 5, 4, generator=source)
+    chains = [
+        Request([-1, 0, 1, 2, 3], [0, *each.argmax(-1).tolist()[:-1]], each, 9, SamplingParams(temperature=0.0))
+        for each in logits
+    ]
+    trees = [random_request(source, 4, 5, SamplingParams(temperature=0.0)) for _ in range(6)]
+    requests = [request for pair in zip(chains, trees, strict=True) for request in pair]
+    invalid_drafts = torch.tensor([request in chains and row >= 2 for request in requests for row in range(5)])
+    free = emitted_by(Step(requests, max_depth=4).run())
+    emitted = emitted_by(Step(requests, max_depth=4).run(invalid_drafts.to(DEVICE)))
+    for request, tokens, all_tokens in zip(requests, emitted, free, strict=True):
+        if request in chains:
+            assert len(all_tokens) == 5
+            assert tokens == all_tokens[:2]
+        else:
+            assert tokens == all_tokens
 
 
 def test_a_prompt_that_goes_on_emits_nothing():
@@ -324,6 +345,36 @@ def test_logprobs_are_those_of_the_rows_that_were_drawn_from(mode):
                     for child in range(len(request.parents))
                     if request.parents[child] == row and request.tokens[child] == token
                 ]
+
+
+@pytest.mark.parametrize("max_rows", [8, 10**6])
+def test_logprobs_of_named_tokens(monkeypatch, max_rows):
+    monkeypatch.setattr(sample, "get_max_chunk_logits", lambda vocab_size: max_rows)
+    requests = mixed_requests(9)
+    wanted: list[dict] = [{"logprob_token_ids": [4, 1, 3]}, {"logprobs": 2}, {"logprob_token_ids": [0]}] * 3
+    for request, params in zip(requests, wanted, strict=True):
+        for name, value in params.items():
+            setattr(request.params, name, value)
+    step = Step(requests, max_depth=8)
+    output = step.run()
+    logprobs = output.logprobs_tensors
+    assert logprobs is not None
+    emitted = emitted_by(output)
+    assert max(map(len, emitted)) >= 3
+    for index, (request, tokens) in enumerate(zip(requests, emitted, strict=True)):
+        row = 0
+        for place, token in enumerate(tokens, int(step.starts[index])):
+            scores = request.logits[row].log_softmax(-1)
+            named = request.params.logprob_token_ids or scores.topk(2).indices.tolist()
+            expected = [token, *named]
+            assert logprobs.logprob_token_ids[place, : len(expected)].tolist() == expected
+            torch.testing.assert_close(
+                logprobs.logprobs[place, : len(expected)].cpu(), scores[expected], rtol=0, atol=1e-5
+            )
+            # The widest request has three; nothing is in the columns that others leave.
+            assert logprobs.logprobs[place, len(expected) :].tolist() == [-np.inf] * (4 - len(expected))
+            children = zip(request.parents, request.tokens, strict=True)
+            row = next((child for child, node in enumerate(children) if node == (row, token)), -1)
 
 
 def test_a_large_batch_goes_through_in_slices(monkeypatch):

@@ -5,9 +5,6 @@ import pytest
 import torch
 import vllm.platforms
 import vllm.triton_utils
-from vllm import SamplingParams
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_longspec.config import support
 
@@ -100,6 +97,7 @@ def arguments(**settings):
         "prefill_context_parallel_size": 1,
         "decode_context_parallel_size": 1,
         "use_ubatching": False,
+        "enable_batch_sharded_sampling": False,
     }
     for part in (engine_args, parallel):
         part.update({name: settings.pop(name) for name in part.keys() & settings.keys()})
@@ -118,6 +116,7 @@ def test_supported_arguments():
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"use_ubatching": True}, "dual batch overlap"),
+        ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
         ({"enable_lora": True}, "LoRA"),
         ({"watermark_config": {}}, "watermarking"),
     ],
@@ -224,37 +223,6 @@ def test_wrong_schedule_is_refused_before_the_engine_starts(schedule):
     with pytest.raises(ValueError, match=r"range|non-empty|must not be empty|3-item|>= 0") as error:
         support.check_options({"num_speculative_tokens_per_batch_size": schedule}, PARALLEL)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"temperature": 0.0},
-        {"temperature": 0.7, "seed": 1, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "n": 2},
-        {"logit_bias": {3: 1.0}, "allowed_token_ids": [3, 4], "min_tokens": 5},
-        {"logprobs": 3, "prompt_logprobs": 2, "stop_token_ids": [7], "ignore_eos": True},
-    ],
-)
-def test_supported_sampling(params):
-    support.check_sampling(SamplingParams(**params))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("repetition_penalty", 1.1),
-        ("bad_words", ["no"]),
-        ("structured_outputs", StructuredOutputsParams(json_object=True)),
-        ("thinking_token_budget", 0),
-        ("logprob_token_ids", [3]),
-    ],
-)
-def test_sampling_that_reads_the_order_of_draft_tokens_is_refused_by_name(name, value):
-    with pytest.raises(VLLMValidationError, match=f"{name} is not supported with a GLIDE draft: .*serve") as error:
-        support.check_sampling(SamplingParams(**{name: value}))
-    refused(error)
 
 
 class Platform:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from vllm_longspec.config.checkpoint import FAMILIES
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -97,6 +96,12 @@ def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig"
             ),
             (parallel_config.use_ubatching, "dual batch overlap", "serve without --enable-dbo"),
             (engine_args.enable_lora, "LoRA", "serve without --enable-lora"),
+            (
+                # A rank would walk its own requests alone, and compact the cache of no other.
+                bool(parallel_config.enable_batch_sharded_sampling),
+                "batch-sharded sampling",
+                "serve without --enable-batch-sharded-sampling",
+            ),
             (engine_args.watermark_config is not None, "watermarking", "serve without --watermark-config"),
             (
                 # They are part of every request's sampling, and may read its history.
@@ -211,31 +216,3 @@ def check_engine(vllm_config: "VllmConfig") -> None:
             (cache.kv_sharing_fast_prefill, "fast prefill by KV sharing", "serve without --kv-sharing-fast-prefill"),
         )
     )
-
-
-def check_sampling(params: "SamplingParams") -> None:
-    """Refuses sampling parameters that read the tokens before a node in their linear order.
-
-    vLLM takes a request's draft tokens for a chain: the history of draft token i is draft tokens 0 to i - 1. In a tree
-    it is the path from the root, so penalties, bad words, grammars and budgets would count tokens of other branches.
-    min_p, logit_bias, min_tokens and allowed_token_ids read nothing but the node's own logits and position.
-
-    Raises:
-        VLLMValidationError: in one line, with the way out.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    for name, used in (
-        ("presence_penalty", params.presence_penalty != 0.0),
-        ("frequency_penalty", params.frequency_penalty != 0.0),
-        ("repetition_penalty", params.repetition_penalty != 1.0),
-        ("bad_words", bool(params.bad_words)),
-        ("structured_outputs", params.structured_outputs is not None),
-        ("thinking_token_budget", params.thinking_token_budget is not None),
-        ("logprob_token_ids", params.logprob_token_ids is not None),
-    ):
-        if used:
-            raise VLLMValidationError(
-                f"{name} is not supported with a GLIDE draft: leave it out, or serve without --speculative-model",
-                parameter=name,
-            )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage "order": puts the drafted nodes of a request in prefix-optimal order.
+"""Stage "order": puts the drafted nodes of a request in prefix-optimal order, or picks a chain of them.
 
 Nodes are listed by cumulative log-probability, highest first. A node's log-probability is its parent's plus that of one
 more token, so it never exceeds its parent's, and two things follow:
@@ -9,12 +9,18 @@ more token, so it never exceeds its parent's, and two things follow:
   (which is the expected acceptance length) of any k nodes; they happen to form a tree, so they are the best tree.
 
 Cutting the list anywhere, as the scheduler does for its token budget, therefore leaves the best valid tree.
+
+A request that reads the history of its draft tokens (`vllm_longspec/config/sampling.py`) gets a chain: of all paths of
+the draft the one with the highest sum of probabilities, which is again the expected acceptance length. Row i has
+parent i - 1, so vLLM's own handling, for which draft tokens are a chain, is right. The scheduler counts on as many
+draft tokens from one request as from another; the rows that are left over hold no node (`vllm_longspec/tree.py`).
 """
 
 import torch
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.tree import NO_TOKEN
 
 
 def order_tree(
@@ -22,6 +28,7 @@ def order_tree(
     log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted]
     draft_parents: torch.Tensor,  # int32 [num_reqs, num_drafted]
     idx_mapping: torch.Tensor,  # int64 [num_reqs]
+    takes_chain: torch.Tensor,  # int32 [max_num_reqs]
     ordered_tokens: torch.Tensor,  # int64 [num_reqs, num_nodes], written
     parent_rows: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written
     depths: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written
@@ -29,6 +36,9 @@ def order_tree(
     max_depth: int,
 ) -> None:
     """Keeps the `num_nodes` most probable drafted nodes of each request and describes the tree that they form.
+
+    Of a request that takes a chain it keeps the first `num_nodes` nodes of the best path instead, and the remaining
+    rows hold no node: token `NO_TOKEN`, no parent (-1), depth 0, and no ancestor but the root.
 
     Nodes come in draft order (every parent before its children). Nodes of equal log-probability keep their draft order,
     so a certain child still follows its parent. The rank of a node is taken by the least log-probability on its path
@@ -42,6 +52,7 @@ def order_tree(
         log_probs: natural log of each node's probability given the root, the sum along its path.
         draft_parents: index of each node's parent in draft order, -1 for the root.
         idx_mapping: request-state slot of each request, -1 for one that only pads the batch (nothing is written).
+        takes_chain: by slot, whether the request takes a chain (1) or a tree (0).
         ordered_tokens: the kept nodes' token ids in list order, by batch position.
         parent_rows: row of each row's parent, by slot. Row 0 is the root (-1), row i the i-th node of the list.
         depths: distance from the root in tokens, by slot.
@@ -68,6 +79,7 @@ def order_tree(
         draft_parents,
         draft_parents.stride(0),
         idx_mapping,
+        takes_chain,
         ordered_tokens,
         ordered_tokens.stride(0),
         parent_rows,
@@ -80,6 +92,7 @@ def order_tree(
         num_drafted,
         num_nodes,
         max_depth,
+        NO_TOKEN=NO_TOKEN,
         NUM_WORDS=num_words,
         BLOCK=block,
         # All pairs of nodes are compared; a strip at a time keeps a wide tree in registers.
@@ -97,6 +110,7 @@ def _order_tree_kernel(
     draft_parents_ptr,
     draft_parents_stride,
     idx_mapping_ptr,
+    takes_chain_ptr,
     ordered_tokens_ptr,
     ordered_tokens_stride,
     parent_rows_ptr,
@@ -109,6 +123,7 @@ def _order_tree_kernel(
     num_drafted,
     num_nodes,
     max_depth,
+    NO_TOKEN: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIP: tl.constexpr,
@@ -131,27 +146,41 @@ def _order_tree_kernel(
     is_node = node < num_drafted
     parent = tl.load(draft_parents_ptr + node, mask=is_node, other=-1)
 
-    # The least log-probability on the path to each node, and the length of that path. Only inputs are read here, so no
-    # thread waits for another's store.
+    # The least log-probability on the path to each node, the length of that path and the sum of its probabilities. Only
+    # inputs are read here, so no thread waits for another's store.
     least = _load_log_prob(log_probs_ptr, node, is_node, float("-inf"))
+    path_sum = _probability(least)
     depth = tl.full([BLOCK], 1, tl.int32)
     ancestor = parent
     for _ in range(1, max_depth):
         exists = ancestor >= 0
-        least = tl.minimum(least, _load_log_prob(log_probs_ptr, ancestor, exists, float("inf")))
+        log_prob = _load_log_prob(log_probs_ptr, ancestor, exists, float("inf"))
+        least = tl.minimum(least, log_prob)
+        path_sum += tl.where(exists, _probability(log_prob), 0.0)
         depth += exists.to(tl.int32)
         ancestor = tl.load(draft_parents_ptr + ancestor, mask=exists, other=-1)
 
-    # A node's rank is the number of nodes before it. The lanes past the last node hold minus infinity and the highest
-    # indices, so they come before none.
-    rank = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, BLOCK, STRIP):
-        other = start + tl.arange(0, STRIP)
-        other_least = tl.gather(least, other, 0)[None, :]
-        is_before = (other_least > least[:, None]) | (
-            (other_least == least[:, None]) & (other[None, :] < node[:, None])
-        )
-        rank += tl.sum(is_before.to(tl.int32), axis=1)
+    # The rank is a node's place in the list.
+    if tl.load(takes_chain_ptr + slot) != 0:
+        # The nodes of the best path in order; all others come after the list's end.
+        last = tl.argmax(tl.where(is_node, path_sum, -1.0), axis=0)
+        num_listed = tl.sum(tl.where(node == last, depth, 0), axis=0)
+        rank = tl.full([BLOCK], num_nodes, tl.int32)
+        for _ in range(0, max_depth):
+            rank = tl.where(node == last, depth - 1, rank)
+            last = tl.load(draft_parents_ptr + last, mask=last >= 0, other=-1)
+    else:
+        # The number of nodes before it. The lanes past the last node hold minus infinity and the highest indices, so
+        # they come before none.
+        num_listed = num_nodes
+        rank = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, BLOCK, STRIP):
+            other = start + tl.arange(0, STRIP)
+            other_least = tl.gather(least, other, 0)[None, :]
+            is_before = (other_least > least[:, None]) | (
+                (other_least == least[:, None]) & (other[None, :] < node[:, None])
+            )
+            rank += tl.sum(is_before.to(tl.int32), axis=1)
     row = rank + 1
 
     # Bit 0 is the root's.
@@ -175,6 +204,16 @@ def _order_tree_kernel(
         ancestor_mask,
         mask=is_kept[:, None] & (word < NUM_WORDS),
     )
+    # Rows that hold no node.
+    is_left = (node >= num_listed) & (node < num_nodes)
+    tl.store(ordered_tokens_ptr + node, NO_TOKEN, mask=is_left)
+    tl.store(parent_rows_ptr + 1 + node, -1, mask=is_left)
+    tl.store(depths_ptr + 1 + node, 0, mask=is_left)
+    tl.store(
+        ancestor_masks_ptr + (1 + node)[:, None] * ancestor_masks_row_stride + word,
+        tl.zeros([BLOCK, 1], tl.int32) | (word == 0).to(tl.int32),
+        mask=is_left[:, None] & (word < NUM_WORDS),
+    )
     tl.store(parent_rows_ptr, -1)
     tl.store(depths_ptr, 0)
     tl.store(ancestor_masks_ptr + word, (word == 0).to(tl.int32), mask=word < NUM_WORDS)
@@ -184,6 +223,12 @@ def _order_tree_kernel(
 def _load_log_prob(log_probs_ptr, node, mask, other):
     log_prob = tl.load(log_probs_ptr + node, mask=mask, other=other)
     return tl.where(log_prob != log_prob, float("-inf"), log_prob)
+
+
+@triton.jit
+def _probability(log_prob):
+    # No more than 1, whatever rounding made of a certain node.
+    return tl.exp(tl.minimum(log_prob, 0.0))
 
 
 @triton.jit

@@ -16,11 +16,10 @@ from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import _iter_request_chunks, get_max_chunk_logits
 
 from vllm_longspec.step.walk import walk_tree
-from vllm_longspec.tree import TreeState
+from vllm_longspec.tree import NO_TOKEN, TreeState
 
 
 class TreeSampler:
@@ -43,15 +42,21 @@ class TreeSampler:
     ) -> SamplerOutput:
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
         num_reqs = input_batch.num_reqs
+        # What the walk compares. A draft token that vLLM's scheduler did not check against the request's grammar must
+        # not be accepted; everything but the walk still sees it.
+        draft_tokens = input_batch.input_ids[input_batch.logits_indices]
+        if invalid_drafts is not None:
+            draft_tokens = draft_tokens.masked_fill(invalid_drafts, NO_TOKEN)
         emitted = torch.empty(num_reqs, self.max_depth + 1, dtype=torch.int64, device=logits.device)
         num_emitted = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
-        max_num_logprobs = self.sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np)
+        # Most log-probabilities and most named tokens (`logprob_token_ids`) that a request of the batch wants.
+        logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         logprobs: list[LogprobsTensors] = []
         # Processed logits are a float32 copy, so a large batch goes through in slices, as in vLLM.
         max_logits = get_max_chunk_logits(logits.shape[1])
         for start, end in _iter_request_chunks(input_batch.cu_num_logits_np, max_logits):
             chunk_logprobs = self._sample_requests(
-                logits, input_batch, start, end, emitted, num_emitted, max_num_logprobs
+                logits, input_batch, start, end, draft_tokens, emitted, num_emitted, logprobs_dims
             )
             if chunk_logprobs is not None:
                 logprobs.append(chunk_logprobs)
@@ -82,16 +87,16 @@ class TreeSampler:
         input_batch: InputBatch,
         start: int,
         end: int,
+        draft_tokens: torch.Tensor,  # [num_logits]
         emitted: torch.Tensor,  # [num_reqs, max_depth + 1], written for requests [start, end)
         num_emitted: torch.Tensor,  # [num_reqs], likewise
-        max_num_logprobs: int,
+        logprobs_dims: tuple[int, int] | None,
     ) -> LogprobsTensors | None:
         first = int(input_batch.cu_num_logits_np[start])
         rows = slice(first, int(input_batch.cu_num_logits_np[end]))
         logits = logits[rows]
         idx_mapping_np = input_batch.idx_mapping_np[start:end]
         logits_indices = input_batch.logits_indices[rows]
-        row_tokens = input_batch.input_ids[logits_indices]
 
         sampled, processed_logits = self.sampler.sample(
             logits,
@@ -99,16 +104,16 @@ class TreeSampler:
             input_batch.idx_mapping[start:end],
             idx_mapping_np,
             input_batch.positions[logits_indices],
-            row_tokens,
+            input_batch.input_ids[logits_indices],
             input_batch.expanded_local_pos[rows],
             input_batch.seq_lens_cpu_upper_bound.numpy()[start:end],
-            return_logprobs=max_num_logprobs != NO_LOGPROBS,
+            return_logprobs=logprobs_dims is not None,
         )
         cu_num_logits = input_batch.cu_num_logits[start : end + 1] - first
         path_rows = self.tree.batch_path_rows[start:end]
         walk_tree(
             sampled,
-            row_tokens,
+            draft_tokens[rows],
             cu_num_logits,
             input_batch.idx_mapping[start:end],
             self.tree.parent_rows,
@@ -117,17 +122,21 @@ class TreeSampler:
             path_rows,
             self.max_depth,
         )
-        if max_num_logprobs == NO_LOGPROBS:
+        if logprobs_dims is None:
             return None
+        num_logprobs, num_named_tokens = logprobs_dims
         scored = processed_logits if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES else logits
         emitted_rows, emitted_tokens = _rows_of_emitted(
             logits.shape[0], cu_num_logits, path_rows, emitted[start:end], num_emitted[start:end]
         )
         return compute_topk_scores(
             scored[emitted_rows],
-            max_num_logprobs,
+            num_logprobs,
             emitted_tokens,
             (input_batch.cu_num_logits_np[start : end + 1] - first).tolist(),
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=input_batch.expanded_idx_mapping[rows],
+            max_per_req_token_ids=num_named_tokens,
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that read the history of their draft tokens take a chain, in one batch with requests that take a tree."""
+
+import json
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+from tests.engine import Request, Result, generate, request
+from vllm_longspec.config.sampling import CHAIN_PARAMETERS
+
+PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
+GREEDY = {"temperature": 0.0}
+SEEDED = {"temperature": 0.8, "seed": 5, "top_p": 0.95}
+
+TREES = {
+    "prompt_logprobs": {**GREEDY, "prompt_logprobs": 2, "max_tokens": 8},
+    "logprobs": {**GREEDY, "logprobs": 2, "max_tokens": 8},
+    "logprob_token_ids": {**GREEDY, "logprob_token_ids": [199, 370, 15], "max_tokens": 8},
+    "n": {**SEEDED, "n": 2},
+    "min_p": {"temperature": 1.0, "seed": 6, "min_p": 0.1},
+    "stop": {**GREEDY, "stop": ["("], "detokenize": True},
+    "allowed_token_ids": {**GREEDY, "allowed_token_ids": list(range(3, 1000))},
+    "min_tokens and logit_bias": {**SEEDED, "min_tokens": 8, "logit_bias": {"0": 4.0}},
+}
+CHAINS = {
+    "presence_penalty": {**GREEDY, "presence_penalty": 0.8},
+    "frequency_penalty": {**SEEDED, "frequency_penalty": 0.6},
+    "repetition_penalty": {**GREEDY, "repetition_penalty": 1.1},
+    "bad_words": {**GREEDY, "bad_words": ["self", "import numpy", "("]},
+    "json": {
+        **GREEDY,
+        "structured_outputs": {
+            "json": {
+                "type": "object",
+                "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"type": "integer"}},
+                "required": ["name", "size"],
+                "additionalProperties": False,
+            }
+        },
+    },
+    "seeded json": {**SEEDED, "structured_outputs": {"json_object": True}},
+    "regex": {**SEEDED, "structured_outputs": {"regex": r"def [a-z_]+\(self(, [a-z]+){1,4}\):"}},
+    "choice": {**GREEDY, "structured_outputs": {"choice": ["return self.name", "return self.value", "raise"]}},
+    "grammar": {
+        **GREEDY,
+        "structured_outputs": {
+            "grammar": 'root ::= "self." name " = " name ("." name)* "\\n"\nname ::= [a-z]+ ("_" [a-z]+)*'
+        },
+    },
+    "thinking_token_budget": {**GREEDY, "thinking_token_budget": 7},
+}
+
+
+SETTINGS = {
+    # Grammars, bad words and stop strings are text.
+    "skip_tokenizer_init": False,
+    "reasoning_config": {"reasoning_start_str": "# think", "reasoning_end_str": "# done now\n"},
+    # Fewer than there are requests: chains and trees take each other's slots.
+    "max_num_seqs": 12,
+    "max_num_batched_tokens": 1024,
+    "max_model_len": 128,
+}
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Held-out source code, of 16 tokens and more."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    lines = (PAIR / "prompts.jsonl").read_text().splitlines()[:count]
+    return [tokenizer.encode(json.loads(line)["text"])[: 16 + 3 * i] for i, line in enumerate(lines)]
+
+
+def mixed_batch() -> dict[str, Request]:
+    """Chains and trees by turns."""
+    from transformers import AutoTokenizer
+
+    think = AutoTokenizer.from_pretrained(PAIR / "target").encode(SETTINGS["reasoning_config"]["reasoning_start_str"])
+    samplings = {**TREES, **CHAINS}
+    names = [name for pair in zip_longest(TREES, CHAINS) for name in pair if name]
+    return {
+        name: request(
+            prompt + (think if "thinking_token_budget" in samplings[name] else []),
+            **{"max_tokens": 16, **samplings[name]},
+        )
+        for name, prompt in zip(names, prompts(len(names)), strict=True)
+    }
+
+
+def test_chains_and_trees_in_one_batch():
+    """Every kind of chain and of tree at once; then chains scheduled asynchronously and preempted."""
+    assert set(CHAIN_PARAMETERS) <= {parameter for sampling in CHAINS.values() for parameter in sampling}
+    batch = mixed_batch()
+    plain = generate(PAIR / "target", [list(batch.values())], **SETTINGS)
+    expected = outputs_of(plain, batch)
+    settings = SETTINGS | {
+        "speculative_config": {"model": str(PAIR / "draft"), "tree_shape": [2, 2]},
+        "per_request_spec_decode_metrics": "summary",
+    }
+    check(batch, expected, generate(PAIR / "target", [list(batch.values())], **settings, async_scheduling=False))
+
+    few = {name: batch[name] for name in ("n", *CHAINS)}
+    preempting = {"async_scheduling": True, "num_gpu_blocks_override": 18}
+    result = generate(PAIR / "target", [list(few.values())], **settings, **preempting)
+    assert result.metrics["vllm:num_preemptions"] > 0
+    check(few, expected, result)
+
+
+def outputs_of(result: Result, batch: dict[str, Request]) -> dict[str, dict[str, list]]:
+    """All that a batch gave, by the request's name: a list with an entry for each of its outputs."""
+    outputs: dict[str, dict[str, list]] = {}
+    first = 0
+    for index, (name, each) in enumerate(batch.items()):
+        last = first + dict(each.sampling).get("n", 1)
+        columns = ("tokens", "finish_reasons", "logprobs", "acceptance_lengths")
+        outputs[name] = {column: getattr(result, column)[0][first:last] for column in columns}
+        outputs[name]["prompt_logprobs"] = [result.prompt_logprobs[0][index]]
+        first = last
+    return outputs
+
+
+def check(batch: dict[str, Request], expected: dict[str, dict[str, list]], result: Result) -> None:
+    found = outputs_of(result, batch)
+    for name in batch:
+        for column in ("tokens", "finish_reasons"):
+            assert found[name][column] == expected[name][column], name
+        for column in ("logprobs", "prompt_logprobs"):
+            for at_plain, at_tree in zip(expected[name][column], found[name][column], strict=True):
+                assert (at_tree is None) == (at_plain is None), name
+                for one, other in zip(at_plain or [], at_tree or [], strict=True):
+                    assert other == pytest.approx(one, abs=1e-3), name
+    # Chains were accepted too. What a choice or free JSON allows is too far from what the draft would say.
+    for name in CHAINS.keys() - {"choice", "seeded json"}:
+        (acceptance_length,) = found[name]["acceptance_lengths"]
+        assert acceptance_length > 1, name
