@@ -60,7 +60,14 @@ OVERRIDES = {
     "TreeTritonAttentionImpl": {"forward"},
     "TreeTritonAttentionBackend": {"get_builder_cls", "get_impl_cls", "get_name"},
     "TreeBatch": {"get_extra_attn_kwargs"},
-    "TreeModelState": {"custom_sampler", "initialize_kv_cache", "postprocess_state", "prepare_attn"},
+    "TreeModelState": {
+        "add_request",
+        "apply_staged_writes",
+        "custom_sampler",
+        "initialize_kv_cache",
+        "postprocess_state",
+        "prepare_attn",
+    },
     "GlideSpeculator": {"capture", "init_cudagraph_manager", "load_draft_model", "propose", "set_attn"},
 }
 
