@@ -36,6 +36,7 @@ from vllm_longspec.glide.window_attention import window_attention, write_window
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.step.order import order_tree
 from vllm_longspec.step.sample import _rows_of_emitted
+from vllm_longspec.step.synthetic import walk_synthetically
 from vllm_longspec.step.verify import tree_attention
 from vllm_longspec.step.walk import walk_tree
 from vllm_longspec.tree import TreeState, lay_out_trees
@@ -95,6 +96,20 @@ def compile_tree_kernels(num_nodes: int) -> None:
             num_emitted,
             tree.batch_path_rows,
             max_depth,
+        )
+        walk_synthetically(
+            torch.zeros(max_depth),
+            slots,
+            tokens.flatten(),
+            tree.depths,
+            tokens.flatten(),
+            row_tokens,
+            starts,
+            slots,
+            tree.parent_rows,
+            emitted,
+            num_emitted,
+            tree.batch_path_rows,
         )
     _rows_of_emitted(num_reqs, starts, tree.batch_path_rows, emitted, num_emitted)
 

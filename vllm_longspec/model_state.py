@@ -24,6 +24,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec.config.options import tree_shape_of
 from vllm_longspec.config.sampling import needs_chain
+from vllm_longspec.config.synthetic import conditional_rates
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.step.sample import TreeSampler
 from vllm_longspec.tree import TreeState, lay_out_trees
@@ -50,6 +51,9 @@ class TreeModelState(DefaultModelState):
         shape = tree_shape_of(vllm_config)
         assert shape is not None
         self.max_depth = shape.max_depth
+        assert vllm_config.speculative_config is not None
+        rates = conditional_rates(vllm_config.speculative_config, self.max_depth)
+        self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
         # By slot, the host's copy of the tree's.
         self.takes_chain = np.zeros(self.max_num_reqs, dtype=np.int32)
         self.added_slots: list[int] = []
@@ -80,7 +84,7 @@ class TreeModelState(DefaultModelState):
             self.added_slots.clear()
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
-        return sampler, TreeSampler(sampler, self.tree, self.max_depth)
+        return sampler, TreeSampler(sampler, self.tree, self.max_depth, self.synthetic_rates)
 
     def prepare_attn(
         self,

@@ -32,6 +32,7 @@ from vllm_longspec.glide.window import DraftWindow
 from vllm_longspec.model_state import TreeModelState
 from vllm_longspec.step.draft import CrossAttention, grow_trees
 from vllm_longspec.step.order import order_tree
+from vllm_longspec.step.synthetic import list_a_path_early
 from vllm_longspec.tree import TreeState
 
 logger = init_logger(__name__)
@@ -221,9 +222,12 @@ class GlideSpeculator(DraftModelSpeculator):
             self._cross_attention(self.block_table[:num_drafts], root_positions, max_prefix_len),
             max_position=self.max_model_len - 1,
         )
+        log_probs = drafted.log_probs
+        if self.speculative_config.rejection_sample_method == "synthetic":
+            log_probs = list_a_path_early(log_probs, drafted.parents, self.shape.levels)
         order_tree(
             drafted.tokens,
-            drafted.log_probs,
+            log_probs,
             drafted.parents,
             slots,
             self.tree.takes_chain,

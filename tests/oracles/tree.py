@@ -78,3 +78,14 @@ def compact(
             target_block = block_tables[request, target // block_size]
             moved[target_block, :, target % block_size] = kv_cache[source_block, :, source % block_size]
     return moved
+
+
+def walk_synthetically(
+    num_accepted: int, sampled: list[int], row_tokens: list[int], parent_rows: list[int], depths: list[int]
+) -> tuple[list[int], list[int]]:
+    """Emitted tokens and rows when chance accepts so many nodes, of the first of the deepest paths."""
+    rows = range(len(row_tokens))
+    deepest = max(rows, key=lambda row: (depths[row], -row))
+    path = [0, *reversed(path_to_root(parent_rows, deepest))] if deepest else [0]
+    path = list(dict.fromkeys(path))[: 1 + num_accepted]
+    return [row_tokens[row] for row in path[1:]] + [sampled[path[-1]]], path

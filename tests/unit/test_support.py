@@ -182,6 +182,7 @@ PARALLEL = SimpleNamespace(tensor_parallel_size=2)
         {"method": "draft_model"},
         {"draft_tensor_parallel_size": 2},
         {"enforce_eager": True},
+        {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5},
         {"num_speculative_tokens_per_batch_size": [(1, 4, 8), [5, 8, 0]]},
         # what vLLM assumes when nothing is said
         {"rejection_sample_method": "standard", "draft_sample_method": "greedy", "parallel_drafting": False},
@@ -200,7 +201,6 @@ def test_supported_options(options):
         ({"method": "eagle"}, "speculative method 'eagle'"),
         ({"method": "ngram"}, "speculative method 'ngram'"),
         ({"draft_tensor_parallel_size": 1}, "draft_tensor_parallel_size=1 with a target of tensor_parallel_size=2"),
-        ({"rejection_sample_method": "synthetic"}, "rejection_sample_method='synthetic'"),
         ({"rejection_sample_method": "block"}, "rejection_sample_method='block'"),
         ({"draft_sample_method": "probabilistic"}, "draft_sample_method='probabilistic'"),
         ({"parallel_drafting": True}, "parallel_drafting=True"),

@@ -23,6 +23,7 @@ from vllm_longspec.config.options import (
     count_verified_nodes,
     parse_tree_shape,
 )
+from vllm_longspec.config.synthetic import rates_by_depth
 from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def find_glide_draft(
         vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
     tree_shape = parse_tree_shape(tree_options, vocab_size)
     options["num_speculative_tokens"] = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
+    options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
     return GlideDraft(checkpoint, tree_shape, frequent_tokens, options)
 

@@ -23,6 +23,7 @@ MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
 _OPTIONS = frozenset(
     {"model", "method", "num_speculative_tokens", "revision", "code_revision", "draft_load_config", "enforce_eager"}
     | {"draft_tensor_parallel_size", "num_speculative_tokens_per_batch_size"}
+    | {"rejection_sample_method", "synthetic_acceptance_length", "synthetic_acceptance_rates"}
 )
 
 # (does it apply, what it is, the way out)
@@ -49,12 +50,19 @@ def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig")
         validate_and_normalize_dynamic_sd_schedule(schedule)
     method = options.get("method")
     draft_size, target_size = options.get("draft_tensor_parallel_size"), parallel_config.tensor_parallel_size
+    rejection_sample_method = options.get("rejection_sample_method")
     _refuse(
         [
             (method not in (None, "draft_model"), f"speculative method {method!r}", "leave the method out"),
             (
                 draft_size not in (None, target_size),
                 f"draft_tensor_parallel_size={draft_size} with a target of tensor_parallel_size={target_size}",
+                "leave it out",
+            ),
+            (
+                # A tree is walked, whatever the method's name; "synthetic" is another walk.
+                rejection_sample_method not in (None, "standard", "synthetic"),
+                f"rejection_sample_method={rejection_sample_method!r} in the speculative configuration",
                 "leave it out",
             ),
         ]

@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import _iter_request_chunks, get_max_chunk_logits
 
+from vllm_longspec.step.synthetic import walk_synthetically
 from vllm_longspec.step.walk import walk_tree
 from vllm_longspec.tree import NO_TOKEN, TreeState
 
@@ -28,10 +29,17 @@ class TreeSampler:
     # Read by vLLM's kernel warm-up.
     enable_adaptive_verification = False
 
-    def __init__(self, sampler: Sampler, tree: TreeState, max_depth: int):
+    def __init__(
+        self,
+        sampler: Sampler,
+        tree: TreeState,
+        max_depth: int,
+        synthetic_rates: torch.Tensor | None = None,  # float32 [max_depth], None: the target decides
+    ):
         self.sampler = sampler
         self.tree = tree
         self.max_depth = max_depth
+        self.synthetic_rates = synthetic_rates
 
     def __call__(
         self,
@@ -111,7 +119,7 @@ class TreeSampler:
         )
         cu_num_logits = input_batch.cu_num_logits[start : end + 1] - first
         path_rows = self.tree.batch_path_rows[start:end]
-        walk_tree(
+        walked = (
             sampled,
             draft_tokens[rows],
             cu_num_logits,
@@ -120,8 +128,13 @@ class TreeSampler:
             emitted[start:end],
             num_emitted[start:end],
             path_rows,
-            self.max_depth,
         )
+        if self.synthetic_rates is None:
+            walk_tree(*walked, self.max_depth)
+        else:
+            positions = input_batch.positions[logits_indices]
+            seeds = self.sampler.sampling_states.seeds.gpu
+            walk_synthetically(self.synthetic_rates, seeds, positions, self.tree.depths, *walked)
         if logprobs_dims is None:
             return None
         num_logprobs, num_named_tokens = logprobs_dims

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synthetic acceptance in an engine: as many tokens a step as asked for, with a draft that is nearly always wrong."""
+
+import pytest
+
+from tests.engine import generate, request
+from tests.models import write_draft, write_target
+
+
+def test_acceptance_length_is_the_one_asked_for(tmp_path):
+    target = write_target(tmp_path / "target", "llama", vocab_size=512)
+    draft = write_draft(tmp_path / "draft", target)
+    prompts = [[(seed * 37 + i * 11) % 500 + 3 for i in range(20)] for seed in range(6)]
+    sampling = {"max_tokens": 60, "ignore_eos": True}
+    requests = [
+        request(prompt, temperature=float(seed % 2), seed=seed, **sampling) for seed, prompt in enumerate(prompts)
+    ]
+    speculative = {
+        "model": str(draft),
+        "tree_shape": [2, 4, 4],
+        # Of equally probable nodes only the first two levels would fit.
+        "num_speculative_tokens": 5,
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_length": 2.5,
+    }
+    result = generate(target, [requests], speculative_config=speculative)
+    assert [len(tokens) for tokens in result.tokens[0]] == [60] * 6
+    # Two or three tokens a step with equal chances: within four standard deviations.
+    steps = result.metrics["vllm:spec_decode_num_drafts"]
+    assert steps > 100
+    assert result.acceptance_length == pytest.approx(2.5, abs=4 * 0.5 / steps**0.5)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's `rejection_sample_method="synthetic"` for trees: acceptance as asked, whatever the two models say.
+
+It is for timing models of full size without their weights. vLLM counts acceptance by draft token, and a chain has as
+many depths as tokens. In a tree only the depth counts, so here rates are by depth.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_longspec.config.options import TreeShape
+
+if TYPE_CHECKING:
+    from vllm.config import SpeculativeConfig
+
+
+def rates_by_depth(options: Mapping[str, Any], shape: TreeShape) -> dict[str, Any]:
+    """What to tell vLLM instead of the user's synthetic acceptance; nothing if there is none.
+
+    `synthetic_acceptance_length` counts tokens a step, from 1 to one more than the depth that is verified, and
+    `synthetic_acceptance_rates` has an entry for every such depth.
+
+    Args:
+        options: of the speculative configuration, with `num_speculative_tokens` resolved.
+
+    Raises:
+        ValueError: vLLM's own, for a length or rates that the tree's depth does not allow.
+    """
+    from vllm.config import SpeculativeConfig
+
+    if options.get("rejection_sample_method") != "synthetic":
+        return {}
+    num_nodes = options["num_speculative_tokens"]
+    depth = min(shape.max_depth, num_nodes)
+    rates = SpeculativeConfig._resolve_synthetic_acceptance_rates(
+        depth, options.get("synthetic_acceptance_rates"), options.get("synthetic_acceptance_length")
+    )
+    # vLLM asks for one of the two, and for a rate for every draft token.
+    return {"synthetic_acceptance_rates": rates + [0.0] * (num_nodes - depth), "synthetic_acceptance_length": None}
+
+
+def conditional_rates(config: "SpeculativeConfig", max_depth: int) -> list[float] | None:
+    """How probable a node at depth 1, 2, .. `max_depth` is to be accepted when its parent is, from 0 to 1.
+
+    None when the acceptance is not synthetic.
+    """
+    from vllm.v1.spec_decode.utils import unconditional_to_conditional_rates
+
+    if config.rejection_sample_method != "synthetic":
+        return None
+    assert config.synthetic_acceptance_rates is not None
+    rates = unconditional_to_conditional_rates(config.synthetic_acceptance_rates)[:max_depth]
+    return rates + [0.0] * (max_depth - len(rates))

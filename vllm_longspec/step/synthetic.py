@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage "walk" with synthetic acceptance: as many drafted tokens are accepted as the user asks for, and no others.
+
+For timing models of full size without their weights (`vllm_longspec/config/synthetic.py`). Everything else is done as
+always: the tree is drafted and verified, every row is sampled, an accepted path is one of the tree and its keys and
+values are moved. Two things differ, both because random weights make every token about as probable as any other:
+
+- of the drafted paths one that is as deep as the tree is listed early. The most probable nodes of such a draft are the
+  shallow ones, so a cut list would hold no path of the length asked for, while the list of a draft that is accepted
+  that often would;
+- the walk follows that path, and chance says how far.
+"""
+
+import torch
+from vllm.triton_utils import tl, triton
+from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
+
+
+def list_a_path_early(
+    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted]
+    parents: torch.Tensor,  # int32 [num_reqs, num_drafted]
+    levels: tuple[int, ...],
+) -> torch.Tensor:
+    """Log-probabilities by which the path to the first node of the last level comes right after one other node.
+
+    That node, where level 1 has another one, makes a hole: without it an accepted path would lie where it has to be
+    already, and nothing would be moved.
+
+    Args:
+        log_probs: cumulative log-probabilities, at most 0, of the drafted nodes, level by level.
+        parents: number of each node's parent node, -1 for the root.
+        levels: nodes per level.
+
+    Returns float32 [num_reqs, num_drafted].
+    """
+    listed = log_probs.clone()
+    first_of_last_level = log_probs.shape[1] - levels[-1]
+    node = parents.new_full((parents.shape[0], 1), first_of_last_level, dtype=torch.int64)
+    for _ in levels[:-1]:
+        listed.scatter_(1, node, 1.0)
+        node = parents.gather(1, node).to(torch.int64)
+    if levels[0] > 1:
+        listed.scatter_(1, (node == 0).to(torch.int64), 2.0)
+    return listed.scatter_(1, node, 1.0)
+
+
+def walk_synthetically(
+    conditional_rates: torch.Tensor,  # float32 [max_depth]
+    seeds: torch.Tensor,  # int64 [max_num_reqs]
+    positions: torch.Tensor,  # int64 [num_logits]
+    depths: torch.Tensor,  # int32 [max_num_reqs, num_rows]
+    sampled: torch.Tensor,  # int64 [num_logits]
+    row_tokens: torch.Tensor,  # int32 or int64 [num_logits]
+    cu_num_logits: torch.Tensor,  # int32 [num_reqs + 1]
+    idx_mapping: torch.Tensor,  # int64 [num_reqs]
+    parent_rows: torch.Tensor,  # int32 [max_num_reqs, num_rows]
+    emitted: torch.Tensor,  # int64 [num_reqs, width], written
+    num_emitted: torch.Tensor,  # int32 [num_reqs], written
+    path_rows: torch.Tensor,  # int32 [num_reqs, width], written
+) -> None:
+    """Accepts drafted tokens by chance, down the first of the deepest paths of each request's rows.
+
+    The node at depth d of that path is accepted with probability conditional_rates[d - 1] if its parent is, by the same
+    random number as in vLLM: that of the request's seed and the position of the row above. A request with fewer rows
+    than its tree may have no path as deep as asked for; then it accepts less. A row without a token (below 0) is not
+    accepted.
+
+    The last dimension of every tensor must be contiguous.
+
+    Args:
+        conditional_rates: from 0 to 1, for depth 1, 2, .. max_depth.
+        seeds: of the requests, by slot.
+        positions: true position of every row.
+        depths: depth of each row, by slot; 0 for the root and for rows that hold no node.
+        sampled: the target's own next token at every row; emitted is that of the row where the walk stops.
+        row_tokens: the token in every row; emitted are those of the accepted rows.
+        cu_num_logits, idx_mapping, parent_rows, emitted, num_emitted, path_rows: as in `walk_tree`.
+
+    Raises:
+        ValueError: `emitted` and `path_rows` differ in width or have no room for max_depth + 1 tokens.
+    """
+    max_depth = conditional_rates.shape[0]
+    width = emitted.shape[1]
+    if path_rows.shape[1] != width or width < max_depth + 1:
+        raise ValueError(
+            f"a walk of depth {max_depth} does not fit {width} emitted tokens and {path_rows.shape[1]} path rows"
+        )
+    num_rows = parent_rows.shape[1]
+    _walk_synthetically_kernel[(idx_mapping.shape[0],)](
+        conditional_rates,
+        seeds,
+        positions,
+        depths,
+        depths.stride(0),
+        sampled,
+        row_tokens,
+        cu_num_logits,
+        idx_mapping,
+        parent_rows,
+        parent_rows.stride(0),
+        emitted,
+        emitted.stride(0),
+        num_emitted,
+        path_rows,
+        path_rows.stride(0),
+        width,
+        num_rows,
+        max_depth,
+        ROW_BLOCK=triton.next_power_of_2(num_rows),
+        EMITTED_BLOCK=triton.next_power_of_2(width),
+    )
+
+
+@triton.jit
+def _walk_synthetically_kernel(
+    conditional_rates_ptr,
+    seeds_ptr,
+    positions_ptr,
+    depths_ptr,
+    depths_stride,
+    sampled_ptr,
+    row_tokens_ptr,
+    cu_num_logits_ptr,
+    idx_mapping_ptr,
+    parent_rows_ptr,
+    parent_rows_stride,
+    emitted_ptr,
+    emitted_stride,
+    num_emitted_ptr,
+    path_rows_ptr,
+    path_rows_stride,
+    width,
+    max_num_rows,
+    max_depth,
+    ROW_BLOCK: tl.constexpr,
+    EMITTED_BLOCK: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    slot = tl.load(idx_mapping_ptr + request)
+    first = tl.load(cu_num_logits_ptr + request)
+    num_rows = tl.load(cu_num_logits_ptr + request + 1) - first
+    num_rows = tl.minimum(num_rows, tl.where(slot >= 0, max_num_rows, 1))
+    seed = tl.load(seeds_ptr + slot, mask=slot >= 0, other=0)
+    sampled_ptr += first
+    row_tokens_ptr += first
+    positions_ptr += first
+
+    row = tl.arange(0, ROW_BLOCK)
+    is_node = (row > 0) & (row < num_rows)
+    parent_row = tl.load(parent_rows_ptr + slot * parent_rows_stride + row, mask=is_node, other=-1)
+    depth = tl.load(depths_ptr + slot * depths_stride + row, mask=is_node, other=0)
+    # The first of the deepest rows, and the rows above it.
+    goal = tl.min(tl.where(depth == tl.max(depth, axis=0), row, ROW_BLOCK), axis=0)
+    is_on_path = row == goal
+    ancestor = goal
+    for _ in range(0, max_depth):
+        ancestor = tl.max(tl.where(row == ancestor, parent_row, -1), axis=0)
+        is_on_path = is_on_path | (row == ancestor)
+
+    index = tl.arange(0, EMITTED_BLOCK)
+    emitted = tl.full([EMITTED_BLOCK], -1, tl.int64)
+    path_row = tl.full([EMITTED_BLOCK], -1, tl.int32)
+    num_emitted = 0
+    current = 0
+    walking = num_rows > 0
+    for step in range(0, max_depth + 1):
+        child = tl.min(tl.where(is_on_path & (parent_row == current), row, ROW_BLOCK), axis=0)
+        child_token = tl.load(row_tokens_ptr + child, mask=walking & (child < ROW_BLOCK), other=-1).to(tl.int64)
+        rate = tl.load(conditional_rates_ptr + step, mask=step < max_depth, other=0.0)
+        position = tl.load(positions_ptr + current, mask=walking, other=0)
+        is_accepted = walking & (child_token >= 0) & (tl_rand32(seed, position, includes_zero=False) < rate)
+        own_token = tl.load(sampled_ptr + current, mask=walking, other=-1)
+        is_next = index == tl.where(walking, step, -1)
+        emitted = tl.where(is_next, tl.where(is_accepted, child_token, own_token), emitted)
+        path_row = tl.where(is_next, current, path_row)
+        num_emitted += walking.to(tl.int32)
+        walking = is_accepted
+        current = tl.where(walking, child, 0)
+
+    tl.store(emitted_ptr + request * emitted_stride + index, emitted, mask=index < width)
+    tl.store(path_rows_ptr + request * path_rows_stride + index, path_row, mask=index < width)
+    tl.store(num_emitted_ptr + request, num_emitted)
