@@ -115,7 +115,17 @@ NAMES = [
 # Functions of vLLM that call ours, and words of their source that say so.
 READS = {
     f"{GPU}.model_states.resolve_model_state_cls": ["model.get_model_state_cls()"],
-    f"{GPU}.model_runner.GPUModelRunner.sample": ["self.rejection_sampler("],
+    f"{GPU}.model_runner.GPUModelRunner.add_requests": [
+        "self.model_state.add_request(",
+        "self.model_state.apply_staged_writes()",
+    ],
+    f"{GPU}.model_runner.GPUModelRunner.sample": [
+        "self.rejection_sampler(",
+        "self.structured_outputs_worker.apply_grammar_bitmask(",
+        "grammar_invalid_drafts(",
+    ],
+    # A row that holds no token ends the draft tokens that a grammar is advanced over.
+    "vllm.v1.structured_output.utils.strip_speculative_padding": ["token_id < 0"],
     f"{GPU}.model_runner.GPUModelRunner.sample_tokens": ["self.model_state.postprocess_state(", "speculator.propose("],
     f"{GPU}.attn_utils.build_attn_metadata": ["get_extra_attn_kwargs(", "**attn_metadata_extra_kwargs"],
     "vllm.v1.worker.utils.AttentionGroup.build_metadata": ["**kwargs"],
