@@ -13,6 +13,7 @@ from vllm_longspec.config.sampling import CHAIN_PARAMETERS
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 0.8, "seed": 5, "top_p": 0.95}
+STRAYING = {"temperature": 1.0, "seed": 1, "top_p": 0.9}
 
 TREES = {
     "prompt_logprobs": {**GREEDY, "prompt_logprobs": 2, "max_tokens": 8},
@@ -26,7 +27,7 @@ TREES = {
 }
 CHAINS = {
     "presence_penalty": {**GREEDY, "presence_penalty": 0.8},
-    "frequency_penalty": {**SEEDED, "frequency_penalty": 0.6},
+    "frequency_penalty": {**STRAYING, "frequency_penalty": 2.0},
     "repetition_penalty": {**GREEDY, "repetition_penalty": 1.1},
     "bad_words": {**GREEDY, "bad_words": ["self", "import numpy", "("]},
     "json": {
@@ -49,7 +50,8 @@ CHAINS = {
             "grammar": 'root ::= "self." name " = " name ("." name)* "\\n"\nname ::= [a-z]+ ("_" [a-z]+)*'
         },
     },
-    "thinking_token_budget": {**GREEDY, "thinking_token_budget": 7},
+    # Sampled text strays from the likeliest row of a tree, and then a tree's row is not the token's place in the text.
+    **{f"thinking_token_budget of {budget}": {**STRAYING, "thinking_token_budget": budget} for budget in (6, 7, 9)},
 }
 
 
@@ -96,7 +98,7 @@ def test_chains_and_trees_in_one_batch():
     plain = generate(PAIR / "target", [list(batch.values())], **SETTINGS)
     expected = outputs_of(plain, batch)
     settings = SETTINGS | {
-        "speculative_config": {"model": str(PAIR / "draft"), "tree_shape": [2, 2]},
+        "speculative_config": {"model": str(PAIR / "draft"), "tree_shape": [2, 4]},
         "per_request_spec_decode_metrics": "summary",
     }
     check(batch, expected, generate(PAIR / "target", [list(batch.values())], **settings, async_scheduling=False))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
@@ -29,9 +30,11 @@ from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window import MAX_REBUILD_REQS, DraftWindow
+from vllm_longspec.model_state import TreeModelState
 from vllm_longspec.speculator import GlideSpeculator
 from vllm_longspec.step.draft import CrossAttention, DraftedTree, grow_trees
 from vllm_longspec.step.order import order_tree
+from vllm_longspec.tree import NO_TOKEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_MODEL_LEN = 1024
@@ -600,3 +603,56 @@ def test_proposes_from_step_to_step(tmp_path):
             )
             listed = [log_probs[number[row]] for row in range(1, 1 + sum(levels))]
             assert all(later <= earlier + TOLERANCE for earlier, later in itertools.pairwise(listed))
+
+
+def test_proposes_a_chain_to_a_request_that_takes_one(tmp_path):
+    """The chain is a path of the very tree that the request would get otherwise; the others still get theirs."""
+    levels = (2, 4, 4)
+    target, draft = write_pair(tmp_path, "qwen2 tied")
+    speculator = load(target, draft, levels).speculator
+    tree = speculator.tree
+    # A token more than the prompt, which becomes the root.
+    batch = Batch([41, 62, 34], speculator.model)
+    # vLLM's runner tells this class of new requests.
+    model_state = TreeModelState.__new__(TreeModelState)
+    model_state.__dict__.update(
+        tree=tree, device=DEVICE, takes_chain=np.zeros(NUM_SLOTS, dtype=np.int32), added_slots=[]
+    )
+    model_state.rope_state = model_state.prompt_embeds_state = None
+
+    def start(*sampling: SamplingParams) -> None:
+        for slot, params in zip(batch.slots, sampling, strict=True):
+            model_state.add_request(slot, SimpleNamespace(sampling_params=params))  # type: ignore[arg-type]
+        model_state.apply_staged_writes()
+        # Nothing of the slot's last request can be accepted before the new one is drafted for.
+        assert (tree.parent_rows[batch.slots] == -1).all()
+
+    def proposed() -> list[tuple[list[int], list[int]]]:
+        prompts = [Scheduled(request, 0, length, length) for request, length in enumerate((40, 61, 33))]
+        tokens = propose(speculator, batch, prompts).tolist()
+        return list(zip(tokens, tree.parent_rows[batch.slots].tolist(), strict=True))
+
+    free, linear = SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, frequency_penalty=0.5)
+    start(free, free, free)
+    trees = proposed()
+    start(free, linear, free)
+    mixed = proposed()
+    assert [mixed[0], mixed[2]] == [trees[0], trees[2]]
+
+    tokens, parent_rows = mixed[1]
+    num_left = sum(levels) - len(levels)
+    assert parent_rows == [-1, 0, 1, 2] + [-1] * num_left
+    assert tokens[len(levels) :] == [NO_TOKEN] * num_left
+    # Follow it in the tree.
+    tree_tokens, tree_parents = trees[1]
+    row = 0
+    for token in tokens[: len(levels)]:
+        (row,) = [
+            child
+            for child in range(1, 1 + sum(levels))
+            if (tree_parents[child], tree_tokens[child - 1]) == (row, token)
+        ]
+
+    # The slot's next request takes a tree again.
+    start(free, free, free)
+    assert proposed() == trees
