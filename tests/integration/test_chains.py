@@ -51,7 +51,7 @@ CHAINS = {
         },
     },
     # Sampled text strays from the likeliest row of a tree, and then a tree's row is not the token's place in the text.
-    **{f"thinking_token_budget of {budget}": {**STRAYING, "thinking_token_budget": budget} for budget in (6, 7, 9)},
+    **{f"thinking_token_budget of {budget}": {**STRAYING, "thinking_token_budget": budget} for budget in (6, 7)},
 }
 
 
@@ -85,7 +85,7 @@ def mixed_batch() -> dict[str, Request]:
     return {
         name: request(
             prompt + (think if "thinking_token_budget" in samplings[name] else []),
-            **{"max_tokens": 16, **samplings[name]},
+            **{"max_tokens": 13, **samplings[name]},
         )
         for name, prompt in zip(names, prompts(len(names)), strict=True)
     }
@@ -133,7 +133,9 @@ def check(batch: dict[str, Request], expected: dict[str, dict[str, list]], resul
                 assert (at_tree is None) == (at_plain is None), name
                 for one, other in zip(at_plain or [], at_tree or [], strict=True):
                     assert other == pytest.approx(one, abs=1e-3), name
-    # Chains were accepted too. What a choice or free JSON allows is too far from what the draft would say.
-    for name in CHAINS.keys() - {"choice", "seeded json"}:
-        (acceptance_length,) = found[name]["acceptance_lengths"]
-        assert acceptance_length > 1, name
+    # Chains were accepted too. A grammar cuts a chain where the draft, which does not know it, says something else.
+    lengths = {name: found[name]["acceptance_lengths"][0] for name in CHAINS}
+    grammars = {name for name, sampling in CHAINS.items() if "structured_outputs" in sampling}
+    assert all(lengths[name] > 1 for name in CHAINS.keys() - grammars), lengths
+    # None is that of a request whose every draft was cut before its first token.
+    assert sum((lengths[name] or 1) > 1 for name in grammars) >= 2, lengths
