@@ -82,7 +82,7 @@ def compile_tree_kernels(num_nodes: int) -> None:
         tree.ancestor_masks,
         max_depth,
     )
-    lay_out_trees(tree, num_reqs, slots, starts, starts, tokens.flatten())
+    lay_out_trees(tree, num_reqs, slots, starts, starts[1:], tokens.flatten().int(), tokens.flatten())
     emitted = torch.zeros(num_reqs, max_depth + 1, dtype=torch.int64)
     num_emitted = torch.zeros(num_reqs, dtype=torch.int32)
     for row_tokens in (tokens.flatten(), tokens.flatten().int()):

@@ -122,7 +122,8 @@ def attributes(cls: type) -> frozenset[str]:
     """All that an instance of a class has."""
     found = set(dir(cls))
     for base in cls.__mro__:
-        found |= set(vars(base).get("__annotations__", ())) | set(_assigned(base))
+        # `dir` leaves out the methods of an enumeration.
+        found |= set(vars(base)) | set(vars(base).get("__annotations__", ())) | set(_assigned(base))
     return frozenset(found)
 
 

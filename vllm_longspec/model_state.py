@@ -4,6 +4,7 @@
 vLLM's `ModelState` is the seam; `GlideSpeculator.load_draft_model` gives it to the target.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,17 @@ from vllm_longspec.step.sample import TreeSampler
 from vllm_longspec.tree import TreeState, lay_out_trees
 
 
+@dataclass(frozen=True)
 class TreeBatch(ModelSpecificAttnMetadata):
     """Tells the attention backend which requests of the batch carry a tree."""
 
-    def __init__(self, num_tree_reqs: int, ancestor_masks: torch.Tensor):
-        self.num_tree_reqs = num_tree_reqs
-        # [num_tree_reqs, num_rows, num_words]
-        self.ancestor_masks = ancestor_masks
+    num_tree_reqs: int
+    ancestor_masks: torch.Tensor  # int32 [max_num_reqs, num_rows, num_words]
+    prefix_lens: torch.Tensor  # int32 [max_num_reqs]
+    # A bound on the prefix; for a CUDA graph on that of every batch that it will run.
+    max_prefix_len: int
+    # Whether attention runs as part of a CUDA graph of the whole forward pass.
+    in_graph: bool
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
         return {"tree_batch": self}
@@ -101,6 +106,9 @@ class TreeModelState(DefaultModelState):
         # vLLM sorts requests with draft tokens to the front of the batch.
         num_drafts = input_batch.num_draft_tokens_per_req
         self.num_tree_reqs = 0 if num_drafts is None else int((num_drafts > 0).sum())
+        if for_capture and input_batch.num_tokens > input_batch.num_reqs:
+            # Requests of several tokens are captured for trees alone. They carry no draft yet.
+            self.num_tree_reqs = input_batch.num_reqs
         self.block_table = block_tables[0]
         if self.num_tree_reqs > 0:
             lay_out_trees(
@@ -109,11 +117,18 @@ class TreeModelState(DefaultModelState):
                 input_batch.idx_mapping,
                 input_batch.query_start_loc,
                 input_batch.seq_lens,
+                input_batch.input_ids,
                 input_batch.positions,
             )
-            if self.takes_chain[input_batch.idx_mapping_np[: self.num_tree_reqs]].any():
-                # Rows after a chain hold no token; they are run like all others, so their embedding must be there.
-                input_batch.input_ids.clamp_(min=0)
+        in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
+        tree_batch = TreeBatch(
+            # A graph's batch is all trees; those that pad it have no rows.
+            input_batch.num_reqs_after_padding if in_graph and self.num_tree_reqs else self.num_tree_reqs,
+            self.tree.batch_ancestor_masks,
+            self.tree.batch_prefix_lens,
+            max_prefix_len=self.max_model_len if in_graph else int(input_batch.seq_lens_cpu_upper_bound.max()),
+            in_graph=in_graph,
+        )
         return super().prepare_attn(
             input_batch,
             cudagraph_mode,
@@ -121,9 +136,10 @@ class TreeModelState(DefaultModelState):
             slot_mappings,
             attn_groups,
             kv_cache_config,
-            for_capture,
+            # What is special about metadata to capture, `tree_batch` says; vLLM would leave it out.
+            for_capture and self.num_tree_reqs == 0,
             ubatch_idx,
-            TreeBatch(self.num_tree_reqs, self.tree.batch_ancestor_masks[: self.num_tree_reqs]),
+            tree_batch,
         )
 
     def postprocess_state(

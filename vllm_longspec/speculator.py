@@ -17,6 +17,7 @@ from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -105,10 +106,25 @@ class GlideSpeculator(DraftModelSpeculator):
         self.block_table = torch.zeros_like(block_tables.input_block_tables[0])
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        pass  # The draft runs eagerly.
+        use_graphs = cudagraph_mode.has_full_cudagraphs() and not self.speculative_config.enforce_eager
+        # A request is one "token" of the draft's batch: a graph for every number of them.
+        self.cudagraph_manager = CudaGraphManager(
+            self.vllm_config,
+            self.device,
+            CUDAGraphMode.FULL_DECODE_ONLY if use_graphs else CUDAGraphMode.NONE,
+            decode_query_len=1,
+        )
 
     def capture(self) -> None:
-        pass  # The draft runs eagerly.
+        """Captures a whole draft, for every number of requests: window update, all levels, ordering."""
+        if not self.cudagraph_manager.needs_capture():
+            return
+        # Requests that only pad the batch: nothing is written for them.
+        self.slots.fill_(-1)
+        self.cudagraph_manager.capture(
+            lambda desc, warmup: lambda cudagraph_mode: self._draft(desc.num_reqs, self.max_model_len),
+            "Capturing CUDA graphs of the GLIDE draft",
+        )
 
     @torch.inference_mode()
     def propose(
@@ -160,11 +176,16 @@ class GlideSpeculator(DraftModelSpeculator):
         leaves_prompt = input_batch.is_prefilling_np[decodes_next]
         if leaves_prompt.any():
             self._rebuild_windows(slots, leaves_prompt, input_batch.prefill_len_np[decodes_next])
-        self._extend_windows(num_drafts)
         if num_speculative_tokens == 0:
             # The batch is too large for speculation to pay; the windows are kept for when it is not.
+            self._extend_windows(num_drafts)
             return self._no_drafts(num_reqs)
-        self._draft(num_drafts, int(input_batch.seq_lens_cpu_upper_bound.max()))
+        graph = self.cudagraph_manager.dispatch(num_drafts, num_drafts, uniform_token_count=1, num_active_loras=0)
+        if graph.cg_mode == CUDAGraphMode.FULL:
+            self.slots[num_drafts : graph.num_reqs] = -1
+            self.cudagraph_manager.run_fullgraph(graph)
+        else:
+            self._draft(num_drafts, int(input_batch.seq_lens_cpu_upper_bound.max()))
         if rows is None:
             return self.draft_tokens[:num_reqs]
         draft_tokens = self._no_drafts(num_reqs)
@@ -191,10 +212,11 @@ class GlideSpeculator(DraftModelSpeculator):
         )
 
     # What follows reads and writes nothing but tensors that live as long as the engine, and its shapes depend on the
-    # number of requests alone, as a CUDA graph will need it.
+    # number of requests alone, as a CUDA graph needs it. A request with slot -1 only pads the batch.
 
     def _root_positions(self, slots: torch.Tensor) -> torch.Tensor:
-        return self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+        positions = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+        return torch.where(slots < 0, 0, positions)
 
     def _extend_windows(self, num_drafts: int) -> None:
         """Adds the tokens that the last step settled to the windows of the staged requests."""
@@ -209,13 +231,17 @@ class GlideSpeculator(DraftModelSpeculator):
         )
 
     def _draft(self, num_drafts: int, max_prefix_len: int) -> None:
-        """Draws a tree for each of the staged requests, into `draft_tokens` and the tree state."""
+        """Brings the staged requests' windows up to date and draws a tree for each.
+
+        Trees go to `draft_tokens` and the tree state.
+        """
+        self._extend_windows(num_drafts)
         slots = self.slots[:num_drafts]
         root_positions = self._root_positions(slots)
         drafted = grow_trees(
             self.model,
             self.shape.levels,
-            self.req_states.last_sampled_tokens[slots, 0],
+            torch.where(slots < 0, 0, self.req_states.last_sampled_tokens[slots, 0]),
             root_positions,
             slots,
             self.window.kv,

@@ -40,6 +40,8 @@ class TreeState:
     ancestor_masks: torch.Tensor
     # [max_num_reqs, num_rows, num_words] the masks of the batch in flight, by batch position
     batch_ancestor_masks: torch.Tensor
+    # [max_num_reqs] cached tokens before the root, by batch position
+    batch_prefix_lens: torch.Tensor
     # [max_num_reqs, max_depth + 1] rows of the last walk, by batch position; column 0 is the root
     batch_path_rows: torch.Tensor
 
@@ -60,6 +62,7 @@ class TreeState:
             depths=zeros(max_num_reqs, num_rows),
             ancestor_masks=ancestor_masks,
             batch_ancestor_masks=zeros(max_num_reqs, num_rows, num_words),
+            batch_prefix_lens=zeros(max_num_reqs),
             batch_path_rows=zeros(max_num_reqs, max_depth + 1),
         )
 
@@ -79,6 +82,7 @@ class TreeState:
 
 @triton.jit
 def _lay_out_trees_kernel(
+    input_ids_ptr,  # [num_tokens]
     positions_ptr,  # [num_tokens]
     query_start_loc_ptr,  # [num_reqs + 1]
     seq_lens_ptr,  # [num_reqs]
@@ -86,20 +90,29 @@ def _lay_out_trees_kernel(
     depths_ptr,  # [max_num_reqs, num_rows]
     ancestor_masks_ptr,  # [max_num_reqs, num_rows, num_words]
     batch_ancestor_masks_ptr,  # [max_num_reqs, num_rows, num_words]
+    batch_prefix_lens_ptr,  # [max_num_reqs]
+    num_tree_reqs,
     num_rows,
     mask_elements,  # num_rows * num_words
     ROWS: tl.constexpr,
     MASK_ELEMENTS: tl.constexpr,
 ):
     batch_idx = tl.program_id(0)
-    slot = tl.load(idx_mapping_ptr + batch_idx)
     query_start = tl.load(query_start_loc_ptr + batch_idx)
     query_len = tl.load(query_start_loc_ptr + batch_idx + 1) - query_start
-    root_position = (tl.load(seq_lens_ptr + batch_idx) - query_len).to(tl.int64)
+    prefix_len = tl.load(seq_lens_ptr + batch_idx) - query_len
+    tl.store(batch_prefix_lens_ptr + batch_idx, prefix_len)
+    if batch_idx >= num_tree_reqs:
+        return
 
+    slot = tl.load(idx_mapping_ptr + batch_idx)
+    root_position = prefix_len.to(tl.int64)
     row = tl.arange(0, ROWS)
     depth = tl.load(depths_ptr + slot * num_rows + row, mask=row < query_len, other=0)
     tl.store(positions_ptr + query_start + row, root_position + depth, mask=row < query_len)
+    # Rows that hold no token are run like all others, so their embedding must be there.
+    token = tl.load(input_ids_ptr + query_start + row, mask=row < query_len, other=0)
+    tl.store(input_ids_ptr + query_start + row, tl.maximum(token, 0), mask=row < query_len)
 
     element = tl.arange(0, MASK_ELEMENTS)
     mask = tl.load(ancestor_masks_ptr + slot * mask_elements + element, mask=element < mask_elements)
@@ -111,20 +124,24 @@ def lay_out_trees(
     num_tree_reqs: int,
     # [num_reqs] int64, batch position -> slot; the tree requests lead the batch
     idx_mapping: torch.Tensor,
-    # [num_reqs + 1] int32
+    # [num_padded_reqs + 1] int32
     query_start_loc: torch.Tensor,
-    # [num_reqs] int32, computed tokens plus the query's
+    # [num_padded_reqs] int32, computed tokens plus the query's; 0 for requests that only pad a CUDA graph's batch
     seq_lens: torch.Tensor,
+    # [num_tokens] int32, overwritten where a tree request's row has no token
+    input_ids: torch.Tensor,
     # [num_tokens] int64, overwritten in the tree requests' rows
     positions: torch.Tensor,
 ) -> None:
     """Gives every row of the leading `num_tree_reqs` requests its true position and publishes their ancestor masks.
 
+    The length of the prefix is published for every request, so that one which only pads the batch has none to attend.
     A request may hold fewer rows than its tree (a token budget or `max_model_len` cut the list); a prefix of the list
     is a tree of its own, so nothing else changes.
     """
     num_words = tree.ancestor_masks.shape[2]
-    _lay_out_trees_kernel[(num_tree_reqs,)](
+    _lay_out_trees_kernel[(seq_lens.shape[0],)](
+        input_ids,
         positions,
         query_start_loc,
         seq_lens,
@@ -132,6 +149,8 @@ def lay_out_trees(
         tree.depths,
         tree.ancestor_masks,
         tree.batch_ancestor_masks,
+        tree.batch_prefix_lens,
+        num_tree_reqs,
         tree.num_rows,
         tree.num_rows * num_words,
         ROWS=triton.next_power_of_2(tree.num_rows),

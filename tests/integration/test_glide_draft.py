@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
@@ -116,6 +117,7 @@ def load(
         speculator = GlideSpeculator(vllm_config, DEVICE, request_state)  # type: ignore[arg-type]
         target_model = get_model(vllm_config=vllm_config)
         speculator.load_model(target_model)
+        speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
     return Pair(speculator, target_model, PlainDraft(target, weights or load_file(draft / "model.safetensors")))
 
 
@@ -357,7 +359,7 @@ def test_drafts_up_to_the_last_position(tmp_path):
     levels = (2, 4, 4, 4)
     # Not every rotary kernel says so when a position is out of its range.
     last_positions = []
-    pair.draft.rotary_emb.register_forward_pre_hook(lambda _, args: last_positions.append(int(args[0].max())))
+    pair.draft.register_forward_pre_hook(lambda _, args: last_positions.append(int(args[1].max())))
     drafted = batch.grow(pair.draft, levels, batch.rebuilt_window(pair.draft))
     assert max(last_positions) == MAX_MODEL_LEN - 1
     for request, depth in enumerate((2, 1, 4)):
@@ -603,6 +605,28 @@ def test_proposes_from_step_to_step(tmp_path):
             )
             listed = [log_probs[number[row]] for row in range(1, 1 + sum(levels))]
             assert all(later <= earlier + TOLERANCE for earlier, later in itertools.pairwise(listed))
+
+
+def test_requests_that_pad_a_batch_change_nothing(tmp_path):
+    """A CUDA graph drafts for more requests than there are; those that pad the batch have slot -1."""
+    target, draft = write_pair(tmp_path, "llama", num_key_value_heads=1)
+    speculator = load(target, draft, (2, 4, 4)).speculator
+    batch = Batch([26, 605], speculator.model)
+    # A token more than the prompt, which becomes the root.
+    step = [Scheduled(0, 0, 25, 25), Scheduled(1, 0, 604, 604)]
+    tokens = propose(speculator, batch, step)
+    state = {name: tensor.clone() for name, tensor in vars(speculator.tree).items()}
+    window = speculator.window.kv.clone()
+
+    speculator.slots[2:4] = -1
+    speculator.num_sampled[2:4] = 3
+    speculator.draft_tokens.fill_(-7)
+    speculator._draft(4, MAX_MODEL_LEN)
+    assert torch.equal(speculator.draft_tokens[:2], tokens)
+    assert (speculator.draft_tokens[2:] == -7).all()
+    for name, tensor in state.items():
+        assert torch.equal(getattr(speculator.tree, name), tensor), name
+    torch.testing.assert_close(speculator.window.kv, window)
 
 
 def test_proposes_a_chain_to_a_request_that_takes_one(tmp_path):

@@ -36,6 +36,7 @@ OVERRIDES = {
     "TreeCpuAttentionMetadataBuilder": {
         "_cudagraph_support",
         "build",
+        "build_for_cudagraph_capture",
         "get_cudagraph_support",
         "supports_draft_decode_metadata_update",
         "supports_update_block_table",
@@ -53,6 +54,7 @@ OVERRIDES = {
     "TreeTritonAttentionMetadataBuilder": {
         "_cudagraph_support",
         "build",
+        "build_for_cudagraph_capture",
         "get_cudagraph_support",
         "supports_draft_decode_metadata_update",
         "supports_update_block_table",

@@ -17,7 +17,7 @@ UNWRITTEN = -77
 class LaidOut:
     """A tree in every slot, and a batch of requests of which the first ones carry theirs."""
 
-    def __init__(self, num_nodes: int, query_lens: list[int], num_tree_reqs: int, seed: int = 0):
+    def __init__(self, num_nodes: int, query_lens: list[int], num_tree_reqs: int, num_padding: int = 0, seed: int = 0):
         source = random.Random(seed)
         num_rows = 1 + num_nodes
         # [max_num_reqs][num_rows] for each row, itself and its ancestors
@@ -38,16 +38,23 @@ class LaidOut:
             for index in range(length)
         ] + [UNWRITTEN] * 5
         positions = torch.tensor(self.linear, dtype=torch.int64, device=DEVICE)
+        # Every third row holds no token.
+        self.tokens = [token if index % 3 else -1 for index, token in enumerate(self.linear)]
+        input_ids = torch.tensor(self.tokens, dtype=torch.int32, device=DEVICE)
         seq_lens = [first + length for first, length in zip(self.num_computed, query_lens, strict=True)]
+        # As vLLM pads a CUDA graph's batch.
+        query_starts = self.query_starts + self.query_starts[-1:] * num_padding
         lay_out_trees(
             self.state,
             num_tree_reqs,
             torch.tensor(self.slots, device=DEVICE),
-            torch.tensor(self.query_starts, dtype=torch.int32, device=DEVICE),
-            torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE),
+            torch.tensor(query_starts, dtype=torch.int32, device=DEVICE),
+            torch.tensor(seq_lens + [0] * num_padding, dtype=torch.int32, device=DEVICE),
+            input_ids,
             positions,
         )
         self.positions = positions.tolist()
+        self.input_ids = input_ids.tolist()
 
 
 @pytest.mark.parametrize(
@@ -82,10 +89,23 @@ def test_positions_and_masks(num_nodes, query_lens, num_tree_reqs):
     assert bool((masks[num_tree_reqs:] == UNWRITTEN).all())
 
 
+@pytest.mark.parametrize(("num_tree_reqs", "num_padding"), [(3, 0), (3, 2), (2, 0)])
+def test_every_request_of_the_batch_has_a_prefix_and_padding_has_none(num_tree_reqs, num_padding):
+    laid_out = LaidOut(4, [5, 2, 5], num_tree_reqs, num_padding)
+    prefix_lens = laid_out.state.batch_prefix_lens.tolist()
+    assert prefix_lens[: 3 + num_padding] == laid_out.num_computed + [0] * num_padding
+
+
+def test_rows_of_trees_without_a_token_get_one():
+    laid_out = LaidOut(4, [5, 5, 7], 2)
+    assert -1 in laid_out.tokens[:10]
+    assert laid_out.input_ids == [max(token, 0) for token in laid_out.tokens[:10]] + laid_out.tokens[10:]
+
+
 def test_changes_nothing_but_the_batch():
     laid_out = LaidOut(68, [69, 40, 5], 2)
     for name, before in zip(vars(laid_out.state), laid_out.before, strict=True):
-        if name != "batch_ancestor_masks":
+        if name not in ("batch_ancestor_masks", "batch_prefix_lens"):
             assert torch.equal(getattr(laid_out.state, name), before), name
 
 

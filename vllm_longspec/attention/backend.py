@@ -34,6 +34,9 @@ class TreeRequests:
     block_table: torch.Tensor  # int32 [num_reqs, max_num_blocks]
     slot_mapping: torch.Tensor  # int64 [num_tokens]
     ancestor_masks: torch.Tensor  # int32 [num_reqs, num_rows, num_words]
+    in_graph: bool  # a CUDA graph holds on to all of these tensors
+    # How the prefix kernel divides its work, where that can be decided once for all layers.
+    prefix_schedule: torch.Tensor | None = None
 
 
 @dataclass
@@ -44,9 +47,8 @@ class TreeAttentionMetadata:
 
 
 class TreeMetadataBuilderMixin:
-    # Graphs would have to hold a whole tree batch's metadata at fixed addresses; until then attention runs between the
-    # pieces of a graph.
-    _cudagraph_support = AttentionCGSupport.NEVER
+    # A graph of the whole forward pass holds either trees of one number of rows or single tokens.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = False
     supports_draft_decode_metadata_update = False
 
@@ -68,9 +70,18 @@ class TreeMetadataBuilderMixin:
 
         assert tree_batch is not None
         trees = _tree_requests(common_attn_metadata, tree_batch)
+        trees.prefix_schedule = self.schedule_prefix(trees)
         rest = _requests_after(common_attn_metadata, num_tree_reqs, trees.num_tokens)
         causal = super().build(0, rest, fast_build) if rest is not None else None  # type: ignore[misc]
         return TreeAttentionMetadata(trees=trees, causal=causal)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TreeAttentionMetadata:
+        # Batches with trees do not come here, see `TreeModelState.prepare_attn`.
+        return self.build(0, common_attn_metadata)
+
+    def schedule_prefix(self, trees: TreeRequests) -> torch.Tensor | None:
+        """What to hand to `prefix_attention` as its schedule, in every layer."""
+        return None
 
 
 def _tree_requests(common: CommonAttentionMetadata, tree_batch: "TreeBatch") -> TreeRequests:
@@ -78,17 +89,17 @@ def _tree_requests(common: CommonAttentionMetadata, tree_batch: "TreeBatch") -> 
     query_start_loc = common.query_start_loc[: num_reqs + 1]
     query_start_loc_cpu = common.query_start_loc_cpu[: num_reqs + 1]
     num_tokens = int(query_start_loc_cpu[-1])
-    query_lens = query_start_loc[1:] - query_start_loc[:-1]
     return TreeRequests(
         num_reqs=num_reqs,
         num_tokens=num_tokens,
         query_start_loc=query_start_loc,
         max_query_len=int((query_start_loc_cpu[1:] - query_start_loc_cpu[:-1]).max()),
-        prefix_lens=common.seq_lens[:num_reqs] - query_lens,
-        max_prefix_len=common.max_seq_len,
+        prefix_lens=tree_batch.prefix_lens[:num_reqs],
+        max_prefix_len=tree_batch.max_prefix_len,
         block_table=common.block_table_tensor[:num_reqs],
         slot_mapping=common.slot_mapping[:num_tokens],
-        ancestor_masks=tree_batch.ancestor_masks,
+        ancestor_masks=tree_batch.ancestor_masks[:num_reqs],
+        in_graph=tree_batch.in_graph,
     )
 
 
@@ -137,6 +148,7 @@ class TreeAttentionImplMixin:
         query_start_loc: torch.Tensor,  # int32 [num_reqs + 1]
         max_query_len: int,
         output: torch.Tensor,  # [num_tokens, num_heads, head_size], written
+        schedule: torch.Tensor | None = None,  # of the builder's `schedule_prefix`
     ) -> torch.Tensor:  # float32 [num_heads, num_tokens] log-sum-exp
         """Every query attends every cached token before its request's root, without a mask."""
         raise NotImplementedError
@@ -172,6 +184,7 @@ class TreeAttentionImplMixin:
                 trees.query_start_loc,
                 trees.max_query_len,
                 output[:num_tree_tokens],
+                trees.prefix_schedule,
             )
             tree_attention(
                 query[:num_tree_tokens],

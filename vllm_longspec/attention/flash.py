@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention over FlashAttention, for half-precision targets on CUDA."""
 
+from typing import Any
+
 import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -9,11 +12,33 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin
+from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin, TreeRequests
 
 
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
-    pass
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # FlashAttention 3 decides on the device how many blocks of keys a split of a request gets. It can do so once a
+        # step instead of once a layer. Prompts in the same batch have a schedule of their own.
+        if self.use_full_cuda_graph and self.aot_schedule:
+            self.tree_schedule = torch.zeros_like(self.scheduler_metadata)
+
+    def schedule_prefix(self, trees: TreeRequests) -> torch.Tensor | None:
+        schedule = self._get_scheduler_metadata(
+            aot_schedule=self.aot_schedule,
+            batch_size=trees.num_reqs,
+            cu_query_lens=trees.query_start_loc,
+            max_query_len=trees.max_query_len,
+            seqlens=trees.prefix_lens,
+            max_seq_len=trees.max_prefix_len,
+            causal=False,
+            max_num_splits=0,
+        )
+        if schedule is None or not trees.in_graph:
+            return schedule
+        # Blocks of the grid that have no entry must find zeros.
+        self.tree_schedule[schedule.shape[0] :].zero_()
+        return self.tree_schedule[: schedule.shape[0]].copy_(schedule)
 
 
 class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # type: ignore[misc]
@@ -27,9 +52,13 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
         query_start_loc: torch.Tensor,
         max_query_len: int,
         output: torch.Tensor,
+        schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self.vllm_flash_attn_version is not None
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        # As in vLLM: a dimension of one element must have a stride that the copy engine takes.
+        key_cache, value_cache = map(
+            canonicalize_singleton_dim_strides, kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        )
         _, lse = flash_attn_varlen_func(
             q=query,
             k=key_cache,
@@ -44,6 +73,7 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
             block_table=block_table,
             return_softmax_lse=True,
             fa_version=self.vllm_flash_attn_version,
+            scheduler_metadata=schedule,
         )
         return lse
 

@@ -23,6 +23,7 @@ class TritonPrefixAttentionMixin(TreeAttentionImplMixin):
         query_start_loc: torch.Tensor,
         max_query_len: int,
         output: torch.Tensor,
+        schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
         lse = torch.empty(self.num_heads, query.shape[0], dtype=torch.float32, device=query.device)
         prefix_attention(

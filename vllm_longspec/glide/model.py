@@ -12,11 +12,13 @@ restricted to some tokens is a copy of their rows. One class serves every family
 `vllm_longspec/config/checkpoint.py` lists them.
 """
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from vllm import ir
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -30,9 +32,27 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.platforms import current_platform
+
+# (positions, query, key or None) -> rotated query and key
+Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]
 
 # Keys this many positions behind a query are still in its window: position p attends [p - WINDOW_SIZE, p].
 WINDOW_SIZE = 512
+
+
+# vLLM leaves the operations of norms and rotary embeddings to its compiler. The draft is not compiled: a CUDA graph
+# runs it whole, and what counts is the number of kernels. So it asks for vLLM's own.
+NORM_KERNELS = ["vllm_c", "native"]
+
+
+@contextmanager
+def _norm_kernels() -> Iterator[None]:
+    if not current_platform.is_cuda():
+        yield
+        return
+    with ir.ops.rms_norm.set_priority(NORM_KERNELS), ir.ops.fused_add_rms_norm.set_priority(NORM_KERNELS):
+        yield
 
 
 class GlideAttention(Protocol):
@@ -68,12 +88,12 @@ class GlideSelfAttention(nn.Module):
         self,
         hidden: torch.Tensor,  # [num_tokens, hidden_size]
         positions: torch.Tensor,  # [num_tokens]
-        rotary_emb: nn.Module,
+        rotate: Rotation,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # query, key, value: [num_tokens, heads, head_size]
         qkv, _ = self.qkv_proj(hidden)
         kv_size = self.num_kv_heads * self.head_size
         query, key, value = qkv.split([self.num_heads * self.head_size, kv_size, kv_size], dim=-1)
-        query, key = rotary_emb(positions, query.contiguous(), key.contiguous())
+        query, key = rotate(positions, query.contiguous(), key.contiguous())
         heads = (hidden.shape[0], -1, self.head_size)
         return query.view(heads), key.view(heads), value.reshape(heads)
 
@@ -91,10 +111,10 @@ class GlideCrossAttention(nn.Module):
         self,
         hidden: torch.Tensor,  # [num_tokens, hidden_size]
         positions: torch.Tensor,  # [num_tokens]
-        rotary_emb: nn.Module,
+        rotate: Rotation,
     ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
         query, _ = self.q_proj(hidden)
-        query, _ = rotary_emb(positions, query, None)
+        query, _ = rotate(positions, query, None)
         return query.view(hidden.shape[0], -1, self.head_size)
 
 
@@ -196,9 +216,14 @@ class GlideForCausalLM(nn.Module):
     ) -> torch.Tensor:
         return choices if self.token_ids is None else self.token_ids[choices]
 
+    @property
+    def rotate(self) -> Rotation:
+        return self.rotary_emb.forward_cuda if current_platform.is_cuda() else self.rotary_emb
+
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids)
 
+    @_norm_kernels()
     def window_kv(
         self,
         input_ids: torch.Tensor,  # [num_tokens]
@@ -209,9 +234,10 @@ class GlideForCausalLM(nn.Module):
         The layer is the first and only one, so they depend on nothing but the token and its position.
         """
         hidden = self.input_layernorm(self.embed_tokens(input_ids))
-        _, key, value = self.self_attn.project(hidden, positions, self.rotary_emb)
+        _, key, value = self.self_attn.project(hidden, positions, self.rotate)
         return key, value
 
+    @_norm_kernels()
     def forward(
         self,
         input_ids: torch.Tensor,  # [num_tokens]
@@ -222,12 +248,12 @@ class GlideForCausalLM(nn.Module):
         residual = self.embed_tokens(input_ids)
 
         hidden = self.input_layernorm(residual)
-        query, key, value = self.self_attn.project(hidden, positions, self.rotary_emb)
+        query, key, value = self.self_attn.project(hidden, positions, self.rotate)
         attended = attention.self_attention(query, key, value)
         hidden, _ = self.self_attn.o_proj(attended.reshape(num_tokens, -1))
 
         hidden, residual = self.post_self_attention_layernorm(hidden, residual)
-        query = self.cross_attn.project(hidden, positions, self.rotary_emb)
+        query = self.cross_attn.project(hidden, positions, self.rotate)
         attended = attention.cross_attention(query)
         hidden, _ = self.cross_attn.o_proj(attended.reshape(num_tokens, -1))
 

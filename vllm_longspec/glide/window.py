@@ -38,7 +38,7 @@ class DraftWindow:
     def append(
         self,
         token_ids: torch.Tensor,  # [max_num_reqs, max_model_len] text of every slot
-        slots: torch.Tensor,  # int64 [num_reqs]
+        slots: torch.Tensor,  # int64 [num_reqs]; -1 for a request that only pads the batch
         root_positions: torch.Tensor,  # int64 [num_reqs]; the root itself belongs to the tree, not to the window
         num_new: torch.Tensor,  # [num_reqs] tokens right before the root that the window lacks
         max_new: int,  # no request has more
@@ -46,9 +46,11 @@ class DraftWindow:
         """Adds the tokens that the last step settled."""
         offsets = torch.arange(max_new, device=slots.device)
         positions = root_positions[:, None] - 1 - offsets
-        lacking = (offsets < num_new[:, None]) & (positions >= 0)
+        lacking = (offsets < num_new[:, None]) & (positions >= 0) & (slots >= 0)[:, None]
         positions = positions.clamp(min=0)
-        keys, values = self.model.window_kv(token_ids[slots[:, None], positions].flatten(), positions.flatten())
+        # A request that only pads the batch (slot -1) has no text.
+        tokens = torch.where(lacking, token_ids[slots[:, None], positions], 0)
+        keys, values = self.model.window_kv(tokens.flatten(), positions.flatten())
         # Slot -1 writes nothing, which keeps the shapes independent of how much was accepted.
         written_slots = torch.where(lacking, slots[:, None], -1)
         write_window(self.kv, keys, values, written_slots.flatten(), positions.flatten())
