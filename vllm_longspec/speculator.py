@@ -35,7 +35,8 @@ from vllm_longspec.step.order import order_tree
 from vllm_longspec.step.synthetic import list_a_path_early
 from vllm_longspec.tree import TreeState
 
-logger = init_logger(__name__)
+# vLLM shows what loggers below its own say.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class GlideSpeculator(DraftModelSpeculator):
