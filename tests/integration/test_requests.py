@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.engine import generate
 from tests.integration.test_lossless import PAIR, assert_lossless, batches, random_prompts, source_code, speculative
 from tests.models import write_draft, write_target
+from vllm_longspec.config.sampling import CHAIN_PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 MAX_MODEL_LEN = 160
@@ -158,6 +159,7 @@ def test_start_up_says_what_is_served(drafted):
     config = json.loads((PAIR / "target" / "config.json").read_text())
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     assert f"draft state {512 * 2 * config['num_key_value_heads'] * head_size * 4} bytes per request" in line
+    assert all(parameter in line.partition("a chain for requests with ")[2] for parameter in CHAIN_PARAMETERS)
 
 
 def test_a_draft_of_nan_costs_nothing_but_acceptance(tmp_path):
