@@ -22,7 +22,8 @@ from vllm_longspec.config.draft import (
     given_config,
     glide_hf_overrides,
 )
-from vllm_longspec.config.options import DEFAULT_LEVELS, is_glide, speculates_with_glide
+from vllm_longspec.config.options import DEFAULT_LEVELS, is_glide, speculates_with_glide, tree_shape_of
+from vllm_longspec.config.sampling import needs_chain
 from vllm_longspec.interpreter import interpreting
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
     from vllm.v1.worker.gpu.states import RequestState
 
 _HELP_GROUP = "LongSpec"
@@ -45,6 +49,8 @@ def apply() -> None:
     from vllm.config import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
     _replace(EngineArgs, "add_cli_args", _add_cli_args)
     _replace(EngineArgs, "from_cli_args", _from_cli_args)
@@ -52,6 +58,9 @@ def apply() -> None:
     _replace(EngineArgs, "create_engine_config", _create_engine_config)
     _replace(SpeculativeConfig, "compose_draft_hf_overrides", _compose_draft_hf_overrides)
     _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+    _replace(Scheduler, "make_spec_decoding_stats", _make_spec_decoding_stats)
+    _replace(Scheduler, "add_request", _add_request)
+    _replace(SpecDecodingProm, "__init__", _init_prometheus_counters)
     _replace(spec_decode, "init_speculator", _init_speculator)
     # The model runner imports it by name, usually later than this.
     if model_runner := sys.modules.get("vllm.v1.worker.gpu.model_runner"):
@@ -203,6 +212,52 @@ def _init_speculator(
     from vllm_longspec.speculator import GlideSpeculator
 
     return GlideSpeculator(vllm_config, device, req_states)
+
+
+# Metrics count a draft's tokens by their place in the list, and take its length for the most that a step accepts.
+
+
+def _make_spec_decoding_stats(
+    original: Callable[..., SpecDecodingStats | None],
+    self: Scheduler,
+    spec_decoding_stats: SpecDecodingStats | None,
+    num_draft_tokens: int,
+    num_accepted_tokens: int,
+    num_invalid_spec_tokens: dict[str, int] | None,
+    request_id: str,
+) -> SpecDecodingStats | None:
+    if (shape := tree_shape_of(self.vllm_config)) is not None:
+        from vllm_longspec.metrics import TreeDecodingStats
+
+        spec_decoding_stats = spec_decoding_stats or TreeDecodingStats.of(shape)
+        params = self.requests[request_id].sampling_params
+        if params is not None and needs_chain(params):
+            # vLLM takes the invalid ones off.
+            num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
+            num_draft_tokens = min(num_draft_tokens, shape.max_depth + num_invalid)
+    return original(
+        self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
+    )
+
+
+def _add_request(original: Callable[..., None], self: Scheduler, request: Request) -> None:
+    original(self, request)
+    if request.spec_decode_metrics is not None and (shape := tree_shape_of(self.vllm_config)) is not None:
+        from vllm_longspec.metrics import request_metrics
+
+        request.spec_decode_metrics = request_metrics(shape, request.sampling_params)
+
+
+def _init_prometheus_counters(
+    original: Callable[..., None],
+    self: SpecDecodingProm,
+    speculative_config: SpeculativeConfig | None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    from vllm_longspec.metrics import by_depth
+
+    original(self, by_depth(speculative_config), *args, **kwargs)
 
 
 def _use_pytorch_top_k_top_p() -> None:

@@ -27,6 +27,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec.attention.registry import replace_cpu_backend
 from vllm_longspec.config.options import frequent_tokens_of, tree_shape_of
+from vllm_longspec.config.sampling import CHAIN_PARAMETERS
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window import DraftWindow
@@ -36,7 +37,8 @@ from vllm_longspec.step.order import order_tree
 from vllm_longspec.step.synthetic import list_a_path_early
 from vllm_longspec.tree import TreeState
 
-logger = init_logger(__name__)
+# vLLM shows what loggers below its own say.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class GlideSpeculator(DraftModelSpeculator):
@@ -81,16 +83,18 @@ class GlideSpeculator(DraftModelSpeculator):
         self.target_layer_name = max(target_attn_layer_names, key=extract_layer_index)
 
         self.window = DraftWindow(self.max_num_reqs, model, self.dtype, self.device)
-        logger.info(
+        logger.info_once(
             "GLIDE draft: tree shape %s, %d of %d nodes verified, %d of %d tokens drafted, "
-            "draft state %d bytes per request (%s GiB in all)",
-            list(self.shape.levels),
+            "draft state %d bytes per request (%s GiB in all), a chain for requests with %s",
+            str(list(self.shape.levels)),
             self.num_speculative_steps,
             self.shape.num_nodes,
             model.draft_vocab_size,
             self.vocab_size,
             self.window.bytes_per_request,
             format_gib(self.window.bytes_per_request * self.max_num_reqs),
+            " or ".join(CHAIN_PARAMETERS),
+            scope="global",
         )
         return model
 

@@ -70,6 +70,8 @@ OVERRIDES = {
         "postprocess_state",
         "prepare_attn",
     },
+    "TreeDecodingStats": {"observe_draft"},
+    "ChainDecodeMetrics": {"observe"},
     "GlideSpeculator": {"capture", "init_cudagraph_manager", "load_draft_model", "propose", "set_attn"},
 }
 
@@ -131,6 +133,8 @@ READS = {
     f"{GPU}.model_runner.GPUModelRunner.sample_tokens": ["self.model_state.postprocess_state(", "speculator.propose("],
     f"{GPU}.attn_utils.build_attn_metadata": ["get_extra_attn_kwargs(", "**attn_metadata_extra_kwargs"],
     "vllm.v1.worker.utils.AttentionGroup.build_metadata": ["**kwargs"],
+    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": ["self.make_spec_decoding_stats("],
+    "vllm.v1.spec_decode.metrics.SpecDecodingProm.__init__": ["speculative_config.num_speculative_tokens"],
     "vllm.sampling_params.SamplingParams.verify": ["self._validate_spec_decode("],
     "vllm.config.SpeculativeConfig.__post_init__": ["compose_draft_hf_overrides("],
 }

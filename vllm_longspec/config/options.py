@@ -96,7 +96,7 @@ def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
 
 def tree_shape_of(vllm_config: "VllmConfig") -> TreeShape | None:
     """The tree shape of an engine that speculates with a GLIDE draft, in every process; None for any other engine."""
-    return _shape(vllm_config.speculative_config)
+    return shape_of(vllm_config.speculative_config)
 
 
 def frequent_tokens_of(vllm_config: "VllmConfig") -> str | None:
@@ -112,10 +112,11 @@ def is_glide(vllm_config: "VllmConfig") -> bool:
 
 def speculates_with_glide(speculative_config: "SpeculativeConfig | None") -> bool:
     """The same where only the speculative configuration is at hand."""
-    return _shape(speculative_config) is not None
+    return shape_of(speculative_config) is not None
 
 
-def _shape(speculative_config: "SpeculativeConfig | None") -> TreeShape | None:
+def shape_of(speculative_config: "SpeculativeConfig | None") -> TreeShape | None:
+    """`tree_shape_of` where only the speculative configuration is at hand."""
     if speculative_config is None or speculative_config.draft_model_config is None:
         return None
     levels = getattr(speculative_config.draft_model_config.hf_config, SHAPE_ATTRIBUTE, None)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that cannot be served and requests at the edges, among others that run: with a draft as without."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.engine import generate
+from tests.integration.test_lossless import PAIR, assert_lossless, batches, random_prompts, source_code, speculative
+from tests.models import write_draft, write_target
+from vllm_longspec.config.sampling import CHAIN_PARAMETERS
+
+ROOT = Path(__file__).parents[2]
+MAX_MODEL_LEN = 160
+VOCAB_SIZE = 4096
+GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+SHAPE = [2, 4, 4, 4]
+
+
+def run(folder: Path, **settings: object) -> dict:
+    """Serves the requests below, each while others run."""
+    prompts = source_code((100, 140, 60, 159, 80))
+    running = [
+        {"prompt": prompts[0], "sampling": {**GREEDY, "max_tokens": 40}},
+        {"prompt": prompts[1], "sampling": {"temperature": 0.7, "seed": 3, "max_tokens": 32, "ignore_eos": True}},
+        {"prompt": prompts[2], "sampling": {"temperature": 1.0, "seed": 4, "top_p": 0.9, "max_tokens": 32}},
+        # Takes a chain.
+        {"prompt": prompts[4], "sampling": {**GREEDY, "max_tokens": 32, "presence_penalty": 0.5}},
+    ]
+    long = (prompts[3] * 2)[: MAX_MODEL_LEN + 1]
+    refused = {
+        "empty": [],
+        "exactly max_model_len": long[:MAX_MODEL_LEN],
+        "longer than max_model_len": long,
+        "first id out of range": [5, VOCAB_SIZE, 7],
+        "id of 33 bits": [5, 2**32, 7],
+        "negative id": [-1, 5],
+    }
+    edges = {
+        "one token": ([9], GREEDY),
+        "one token to come": (prompts[2], {**GREEDY, "max_tokens": 1}),
+        "room for one token": (long[: MAX_MODEL_LEN - 1], GREEDY),
+        "room for two tokens": (long[: MAX_MODEL_LEN - 2], GREEDY),
+        "last id": ([5, VOCAB_SIZE - 1, 7], GREEDY),
+        "one token twice": ([9], {"temperature": 1.0, "seed": 1, "max_tokens": 1}),
+    }
+    # In turns, so that what is refused comes between what is not.
+    arriving = {}
+    for (bad, prompt), (good, (edge, sampling)) in zip(refused.items(), edges.items(), strict=True):
+        arriving[bad] = {"prompt": prompt, "sampling": GREEDY}
+        arriving[good] = {"prompt": edge, "sampling": sampling}
+    arriving["no token to come"] = {"prompt": prompts[2], "sampling": {"max_tokens": 0}}
+
+    settings = {
+        "model": str(PAIR / "target"),
+        "skip_tokenizer_init": False,
+        "max_model_len": MAX_MODEL_LEN,
+        **settings,
+    }
+    output = folder / "result.json"
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "TRITON_F32_DEFAULT": "ieee",
+        "PYTHONPATH": str(ROOT),
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.stepping_engine", str(output)],
+        input=json.dumps({"settings": settings, "running": running, "arriving": arriving}),
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-6000:]
+    # What a user sees of its log.
+    return json.loads(output.read_text()) | {"log": finished.stdout.splitlines()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict:
+    return run(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory) -> dict:
+    options = speculative(PAIR / "draft", SHAPE)
+    return run(tmp_path_factory.mktemp("drafted"), per_request_spec_decode_metrics="detailed", **options)
+
+
+def test_refusals_are_vllms_own(plain, drafted):
+    assert drafted["errors"] == plain["errors"]
+    assert plain["errors"].keys() == {
+        "empty",
+        "exactly max_model_len",
+        "longer than max_model_len",
+        "first id out of range",
+        "id of 33 bits",
+        "negative id",
+        "no token to come",
+    }
+
+
+def test_all_others_are_served_as_without_a_draft(plain, drafted):
+    def outputs(result: dict) -> dict:
+        return {name: (each["tokens"], each["reason"]) for name, each in result["finished"].items()}
+
+    assert outputs(drafted) == outputs(plain)
+    assert len(outputs(plain)) == 10
+    assert {len(plain["finished"][name]["tokens"]) for name in ("one token to come", "room for one token")} == {1}
+    assert len(plain["finished"]["room for two tokens"]["tokens"]) == 2
+    assert drafted["counted"]["vllm:kv_cache_usage_perc"] == 0
+
+
+def test_metrics_count_by_depth(drafted):
+    counted = drafted["counted"]
+    drafts, accepted = counted["vllm:spec_decode_num_drafts"], counted["vllm:spec_decode_num_accepted_tokens"]
+    by_depth = counted["vllm:spec_decode_num_accepted_tokens_per_pos"]
+    assert len(by_depth) == len(SHAPE)
+    # A node is accepted only with its parent.
+    assert drafts >= by_depth[0] and by_depth == sorted(by_depth, reverse=True) and by_depth[-1] > 0
+    assert sum(by_depth) == accepted
+    assert drafts < counted["vllm:spec_decode_num_draft_tokens"] <= sum(SHAPE) * drafts
+
+    requests = [each["metrics"] for each in drafted["finished"].values()]
+    assert sum(each["num_spec_steps"] for each in requests) == drafts
+    assert sum(each["num_accepted_draft_tokens"] for each in requests) == accepted
+    assert sum(each["num_draft_tokens"] for each in requests) == counted["vllm:spec_decode_num_draft_tokens"]
+    assert {len(each["acceptance_histogram"]) for each in requests} == {1 + len(SHAPE)}
+    # A chain has no more nodes than the tree is deep.
+    tree, chain = (drafted["finished"][f"running {number}"]["metrics"] for number in (0, 3))
+    assert tree["num_draft_tokens"] > 10 * tree["num_spec_steps"]
+    assert chain["num_accepted_draft_tokens"] > 0
+    assert chain["num_draft_tokens"] <= len(SHAPE) * chain["num_spec_steps"]
+
+    # vLLM logs every few seconds what has come since the line before.
+    lines = [line for line in drafted["log"] if "SpecDecoding metrics" in line]
+    assert sum(int(re.search(r"Accepted: (\d+) tokens", line)[1]) for line in lines) == accepted
+    for line in lines:
+        rates = [float(rate) for rate in re.search(r"Per-position acceptance rate: (.*), Avg", line)[1].split(", ")]
+        assert len(rates) == len(SHAPE)
+        mean = float(re.search(r"Mean acceptance length: ([\d.]+),", line)[1])
+        assert mean == pytest.approx(1 + sum(rates), abs=0.01)
+
+
+def test_start_up_says_what_is_served(drafted):
+    (line,) = [line for line in drafted["log"] if "GLIDE draft: " in line]
+    assert "tree shape [2, 4, 4, 4], 14 of 14 nodes verified, 4096 of 4096 tokens drafted, " in line
+    # 512 positions of K and V in float32.
+    config = json.loads((PAIR / "target" / "config.json").read_text())
+    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    assert f"draft state {512 * 2 * config['num_key_value_heads'] * head_size * 4} bytes per request" in line
+    assert all(parameter in line.partition("a chain for requests with ")[2] for parameter in CHAIN_PARAMETERS)
+
+
+def test_a_draft_of_nan_costs_nothing_but_acceptance(tmp_path):
+    """NaN in every weight of one matrix, infinity in another: nothing of it reaches the target."""
+    target = write_target(tmp_path / "target", "llama")
+    draft = write_draft(tmp_path / "draft", target)
+    weights = load_file(draft / "model.safetensors")
+    weights["self_attn.k_proj.weight"].fill_(torch.nan)
+    weights["mlp.down_proj.weight"][3] = torch.inf
+    save_file(weights, draft / "model.safetensors")
+    requests = batches(random_prompts(64, (1, 33, 60)), max_tokens=8)
+    result = generate(target, requests, **speculative(draft, [2, 4, 4]))
+    assert_lossless(generate(target, requests), result)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's metrics, made by its own scheduler and loggers' code, for a tree: by depth, and with the names that it has."""
+
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import REGISTRY
+from vllm import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.reader import get_metrics_snapshot
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
+
+from vllm_longspec import patches, plugin
+from vllm_longspec.config.options import SHAPE_ATTRIBUTE
+from vllm_longspec.metrics import TreeDecodingStats
+
+# (nodes verified, tokens accepted) of three requests: a whole tree, one cut by the token budget, one all rejected.
+STEPS = [(68, 5), (24, 2), (68, 0)]
+
+
+def config(levels, num_speculative_tokens):
+    """What the metrics read of vLLM's configuration; no levels for a draft of another kind."""
+    hf_config = SimpleNamespace(**({SHAPE_ATTRIBUTE: levels} if levels else {}))
+    draft = SimpleNamespace(hf_config=hf_config)
+    return SimpleNamespace(draft_model_config=draft, num_speculative_tokens=num_speculative_tokens)
+
+
+TREE, CHAIN_OF_ANOTHER_KIND = config([4, 16, 16, 16, 16], 68), config(None, 68)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    plugin.register()
+
+
+def stats_of(speculative_config, steps, num_invalid=None, **sampling):
+    scheduler = SimpleNamespace(
+        vllm_config=SimpleNamespace(speculative_config=speculative_config),
+        log_stats=True,
+        num_spec_tokens=68,
+        requests={"0": SimpleNamespace(sampling_params=SamplingParams(**sampling))},
+    )
+    stats = None
+    for verified, accepted in steps:
+        stats = Scheduler.make_spec_decoding_stats(
+            scheduler,
+            stats,
+            num_draft_tokens=verified,
+            num_accepted_tokens=accepted,
+            num_invalid_spec_tokens=num_invalid,
+            request_id="0",
+        )
+    return stats
+
+
+def test_a_step_is_counted_by_depth():
+    stats = stats_of(TREE, STEPS)
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (3, 160, 7)
+    assert stats.num_accepted_tokens_per_pos == [2, 2, 1, 1, 1]
+
+
+def test_a_chain_has_no_more_nodes_than_the_tree_is_deep():
+    """Of its 68 rows the other ones hold none; a list that was cut shorter has what is left of it."""
+    stats = stats_of(TREE, [*STEPS, (3, 3)], presence_penalty=0.5)
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (4, 5 + 5 + 5 + 3, 10)
+    # Of the rows of a request with a grammar vLLM takes off those that the grammar does not allow.
+    for num_invalid, verified in ((66, 2), (2, 5)):
+        assert stats_of(TREE, [(68, 1)], {"0": num_invalid}, bad_words=["a"]).num_draft_tokens == verified
+    assert stats_of(TREE, [(68, 1)], {"another": 66}).num_draft_tokens == 68
+
+
+def test_statistics_reach_the_frontend_of_another_process():
+    sent = SchedulerStats(spec_decoding_stats=stats_of(TREE, STEPS))
+    received = MsgpackDecoder(SchedulerStats).decode(MsgpackEncoder().encode(sent)).spec_decoding_stats
+    assert type(received) is SpecDecodingStats
+    assert vars(received) == vars(sent.spec_decoding_stats)
+
+
+def test_another_draft_is_counted_as_ever():
+    stats = stats_of(CHAIN_OF_ANOTHER_KIND, STEPS)
+    assert type(stats) is SpecDecodingStats
+    assert len(stats.num_accepted_tokens_per_pos) == 68
+    assert stats.num_draft_tokens_per_pos == [3] * 24 + [2] * 44
+
+
+def test_nothing_is_counted_where_nobody_asked_for_statistics():
+    requests = {"0": SimpleNamespace(sampling_params=SamplingParams())}
+    vllm_config = SimpleNamespace(speculative_config=TREE)
+    scheduler = SimpleNamespace(vllm_config=vllm_config, log_stats=False, requests=requests)
+    assert Scheduler.make_spec_decoding_stats(scheduler, None, 68, 3, None, "0") is None
+
+
+@pytest.mark.parametrize(("speculative_config", "num_positions"), [(TREE, 5), (CHAIN_OF_ANOTHER_KIND, 68)])
+def test_prometheus_has_a_position_for_every_depth(speculative_config, num_positions):
+    unregister_vllm_metrics()
+    try:
+        counters = SpecDecodingProm(speculative_config, ["model_name", "engine"], {0: ["target", "0"]})
+        counters.observe(stats_of(speculative_config, STEPS))
+        found = {
+            metric.name: getattr(metric, "value", None) or getattr(metric, "values", None)
+            for metric in get_metrics_snapshot()
+            if metric.name.startswith("vllm:spec_decode")
+        }
+    finally:
+        unregister_vllm_metrics()
+    # vLLM's names, all of them and no other.
+    assert found == {
+        "vllm:spec_decode_num_drafts": 3,
+        "vllm:spec_decode_num_draft_tokens": 160,
+        "vllm:spec_decode_num_accepted_tokens": 7,
+        "vllm:spec_decode_num_accepted_tokens_per_pos": [2, 2, 1, 1, 1] + [0] * (num_positions - 5),
+    }
+    assert not [metric for metric in REGISTRY.collect() if metric.name.startswith("vllm:spec_decode")]
+    # The configuration itself is left as it was.
+    assert speculative_config.num_speculative_tokens == 68
+
+
+def test_the_log_has_a_rate_for_every_depth():
+    logging = SpecDecodingLogging()
+    for step in STEPS:
+        logging.observe(stats_of(TREE, [step]))
+    lines = []
+    logging.log(lambda form, *arguments: lines.append(form % arguments))
+    (line,) = lines
+    assert "Mean acceptance length: 3.33," in line
+    assert "Accepted: 7 tokens, Drafted: 160 tokens," in line
+    assert "Per-position acceptance rate: 0.667, 0.667, 0.333, 0.333, 0.333, Avg" in line
+
+
+@pytest.mark.parametrize(
+    ("speculative_config", "sampling", "level", "length", "verified"),
+    [
+        (TREE, {}, "detailed", 6, 68 + 24 + 68),
+        (TREE, {"presence_penalty": 0.5}, "summary", 6, 5 + 5 + 5),
+        (CHAIN_OF_ANOTHER_KIND, {"presence_penalty": 0.5}, "summary", 69, 68 + 24 + 68),
+        (TREE, {}, "none", None, None),
+    ],
+)
+def test_metrics_of_a_request_end_at_the_deepest_node(speculative_config, sampling, level, length, verified):
+    scheduler = SimpleNamespace(vllm_config=SimpleNamespace(speculative_config=speculative_config))
+    request = SimpleNamespace(spec_decode_metrics=None, sampling_params=SamplingParams(**sampling))
+
+    def add_request(scheduler, request):
+        if level != "none":
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(68)
+
+    patches._add_request(add_request, scheduler, request)
+    metrics = request.spec_decode_metrics
+    if length is None:
+        assert metrics is None
+        return
+    for num_rows, accepted in STEPS:
+        metrics.observe(num_rows, accepted, detailed=level == "detailed")
+    sent = MsgpackEncoder().encode(metrics)
+    metrics = MsgpackDecoder(RequestSpecDecodeMetrics).decode(sent)
+    assert type(metrics) is RequestSpecDecodeMetrics
+    said = metrics.to_dict()
+    assert len(said["acceptance_histogram"]) == said["num_spec_tokens"] + 1 == length
+    assert said["acceptance_histogram"][:6] == [1, 0, 1, 0, 0, 1]
+    assert said["mean_acceptance_length"] == pytest.approx(1 + 7 / 3)
+    assert said["draft_acceptance_rate"] == pytest.approx(7 / verified)
+    assert (said["num_spec_steps"], said["num_draft_tokens"]) == (3, verified)
+    assert ("per_step_accepted" in said) == (level == "detailed")
+
+
+def test_more_than_the_deepest_node_cannot_be_accepted():
+    stats = TreeDecodingStats(num_spec_tokens=2, num_accepted_tokens_per_pos=[0, 0])
+    with pytest.raises(IndexError):
+        stats.observe_draft(6, 3)
