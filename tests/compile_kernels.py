@@ -33,6 +33,7 @@ assert vllm.triton_utils.HAS_TRITON
 
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.glide.window_attention import window_attention, write_window
+from vllm_longspec.step.best_children import best_children
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.step.order import order_tree
 from vllm_longspec.step.sample import _rows_of_emitted
@@ -136,12 +137,20 @@ def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
     write_window(window_kv, query[:, :num_kv_heads], query[:, :num_kv_heads], slots, slots)
 
 
+def compile_draft_kernels(dtype: torch.dtype) -> None:
+    num_reqs, width = 2, 16
+    for vocab_size, num_children in ((32000, 16), (100, 100)):
+        logits = torch.zeros(num_reqs * width, vocab_size, dtype=dtype)
+        best_children(logits, torch.zeros(num_reqs, width), num_children)
+
+
 def main() -> None:
     JITFunction.run = compile_launch  # type: ignore[method-assign]
     for num_nodes in (1, 68):
         compile_tree_kernels(num_nodes)
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
         compile_attention_kernels(dtype, head_size)
+        compile_draft_kernels(dtype)
     print("\n".join(sorted(compiled)))
 
 

@@ -15,6 +15,8 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logit
 
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window_attention import window_attention
+from vllm_longspec.interpreter import interpreting
+from vllm_longspec.step.best_children import best_children, best_children_in_pytorch
 from vllm_longspec.tree import MASK_BITS
 
 # (query [num_tokens, num_heads, head_size], width of a level) -> attended, the same shape
@@ -146,18 +148,14 @@ def _best_children(
     """
     num_reqs, width = log_probs.shape
     chosen = []
-    # Log-probabilities over the vocabulary are large; a slice of the batch at a time bounds them as vLLM bounds logits.
+    choose = best_children_in_pytorch if interpreting() else best_children
+    # Logits over the vocabulary are large; a slice of the batch at a time bounds them as vLLM does.
     chunk = max(1, get_max_chunk_logits(model.draft_vocab_size) // width)
     for start in range(0, num_reqs, chunk):
-        parents_log_probs = log_probs[start : start + chunk]
         logits = model.compute_logits(hidden[start * width : (start + chunk) * width])
-        # A broken draft may produce NaN: then nothing is likely, and nothing but the acceptance length suffers.
-        token_log_probs = logits.float().log_softmax(dim=-1).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
-        # No parent can contribute more children than the level holds.
-        per_parent, tokens = token_log_probs.topk(min(num_children, logits.shape[-1]))
-        candidates = parents_log_probs[:, :, None] + per_parent.view(*parents_log_probs.shape, -1)
-        best, index = candidates.flatten(1).topk(num_children)
-        parents = index // per_parent.shape[-1]
-        tokens = model.to_token_ids(tokens.view(parents_log_probs.shape[0], -1).gather(1, index))
-        chosen.append((parents, tokens, best))
-    return tuple(torch.cat(column) for column in zip(*chosen, strict=True))
+        parents, tokens, best = choose(logits, log_probs[start : start + chunk], num_children)
+        chosen.append((parents, model.to_token_ids(tokens), best))
+    if len(chosen) == 1:
+        return chosen[0]
+    parents, tokens, best = (torch.cat(column) for column in zip(*chosen, strict=True))
+    return parents, tokens, best

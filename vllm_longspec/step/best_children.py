@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of a level's nodes: the best (parent, token) pairs of a request, from the draft's raw logits.
+
+Log-probabilities over the vocabulary are never written. Of one parent's tokens the order is that of their logits, so
+
+1. each chunk of a row is read once, in the dtype of the logits: its greatest logit, the sum of its exponentials, and
+   its best tokens;
+2. each row merges its chunks: what normalises its logits, its best tokens and their cumulative log-probabilities;
+3. each request picks the best of its rows' tokens.
+
+The best few of many are found by taking the greatest of distinct integers, again and again. An integer holds a score in
+its high bits, mapped so that integers are ordered as the floats are, and in its low bits the place where the score is.
+"""
+
+import torch
+from vllm.triton_utils import tl, triton
+
+# Tokens in one program: 32 in each of its threads.
+CHUNK = 4096
+# Less than every pair of a score and a place.
+NOTHING = tl.constexpr(-(2**63))
+
+
+def best_children(
+    logits: torch.Tensor,  # [num_reqs * width, vocab_size]
+    parent_log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
+    num_children: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `num_children` pairs of parent and token with the highest cumulative log-probability, best first.
+
+    Of pairs with the same log-probability the one with the lower parent comes first, then the one with the higher logit
+    (rounding can make equals of two that are close), then the one with the lower token.
+
+    A broken draft may produce NaN. A row with NaN or +inf, or with nothing but -inf, gives every token minus infinity;
+    the tokens that are picked are valid ones all the same.
+
+    The last dimension of both tensors must be contiguous, and `parent_log_probs` altogether.
+
+    Args:
+        logits: float16, bfloat16 or float32; a row for every parent.
+        parent_log_probs: cumulative log-probability of each parent, not NaN.
+        num_children: at most width * vocab_size.
+
+    Returns parent within the level, token and cumulative log-probability: int64, int64 and float32
+    [num_reqs, num_children].
+    """
+    num_reqs, width = parent_log_probs.shape
+    num_rows, vocab_size = logits.shape
+    # No parent can give more children than the level holds.
+    num_kept = min(num_children, vocab_size)
+    chunk = min(CHUNK, triton.next_power_of_2(vocab_size))
+    num_chunks = triton.cdiv(vocab_size, chunk)
+    kept_block = triton.next_power_of_2(num_kept)
+
+    chunk_best = torch.empty(num_rows, num_chunks, num_kept, dtype=torch.int64, device=logits.device)
+    chunk_max = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=logits.device)
+    chunk_sum = torch.empty_like(chunk_max)
+    _best_of_chunk_kernel[(num_rows, num_chunks)](
+        logits,
+        logits.stride(0),
+        chunk_best,
+        chunk_max,
+        chunk_sum,
+        vocab_size,
+        num_kept,
+        CHUNK=chunk,
+        KEPT_BLOCK=kept_block,
+        num_warps=4,
+    )
+    row_tokens = torch.empty(num_rows, num_kept, dtype=torch.int64, device=logits.device)
+    row_log_probs = torch.empty(num_rows, num_kept, dtype=torch.float32, device=logits.device)
+    _best_of_row_kernel[(num_rows,)](
+        chunk_best,
+        chunk_max,
+        chunk_sum,
+        parent_log_probs,
+        row_tokens,
+        row_log_probs,
+        num_kept,
+        num_chunks,
+        CHUNK_BLOCK=triton.next_power_of_2(num_chunks),
+        CANDIDATES=triton.next_power_of_2(num_chunks * num_kept),
+        KEPT_BLOCK=kept_block,
+        num_warps=4,
+    )
+    parents = torch.empty(num_reqs, num_children, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty_like(parents)
+    log_probs = torch.empty(num_reqs, num_children, dtype=torch.float32, device=logits.device)
+    candidates = triton.next_power_of_2(width * num_kept)
+    _best_of_request_kernel[(num_reqs,)](
+        row_tokens,
+        row_log_probs,
+        parents,
+        tokens,
+        log_probs,
+        width * num_kept,
+        num_kept,
+        num_children,
+        CANDIDATES=candidates,
+        CHILDREN_BLOCK=triton.next_power_of_2(num_children),
+        # The threads of a single warp find a maximum without waiting for each other.
+        num_warps=max(1, min(16, candidates // 512)),
+    )
+    return parents, tokens, log_probs
+
+
+def best_children_in_pytorch(
+    logits: torch.Tensor,  # [num_reqs * width, vocab_size]
+    parent_log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
+    num_children: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for the interpreter, which would need some hundred NumPy calls; pairs of equals come in any order."""
+    token_log_probs = logits.float().log_softmax(dim=-1).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
+    per_parent, tokens = token_log_probs.topk(min(num_children, logits.shape[-1]))
+    candidates = parent_log_probs[:, :, None] + per_parent.view(*parent_log_probs.shape, -1)
+    log_probs, index = candidates.flatten(1).topk(num_children)
+    tokens = tokens.view(parent_log_probs.shape[0], -1).gather(1, index)
+    return index // per_parent.shape[-1], tokens, log_probs
+
+
+# The number of children changes from level to level; it must not compile a kernel anew.
+@triton.jit(do_not_specialize=["num_kept"])
+def _best_of_chunk_kernel(
+    logits_ptr,  # [num_rows, vocab_size]
+    logits_stride,
+    chunk_best_ptr,  # int64 [num_rows, num_chunks, num_kept] scores and tokens, best first
+    chunk_max_ptr,  # float32 [num_rows, num_chunks]
+    chunk_sum_ptr,  # float32 [num_rows, num_chunks] of exp(logit - maximum)
+    vocab_size,
+    num_kept,
+    CHUNK: tl.constexpr,
+    KEPT_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    place = tl.arange(0, CHUNK)
+    token = chunk * CHUNK + place
+    is_token = token < vocab_size
+    logit = tl.load(logits_ptr + row * logits_stride + token, mask=is_token, other=float("-inf"))
+
+    # NaN makes the sum NaN, whether or not the maximum takes notice of it.
+    value = logit.to(tl.float32)
+    chunk_max = tl.max(value, axis=0)
+    reference = tl.where(chunk_max == float("-inf"), 0.0, chunk_max)
+    chunk_sum = tl.sum(tl.exp(value - reference), axis=0)
+    row_chunk = row * tl.num_programs(1) + chunk
+    tl.store(chunk_max_ptr + row_chunk, chunk_max)
+    tl.store(chunk_sum_ptr + row_chunk, chunk_sum)
+
+    # The lower half of a bfloat16's score is always the same, so its place goes there and 32 bits will do.
+    IS_NARROW: tl.constexpr = (logit.dtype == tl.bfloat16) and (CHUNK <= 65536)
+    backward = CHUNK - 1 - place
+    if IS_NARROW:
+        LEAST: tl.constexpr = -(2**31)
+        key = (_score(value) & -65536) | backward
+    else:
+        LEAST: tl.constexpr = NOTHING
+        key = _pair(_score(value), backward)
+    key = tl.where(is_token, key, LEAST)
+    rank = tl.arange(0, KEPT_BLOCK)
+    best = tl.full([KEPT_BLOCK], LEAST, key.dtype)
+    for i in range(0, num_kept):
+        greatest = tl.max(key, axis=0)
+        key = tl.where(key == greatest, LEAST, key)
+        best = tl.where(rank == i, greatest, best)
+
+    if IS_NARROW:
+        score = tl.where(best < 0, best | 65535, best & -65536)
+        backward = best & 65535
+    else:
+        score = (best >> 32).to(tl.int32)
+        backward = (best & 0x7FFFFFFF).to(tl.int32)
+    pair = _pair(score, 0x7FFFFFFF - (chunk * CHUNK + CHUNK - 1 - backward))
+    pair = tl.where(best == LEAST, NOTHING, pair)
+    tl.store(chunk_best_ptr + row_chunk * num_kept + rank, pair, mask=rank < num_kept)
+
+
+@triton.jit(do_not_specialize=["num_kept", "num_chunks"])
+def _best_of_row_kernel(
+    chunk_best_ptr,  # int64 [num_rows, num_chunks, num_kept]
+    chunk_max_ptr,  # float32 [num_rows, num_chunks]
+    chunk_sum_ptr,  # float32 [num_rows, num_chunks]
+    parent_log_probs_ptr,  # float32 [num_rows]
+    row_tokens_ptr,  # int64 [num_rows, num_kept]
+    row_log_probs_ptr,  # float32 [num_rows, num_kept]
+    num_kept,
+    num_chunks,
+    CHUNK_BLOCK: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    KEPT_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    candidate = tl.arange(0, CANDIDATES)
+    num_candidates = num_chunks * num_kept
+    key = tl.load(
+        chunk_best_ptr + row * num_candidates + candidate, mask=candidate < num_candidates, other=NOTHING
+    )
+    rank = tl.arange(0, KEPT_BLOCK)
+    best = tl.full([KEPT_BLOCK], NOTHING, tl.int64)
+    for i in range(0, num_kept):
+        greatest = tl.max(key, axis=0)
+        key = tl.where(key == greatest, NOTHING, key)
+        best = tl.where(rank == i, greatest, best)
+
+    chunk = tl.arange(0, CHUNK_BLOCK)
+    is_chunk = chunk < num_chunks
+    chunk_max = tl.load(chunk_max_ptr + row * num_chunks + chunk, mask=is_chunk, other=float("-inf"))
+    chunk_sum = tl.load(chunk_sum_ptr + row * num_chunks + chunk, mask=is_chunk, other=0.0)
+    row_max = tl.max(chunk_max, axis=0)
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.sum(chunk_sum * tl.exp(chunk_max - row_max), axis=0)
+    log_prob = _value((best >> 32).to(tl.int32)) - row_max - tl.log(row_sum)
+    log_prob = tl.load(parent_log_probs_ptr + row) + tl.where(log_prob == log_prob, log_prob, float("-inf"))
+    tl.store(row_log_probs_ptr + row * num_kept + rank, log_prob, mask=rank < num_kept)
+    tl.store(row_tokens_ptr + row * num_kept + rank, 0x7FFFFFFF - (best & 0x7FFFFFFF), mask=rank < num_kept)
+
+
+@triton.jit(do_not_specialize=["num_candidates", "num_kept", "num_children"])
+def _best_of_request_kernel(
+    row_tokens_ptr,  # int64 [num_reqs, num_candidates]
+    row_log_probs_ptr,  # float32 [num_reqs, num_candidates]
+    parents_ptr,  # int64 [num_reqs, num_children]
+    tokens_ptr,  # int64 [num_reqs, num_children]
+    log_probs_ptr,  # float32 [num_reqs, num_children]
+    num_candidates,
+    num_kept,
+    num_children,
+    CANDIDATES: tl.constexpr,
+    CHILDREN_BLOCK: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    row_tokens_ptr += request * num_candidates
+    row_log_probs_ptr += request * num_candidates
+    # Parent by parent, the best of each first.
+    candidate = tl.arange(0, CANDIDATES)
+    is_candidate = candidate < num_candidates
+    log_prob = tl.load(row_log_probs_ptr + candidate, mask=is_candidate, other=0.0)
+    key = tl.where(is_candidate, _pair(_score(log_prob), 0x7FFFFFFF - candidate), NOTHING)
+    rank = tl.arange(0, CHILDREN_BLOCK)
+    best = tl.full([CHILDREN_BLOCK], NOTHING, tl.int64)
+    for i in range(0, num_children):
+        greatest = tl.max(key, axis=0)
+        key = tl.where(key == greatest, NOTHING, key)
+        best = tl.where(rank == i, greatest, best)
+
+    chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+    is_child = rank < num_children
+    child = request * num_children + rank
+    tl.store(parents_ptr + child, chosen // num_kept, mask=is_child)
+    tl.store(tokens_ptr + child, tl.load(row_tokens_ptr + chosen, mask=is_child), mask=is_child)
+    tl.store(log_probs_ptr + child, tl.load(row_log_probs_ptr + chosen, mask=is_child), mask=is_child)
+
+
+@triton.jit
+def _score(
+    value,  # float32
+):
+    """Int32s in the order of the values. NaN counts as minus infinity, and minus zero as zero."""
+    value = tl.where(value == value, value, float("-inf"))
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _value(
+    score,  # int32
+):
+    """The float32s that have these scores."""
+    return tl.where(score < 0, score ^ 0x7FFFFFFF, score).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pair(
+    score,  # int32
+    backward,  # int32, not negative: of equal scores the one with the higher is the greater pair
+):
+    return (score.to(tl.int64) << 32) | backward
