@@ -38,7 +38,7 @@ def main() -> None:
     for cell in job["cells"]:
         if time.time() >= job["deadline"]:
             break
-        measured = record | cell | {"time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())}
+        measured = record | cell
         batches = list(prompts.batches(cell["context"], cell["batch"], job["repeats"]))
         if not batches:
             measured["skipped"] = f"there are fewer than {cell['batch']} prompts of {cell['context']} tokens"

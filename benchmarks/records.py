@@ -2,7 +2,7 @@
 """The results of benchmarks: a file of JSON lines, one measurement each, with all that is needed to read it alone.
 
 Lines are appended as they are measured, so that an interrupted run keeps what it has, and files of several runs can be
-put one behind the other. A line that is measured again replaces the one before.
+put one behind the other. Where something was measured again, the last line counts.
 """
 
 import json
@@ -59,16 +59,8 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """The measurements in all files, those that were measured again once, in the order they were measured in."""
-    records: dict[str, Record] = {}
-    for path in paths:
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in lines:
-            record = json.loads(line)
-            key = identity(record)
-            records.pop(key, None)
-            records[key] = record
-    return list(records.values())
+    """The measurements of all files in their order; none for a file that is not there."""
+    return [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
 
 
 def _output_of(command: list[str]) -> str:

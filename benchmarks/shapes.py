@@ -52,7 +52,7 @@ LLAMA_3_8B_262K = _COMMON | {
     "eos_token_id": 128009,
 }
 
-# Small enough for Triton's interpreter. Fewer than six layers would be too few for EAGLE-3, which reads three of them;
+# Small enough for Triton's interpreter. EAGLE-3 reads layers 2, n / 2 and n - 3 of n, which must differ;
 # fewer tokens too few for `vllm bench latency`, whose prompts are of the first 10,000.
 TOY = _COMMON | {
     "architectures": ["LlamaForCausalLM"],
@@ -61,7 +61,7 @@ TOY = _COMMON | {
     "intermediate_size": 128,
     "max_position_embeddings": 2048,
     "num_attention_heads": 4,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 8,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-05,
     "rope_theta": 10000.0,

@@ -65,6 +65,8 @@ class Plan:
     deadline: float
     again: bool
     out: Path
+    # When this run started, which tells it from others.
+    started: str
     machine: dict[str, str]
 
 
@@ -80,6 +82,7 @@ def main() -> None:
         deadline=time.time() + arguments.minutes * 60,
         again=arguments.again,
         out=arguments.out,
+        started=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         machine=environment(arguments.commit),
     )
     print(json.dumps(plan.machine))
@@ -170,7 +173,7 @@ def run(
     }
     name = "-".join([model.name, system, *([str(acceptance)] if decoding.acceptance else [])])
     print(f"{name}: {len(cells)} cells", flush=True)
-    measured_before = len(read_lines(plan.out))
+    measured_before = len(read([plan.out]))
     log = plan.out.with_suffix(".logs") / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
@@ -183,7 +186,7 @@ def run(
             stderr=subprocess.STDOUT,
             check=False,
         )
-    for record in read_lines(plan.out)[measured_before:]:
+    for record in read([plan.out])[measured_before:]:
         print(f"  {describe(record)}", flush=True)
     if finished.returncode != 0:
         raise NotMeasurable(f"the engine failed, see {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
@@ -218,6 +221,7 @@ def record_of(plan: Plan, model: Model, decoding: Decoding) -> Record:
         "acceptance": decoding.acceptance,
         "options": decoding.options,
         "engine": plan.engine,
+        "run": plan.started,
         "environment": plan.machine,
     }
 
@@ -252,10 +256,6 @@ def process_environment() -> dict[str, str]:
     if ON_CPU:
         settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return settings | os.environ
-
-
-def read_lines(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def describe(record: Record) -> str:
