@@ -22,31 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shapes import QWQ_32B, write_glide_draft, write_target
+
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "benchmarks" / "pair"
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
 KERNEL_TESTS = ("prefix_attention", "verify", "order", "walk", "compact", "window_attention", "tree", "sample")
-
-# https://huggingface.co/Qwen/QwQ-32B-Preview/blob/main/config.json
-QWQ_32B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_act": "silu",
-    "hidden_size": 5120,
-    "intermediate_size": 27648,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 40,
-    "num_hidden_layers": 64,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 152064,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
 
 
 def main() -> None:
@@ -126,10 +107,8 @@ def check_serve() -> dict[str, Any]:
 
 def check_32b() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        target, draft = Path(folder) / "target", Path(folder) / "draft"
-        for path, architecture in ((target, "Qwen2ForCausalLM"), (draft, "Qwen2GlideDecoderLayer")):
-            path.mkdir()
-            (path / "config.json").write_text(json.dumps(QWQ_32B | {"architectures": [architecture]}))
+        target = write_target(Path(folder) / "target", QWQ_32B)
+        draft = write_glide_draft(Path(folder) / "draft", QWQ_32B)
         result = engine(
             model=str(target),
             dtype="bfloat16",

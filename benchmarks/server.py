@@ -93,8 +93,8 @@ class Server:
 
 
 @contextmanager
-def serve(name: str, *options: str) -> Iterator[Server]:
-    """Runs `vllm serve` on the target with these options, and yields it once it answers.
+def serve(name: str, *options: str, target: str = TARGET, defaults: list[str] = OPTIONS) -> Iterator[Server]:
+    """Runs `vllm serve` on the target with `defaults` and these options, and yields it once it answers.
 
     It listens on a free port of 127.0.0.1, writes its log under .demo/ and is shut down whatever happens.
 
@@ -104,7 +104,7 @@ def serve(name: str, *options: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = ["serve", TARGET, *OPTIONS, *options, "--host", "127.0.0.1", "--port", str(port)]
+    arguments = ["serve", target, *defaults, *options, "--host", "127.0.0.1", "--port", str(port)]
     settings = " ".join(f"{key}={value}" for key, value in ENVIRONMENT.items())
     print(f"$ {settings} \\\n  {shlex.join(['vllm', *arguments])}")
 

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine in a process of its own: decodes batches of prompts and appends what it measured to a file of records.
+
+`speed.py` starts this file with a job as JSON on standard input. What is timed is decoding alone. The prompts are in the
+prefix cache; each batch is generated with one token a request and with `tokens` more, and the difference is their time.
+"""
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from records import Record, append
+from systems import PAIR
+
+# Compiles what is compiled when it is first used.
+WARM_UP_TOKENS = 12
+# The last block of a cached prompt is computed again, with EAGLE-3 the one before it too.
+MAX_BLOCKS_NOT_CACHED = 3
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    started = time.monotonic()
+    engine = Engine(job["llm"], job["tokens"])
+    record: Record = job["record"] | {
+        "max_model_len": engine.vllm_config.model_config.max_model_len,
+        "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
+        "kv_cache_tokens": engine.num_blocks * engine.block_size,
+        "start_seconds": round(time.monotonic() - started, 1),
+        "draft_memory": engine.llm.collective_rpc(draft_memory)[0],
+    }
+    prompts = TrainedPrompts(Path(job["trained"])) if job["trained"] else RandomPrompts(job["vocab_size"])
+    for cell in job["cells"]:
+        if time.time() >= job["deadline"]:
+            break
+        measured = record | cell
+        batches = list(prompts.batches(cell["context"], cell["batch"], job["repeats"]))
+        if not batches:
+            measured["skipped"] = f"there are fewer than {cell['batch']} prompts of {cell['context']} tokens"
+        elif lacking := engine.lacking_blocks(cell["context"], cell["batch"]):
+            measured["skipped"] = f"the KV cache lacks {lacking * engine.block_size} tokens"
+        else:
+            rounds, outputs = engine.measure(batches, cell["temperature"])
+            measured |= summary(rounds, cell["batch"], job["tokens"], same_work=not job["trained"])
+            measured |= {"peak_memory_bytes": engine.llm.collective_rpc(peak_memory)[0], "rounds": rounds}
+            if job["trained"]:
+                measured["looping"] = share_of_loops(outputs)
+        append(Path(job["out"]), measured)
+
+
+class RandomPrompts:
+    """Random token ids. A shorter prompt is the beginning of a longer one, which saves computing it again."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.prompts: dict[int, list[int]] = {}
+
+    def batches(self, context: int, batch: int, repeats: int) -> Iterator[list[list[int]]]:
+        yield from [[self._prompt(number, context) for number in range(batch)]] * repeats
+
+    def _prompt(self, number: int, length: int) -> list[int]:
+        if len(self.prompts.get(number, ())) < length:
+            self.prompts[number] = random.Random(number).choices(range(self.vocab_size), k=length)
+        return self.prompts[number][:length]
+
+
+class TrainedPrompts:
+    """The last tokens before the same places of the same texts, so that contexts differ in nothing but their length."""
+
+    def __init__(self, folder: Path):
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "target" / "tokenizer.json"))
+        lines = (folder / "prompts.jsonl").read_text().splitlines()
+        self.prompts = [tokenizer.encode(json.loads(line)["text"]).ids for line in lines]
+
+    def batches(self, context: int, batch: int, repeats: int) -> Iterator[list[list[int]]]:
+        """Every prompt once, however many repeats are asked for."""
+        prompts = [prompt[-context:] for prompt in self.prompts if len(prompt) >= context]
+        for start in range(0, len(prompts) - batch + 1, batch):
+            yield prompts[start : start + batch]
+
+
+class Engine:
+    def __init__(self, settings: dict[str, Any], tokens: int):
+        from vllm import LLM
+
+        self.llm = LLM(**settings)
+        self.tokens = tokens
+        self.vllm_config = self.llm.llm_engine.vllm_config
+        cache = self.vllm_config.cache_config
+        assert cache.num_gpu_blocks is not None
+        self.num_blocks, self.block_size = cache.num_gpu_blocks, cache.block_size
+
+    def lacking_blocks(self, context: int, batch: int) -> int:
+        """How many blocks the KV cache would need in addition, 0 if it is large enough."""
+        speculative = self.vllm_config.speculative_config
+        ahead = speculative.num_speculative_tokens + 1 if speculative else 1
+        per_request = -(-(context + 1 + self.tokens + ahead) // self.block_size)
+        # One block is vLLM's own.
+        return max(0, batch * per_request + 1 - self.num_blocks)
+
+    def measure(
+        self, batches: list[list[list[int]]], temperature: float
+    ) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        """Every batch's seconds and counts, and all outputs."""
+        rounds, warm, outputs = [], None, []
+        self.llm.collective_rpc(peak_memory)
+        for number, prompts in enumerate(batches):
+            if prompts is not warm:
+                self._generate(prompts, temperature, number, WARM_UP_TOKENS)
+                warm = prompts
+            prompt_seconds, first = self._generate(prompts, temperature, number, 1)
+            for output in first:
+                if len(output.prompt_token_ids) - output.num_cached_tokens > MAX_BLOCKS_NOT_CACHED * self.block_size:
+                    raise RuntimeError(f"only {output.num_cached_tokens} tokens of a prompt are in the prefix cache")
+            before = self._counters()
+            seconds, generated = self._generate(prompts, temperature, number, 1 + self.tokens)
+            drafts, accepted, preempted = (
+                now - then for now, then in zip(self._counters(), before, strict=True)
+            )
+            if preempted:
+                raise RuntimeError(f"{preempted} requests were preempted")
+            rounds.append(
+                {
+                    "prompt_seconds": prompt_seconds,
+                    "seconds": seconds - prompt_seconds,
+                    "drafts": drafts,
+                    "accepted": accepted,
+                }
+            )
+            outputs += [list(output.outputs[0].token_ids) for output in generated]
+        return rounds, outputs
+
+    def _generate(
+        self, prompts: list[list[int]], temperature: float, number: int, max_tokens: int
+    ) -> tuple[float, list[Any]]:
+        from vllm import SamplingParams
+
+        sampling = [
+            SamplingParams(
+                temperature=temperature,
+                # Synthetic acceptance draws by it, at any temperature.
+                seed=number * len(prompts) + request,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for request in range(len(prompts))
+        ]
+        requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        start = time.perf_counter()
+        outputs = self.llm.generate(requests, sampling, use_tqdm=False)
+        return time.perf_counter() - start, outputs
+
+    def _counters(self) -> tuple[int, int, int]:
+        """Drafts, accepted tokens, preemptions since the engine started."""
+        values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
+        names = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens", "num_preemptions")
+        drafts, accepted, preempted = (int(values.get(f"vllm:{name}", 0)) for name in names)
+        return drafts, accepted, preempted
+
+
+def summary(rounds: list[dict[str, Any]], batch: int, tokens: int, same_work: bool) -> Record:
+    """Milliseconds a token of a request and milliseconds a step, and tokens a step over all rounds.
+
+    With a draft, vLLM counts a draft for every request and step. A step without any, as where the batch is too large
+    for speculation to pay, emits one token.
+
+    Args:
+        same_work: the rounds decode the same batch, so the median of them is typical; otherwise their mean is.
+    """
+    for each in rounds:
+        each["steps"] = (each["drafts"] + max(0, batch * tokens - each["drafts"] - each["accepted"])) / batch
+    typical = statistics.median if same_work else statistics.fmean
+    seconds, steps = (typical([each[name] for each in rounds]) for name in ("seconds", "steps"))
+    drafts, accepted = (sum(each[name] for each in rounds) for name in ("drafts", "accepted"))
+    return {
+        "tokens": tokens,
+        "ms_per_token": round(seconds * 1000 / tokens, 4),
+        "ms_per_step": round(seconds * 1000 / steps, 4),
+        "tokens_per_step": round(1 + accepted / drafts, 3) if drafts else 1.0,
+    }
+
+
+def share_of_loops(outputs: list[list[int]]) -> float:
+    """How much of the outputs repeats itself: a loop is easy to draft."""
+    sys.path.insert(0, str(PAIR))
+    from acceptance import loop_start
+
+    return round(1 - sum(map(loop_start, outputs)) / sum(map(len, outputs)), 3)
+
+
+# What follows runs in the engine's worker.
+
+
+def peak_memory(worker: Any) -> int:
+    """Most bytes of GPU memory in use since this was last asked."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def draft_memory(worker: Any) -> dict[str, int]:
+    """What a draft keeps: bytes for a request, whatever its context, and for every token of it."""
+    speculator = worker.model_runner.speculator
+    window = getattr(speculator, "window", None)
+    context = worker.vllm_config.compilation_config.static_forward_context
+    caches = [context[name].kv_cache for name in getattr(speculator, "draft_attn_layer_names", ())]
+    tokens = worker.vllm_config.cache_config.num_gpu_blocks * worker.vllm_config.cache_config.block_size
+    return {
+        "bytes_per_request": window.bytes_per_request if window else 0,
+        "bytes_per_token": sum(cache.numel() * cache.element_size() for cache in caches) // tokens,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plots of what `speed.py` measured.
+
+    python benchmarks/report.py [--out FILE.md] [--plots FOLDER] [RESULTS.jsonl ...]
+
+Of a cell that was measured more than once the last measurement counts. A speedup is over plain decoding in the same
+run; where that run has none, it is over the last one on the same kind of GPU, and marked with an asterisk.
+
+Plots need matplotlib: `pip install matplotlib`, or this package's extra `report`.
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from records import Record, read
+from systems import ROOT, SYSTEMS
+
+RESULTS = ROOT / "benchmarks" / "results" / "speed.jsonl"
+DRAFT_CONTEXTS = (16 * 1024, 128 * 1024, 256 * 1024)
+
+Place = tuple[int, int]  # context, batch
+
+
+@dataclass
+class Comparison:
+    """What can be compared: one model on one kind of GPU at one acceptance length and temperature."""
+
+    device: str
+    model: str
+    acceptance: float | None
+    temperature: float
+    # By system and place; plain decoding among them.
+    cells: dict[str, dict[Place, Record]]
+    # Plain decoding of every run, by place.
+    plain: dict[Place, list[Record]]
+
+    @property
+    def title(self) -> str:
+        title = f"{self.model}, "
+        title += "real acceptance" if self.acceptance is None else f"{self.acceptance:g} tokens a step asked for"
+        title += f", temperature {self.temperature:g}" if self.temperature else ""
+        return f"{title}, {self.device}"
+
+    @property
+    def systems(self) -> list[str]:
+        known = [system for system in SYSTEMS if system in self.cells]
+        # Such as default@8 and default@16: by their numbers.
+        others = sorted((system for system in self.cells if system not in SYSTEMS), key=lambda name: (len(name), name))
+        return known + others
+
+    @property
+    def places(self) -> list[Place]:
+        return sorted({place for cells in self.cells.values() for place in cells})
+
+    def baseline(self, cell: Record) -> tuple[Record, bool] | None:
+        """Plain decoding at the place of a cell, and whether it was measured in the same run."""
+        found = [plain for plain in self.plain.get(place_of(cell), []) if "skipped" not in plain]
+        same_run = [plain for plain in found if plain["run"] == cell["run"]]
+        if not found:
+            return None
+        return (same_run or found)[-1], bool(same_run)
+
+    def speedup(self, cell: Record) -> float | None:
+        if "skipped" in cell or (baseline := self.baseline(cell)) is None:
+            return None
+        return baseline[0]["ms_per_token"] / cell["ms_per_token"]
+
+
+def place_of(record: Record) -> Place:
+    return record["context"], record["batch"]
+
+
+def compare(records: Iterable[Record]) -> list[Comparison]:
+    comparisons: dict[tuple[Any, ...], Comparison] = {}
+    plain: list[Record] = []
+    for record in records:
+        if record["kind"] != "cell":
+            continue
+        if record["system"] == "plain":
+            plain.append(record)
+            continue
+        settings = (record["environment"]["device"], record["model"], record["acceptance"], record["temperature"])
+        comparison = comparisons.setdefault(settings, Comparison(*settings, {}, {}))
+        comparison.cells.setdefault(record["system"], {})[place_of(record)] = record
+    # Plain decoding has no acceptance, so it is part of all comparisons of its model.
+    for record in plain:
+        settings = (record["environment"]["device"], record["model"], record["temperature"])
+        for comparison in comparisons.values():
+            if settings == (comparison.device, comparison.model, comparison.temperature):
+                comparison.cells.setdefault("plain", {})[place_of(record)] = record
+                comparison.plain.setdefault(place_of(record), []).append(record)
+    return sorted(comparisons.values(), key=lambda each: each.title)
+
+
+def speed_table(comparison: Comparison) -> str:
+    """Milliseconds a token; of other systems than plain also the speedup, tokens a step, and a step in plain steps."""
+    rows, notes = [["context", "batch", *comparison.systems]], {}
+    for place in comparison.places:
+        row = [f"{place[0]:,}", str(place[1])]
+        for system in comparison.systems:
+            cell = comparison.cells[system].get(place)
+            row.append(_speed(comparison, cell))
+            if cell is not None and "skipped" in cell:
+                notes[cell["skipped"]] = None
+            elif cell is not None and (baseline := comparison.baseline(cell)) and not baseline[1]:
+                notes["\\* plain decoding was measured in another run"] = None
+        rows.append(row)
+    return _markdown(rows) + "".join(f"\n{note}\n" for note in notes)
+
+
+def _speed(comparison: Comparison, cell: Record | None) -> str:
+    if cell is None:
+        return ""
+    if "skipped" in cell:
+        return "skipped"
+    time = f"{cell['ms_per_token']:.2f}"
+    if cell["system"] == "plain":
+        return time
+    details = f"{cell['tokens_per_step']:.2f} a step"
+    if cell.get("looping"):
+        details += f", {cell['looping']:.0%} in loops"
+    if (baseline := comparison.baseline(cell)) is None:
+        return f"{time} ({details})"
+    plain, same_run = baseline
+    speedup, step = plain["ms_per_token"] / cell["ms_per_token"], cell["ms_per_step"] / plain["ms_per_step"]
+    return f"{time} **{speedup:.2f}×**{'' if same_run else '*'} ({details}, step {step:.2f})"
+
+
+def memory_table(records: Iterable[Record]) -> str | None:
+    """What each draft keeps for a request, as its tensors are, by model and system; None if no draft was measured."""
+    rows = [["model", "draft", "bytes a request", "bytes a token"]]
+    rows[0] += [f"{context // 1024}k" for context in DRAFT_CONTEXTS]
+    seen = set()
+    for record in records:
+        memory = record.get("draft_memory") or {}
+        per_request, per_token = memory.get("bytes_per_request", 0), memory.get("bytes_per_token", 0)
+        if not per_request and not per_token:
+            continue
+        kind = "EAGLE-3" if record["system"] == "eagle3" else "GLIDE"
+        if (row := (record["model"], kind, per_request, per_token)) not in seen:
+            seen.add(row)
+            at_contexts = [f"{(per_request + per_token * context) / 2**20:.1f} MiB" for context in DRAFT_CONTEXTS]
+            rows.append([record["model"], kind, f"{per_request:,}", f"{per_token:,}", *at_contexts])
+    return _markdown(rows) if seen else None
+
+
+def cross_check_table(records: Iterable[Record]) -> str | None:
+    rows = [["benchmark", "cell", "benchmark, ms", "measured, ms", "difference"]]
+    for record in records:
+        if record["kind"] == "cross_check":
+            cell = f"{record['model']} {record['system']}, context {record['context']:,}, batch {record['batch']}"
+            theirs, ours = record["benchmark_ms"], record["measured_ms"]
+            rows.append([f"vllm bench {record['benchmark']}", cell, f"{theirs}", f"{ours}", f"{theirs / ours - 1:+.1%}"])
+    return _markdown(rows) if len(rows) > 1 else None
+
+
+def environment_table(records: Iterable[Record]) -> str:
+    environments: dict[tuple[str, ...], None] = {}
+    names: list[str] = []
+    for record in records:
+        names = list(record["environment"])
+        environments[tuple(record["environment"].values())] = None
+    return _markdown([names, *map(list, environments)])
+
+
+def report(records: list[Record]) -> str:
+    parts = ["# Measured speed\n", environment_table(records)]
+    for comparison in compare(records):
+        parts += [f"\n## {comparison.title}\n", "Milliseconds a token of a request.\n", speed_table(comparison)]
+    if (table := memory_table(records)) is not None:
+        parts += ["\n## What a draft keeps for a request\n", table]
+    if (table := cross_check_table(records)) is not None:
+        parts += ["\n## vLLM's own benchmarks\n", table]
+    return "\n".join(parts)
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Speedup over context, a line for each system and a panel for each batch size."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    batches = sorted({batch for _, batch in comparison.places})
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(3.2 * len(batches), 3.2), sharey=True, squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for system in comparison.systems:
+            points = [
+                (context, speedup)
+                for (context, size), cell in sorted(comparison.cells[system].items())
+                if size == batch and (speedup := comparison.speedup(cell)) is not None
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=system)
+        axis.set_xscale("log", base=2)
+        contexts = sorted({context for context, _ in comparison.places})
+        axis.set_xticks(contexts, [f"{context / 1024:g}k" for context in contexts])
+        axis.minorticks_off()
+        axis.set_title(f"batch {batch}")
+        axis.set_xlabel("context")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("speedup over plain decoding")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][-1].legend(fontsize="small")
+    figure.suptitle(comparison.title)
+    figure.tight_layout()
+    # No date, so that the same results give the same file.
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _markdown(rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="*", default=[RESULTS], metavar="RESULTS.jsonl")
+    parser.add_argument("--out", type=Path, help="write the tables here instead of printing them")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write an SVG for each model and acceptance length")
+    arguments = parser.parse_args()
+    records = read(arguments.results)
+    if not records:
+        parser.error(f"there are no results in {', '.join(map(str, arguments.results))}")
+    text = report(records)
+    if arguments.out:
+        arguments.out.write_text(text)
+    else:
+        print(text)
+    if arguments.plots:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        for comparison in compare(records):
+            parts = [comparison.model, "real" if comparison.acceptance is None else f"{comparison.acceptance:g}"]
+            parts += [f"t{comparison.temperature:g}"] if comparison.temperature else []
+            plot(comparison, arguments.plots / f"speed-{'-'.join(parts)}.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of full size without their weights: the sizes of published targets, and folders that vLLM loads them from.
+
+vLLM fills a model with random numbers when it is told `load_format="dummy"`. Only an EAGLE-3 head needs weights in
+files: without them vLLM does not know that it has a head of its own, gives it the target's, and a step then reads
+152,064 rows instead of 32,000.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+EAGLE3_VOCAB_SIZE = 32000
+# The tensors of vLLM's dummy weights are uniform up to this.
+DUMMY_RANGE = 1e-3
+
+_COMMON: dict[str, Any] = {"hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+
+# https://huggingface.co/Qwen/QwQ-32B-Preview/blob/main/config.json
+QWQ_32B = _COMMON | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+# https://huggingface.co/gradientai/Llama-3-8B-Instruct-262k/blob/main/config.json
+LLAMA_3_8B_262K = _COMMON | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 262144,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 283461213.0,
+    "vocab_size": 128256,
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+}
+
+# Small enough for Triton's interpreter. EAGLE-3 reads layers 2, n / 2 and n - 3 of n, which must differ;
+# fewer tokens too few for `vllm bench latency`, whose prompts are of the first 10,000.
+TOY = _COMMON | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "torch_dtype": "float32",
+    "vocab_size": 10240,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+SHAPES = {"qwq-32b": QWQ_32B, "llama-3-8b-262k": LLAMA_3_8B_262K, "toy": TOY}
+
+_GLIDE_ARCHITECTURES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
+
+
+def write_target(folder: Path, config: dict[str, Any]) -> Path:
+    """A target for `load_format="dummy"`."""
+    return _write_config(folder, config)
+
+
+def write_glide_draft(folder: Path, config: dict[str, Any]) -> Path:
+    """The GLIDE draft of a target, for `load_format="dummy"`."""
+    return _write_config(folder, config | {"architectures": [_GLIDE_ARCHITECTURES[config["model_type"]]]})
+
+
+def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
+    """An EAGLE-3 head of the target's width with random weights; 1.5 GB for a target of 32B."""
+    import torch
+    from safetensors.torch import save_file
+
+    draft_vocab_size = min(EAGLE3_VOCAB_SIZE, config["vocab_size"] // 2)
+    eagle3 = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "draft_vocab_size": draft_vocab_size,
+    }
+    _write_config(folder, {key: value for key, value in config.items() if key != "use_sliding_window"} | eagle3)
+
+    dtype = getattr(torch, config["torch_dtype"])
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    head_size = hidden // config["num_attention_heads"]
+    kv_size = config["num_key_value_heads"] * head_size
+    shapes = {
+        # It reads three of the target's layers, and its attention the embedding beside what comes of them.
+        "fc.weight": (hidden, 3 * hidden),
+        "midlayer.self_attn.q_proj.weight": (hidden, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": (kv_size, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": (kv_size, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, hidden),
+        "midlayer.mlp.gate_proj.weight": (intermediate, hidden),
+        "midlayer.mlp.up_proj.weight": (intermediate, hidden),
+        "midlayer.mlp.down_proj.weight": (hidden, intermediate),
+        "lm_head.weight": (draft_vocab_size, hidden),
+    }
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.empty(shape, dtype=dtype).uniform_(-DUMMY_RANGE, DUMMY_RANGE, generator=generator)
+        for name, shape in shapes.items()
+    }
+    for name in ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm"):
+        weights[f"{name}.weight"] = torch.ones(hidden, dtype=dtype)
+    # Draft token i is target token i + d2t[i]: spread over the target's vocabulary.
+    step = config["vocab_size"] // draft_vocab_size
+    weights["d2t"] = torch.arange(draft_vocab_size) * (step - 1)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def write_frequent_tokens(path: Path, size: int, vocab_size: int) -> Path:
+    """So many random tokens, for timing: what they are does not change the cost of a step."""
+    path.write_text(json.dumps(random.Random(0).sample(range(vocab_size), size)))
+    return path
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Milliseconds a token of plain vLLM, vLLM's EAGLE-3 and n-gram drafts, and this plugin, on one GPU in one invocation.
+
+    python benchmarks/speed.py --models qwq-32b --systems plain,eagle3,default,tuned --contexts 1024,16384 --batches 1,4
+
+Full-size models have random weights, and as many tokens a step as `--acceptances` says: a step's cost does not depend
+on what is accepted. A folder with a trained target/, draft/ and prompts.jsonl, or `pair` for the one that ships, is
+measured as it is. Every cell (system, context, batch) becomes a line of `--out` as soon as it is measured; what is
+there already is left out, so an interrupted run goes on where it stopped. `report.py` makes tables and plots of it.
+
+One engine runs for each system and acceptance. Cells whose KV cache does not fit are recorded as skipped.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cross_check
+from records import Record, append, environment, identity, read
+from server import ENVIRONMENT, ON_CPU, exit_on_signals
+from systems import ROOT, SYSTEMS, Decoding, Model, NotMeasurable, check_system, prepare, target_folder
+
+MODELS = ["qwq-32b"]
+CONTEXTS = [1024, 16384, 31744]
+BATCHES = [1, 4, 16, 64]
+# vLLM may run past the last token by a tree and a step.
+SLACK = 512
+SMOKE = {
+    "models": ["toy"],
+    "systems": ["plain", "eagle3", "default", "gamma4", "tuned"],
+    "contexts": [96, 160],
+    "batches": [1, 2],
+    "tokens": 8,
+    "repeats": 1,
+}
+# In its interpreter, Triton copies what a kernel is given, so a small cache is a fast one.
+CPU_SETTINGS = {
+    "enforce_eager": True,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 32 << 20,
+    "gpu_memory_utilization": 0.1,
+    "distributed_executor_backend": "uni",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and how."""
+
+    contexts: list[int]
+    batches: list[int]
+    temperatures: list[float]
+    tokens: int
+    repeats: int
+    # More arguments of the engine, as the user gave them.
+    engine: dict[str, Any]
+    deadline: float
+    again: bool
+    out: Path
+    # When this run started, which tells it from others.
+    started: str
+    machine: dict[str, str]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    plan = Plan(
+        contexts=sorted(arguments.contexts),
+        batches=sorted(arguments.batches),
+        temperatures=arguments.temperatures,
+        tokens=arguments.tokens,
+        repeats=arguments.repeats,
+        engine=arguments.engine,
+        deadline=time.time() + arguments.minutes * 60,
+        again=arguments.again,
+        out=arguments.out,
+        started=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        machine=environment(arguments.commit),
+    )
+    print(json.dumps(plan.machine))
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.models:
+            model = Model.find(name)
+            for system in arguments.systems:
+                # Plain decoding has no acceptance, and trained weights have their own.
+                for acceptance in arguments.acceptances if system != "plain" and not model.trained else [None]:
+                    try:
+                        run(plan, model, system, acceptance, arguments.tuned, Path(folder))
+                    except NotMeasurable as reason:
+                        print(f"{model.name} {system}: {reason}")
+                        failures.append(system)
+        if arguments.cross_check:
+            system, context, batch = arguments.cross_check
+            check(plan, Model.find(arguments.models[0]), system, int(context), int(batch), arguments, Path(folder))
+    if time.time() >= plan.deadline:
+        print("The time is up; the same command goes on where this one stopped.")
+    sys.exit(f"failed: {', '.join(failures)}" if failures else 0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: [convert(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", type=listed(str), default=MODELS, help="qwq-32b, llama-3-8b-262k, pair, folders")
+    add("--systems", type=listed(check_system), default=list(SYSTEMS), help=f"{', '.join(SYSTEMS)}, default@K, gammaN")
+    add("--contexts", type=listed(int), default=CONTEXTS, help="tokens of a prompt")
+    add("--batches", type=listed(int), default=BATCHES, help="requests that decode together")
+    add("--acceptances", type=listed(float), default=[3.82], help="tokens a step, for random weights")
+    add("--temperatures", type=listed(float), default=[0.0])
+    add("--tokens", type=int, default=128, help="tokens to decode for each request")
+    add("--repeats", type=int, default=3, help="times that a batch is decoded; trained weights decode every prompt")
+    add("--tuned", type=json.loads, help="JSON of the settings of system tuned; frequent_tokens is how many")
+    add("--engine", type=json.loads, default={}, help="JSON of more arguments for every engine")
+    add("--minutes", type=float, default=1e6, help="start no cell after so many minutes")
+    add("--again", action="store_true", help="measure what has been measured, too")
+    add("--commit", help="the plugin's commit, where there is no git repository")
+    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "speed.jsonl")
+    add(
+        "--cross-check",
+        nargs=3,
+        metavar=("SYSTEM", "CONTEXT", "BATCH"),
+        help="run vLLM's own `bench latency` and `bench serve` once on this cell, which must have been measured",
+    )
+    add("--smoke", action="store_true", help="a toy model, to try everything without a GPU; other options still count")
+    if "--smoke" in sys.argv:
+        parser.set_defaults(**SMOKE)
+    return parser.parse_args()
+
+
+def run(
+    plan: Plan, model: Model, system: str, acceptance: float | None, tuned: dict[str, Any] | None, folder: Path
+) -> None:
+    """Measures the cells of one engine that are still to be measured.
+
+    Raises:
+        NotMeasurable: the system cannot decode the model, or the engine failed.
+    """
+    if time.time() >= plan.deadline:
+        return
+    decoding = prepare(model, system, acceptance, tuned, folder)
+    base = record_of(plan, model, decoding)
+    known = set() if plan.again else {identity(record) for record in read([plan.out])}
+    cells = [
+        cell
+        for temperature in plan.temperatures
+        for context in plan.contexts
+        for batch in plan.batches
+        if identity(base | (cell := {"temperature": temperature, "context": context, "batch": batch})) not in known
+    ]
+    if not cells:
+        return
+    job = {
+        "record": base,
+        "cells": cells,
+        "tokens": plan.tokens,
+        "repeats": plan.repeats,
+        "deadline": plan.deadline,
+        "out": str(plan.out.resolve()),
+        "trained": model.trained and str(model.trained),
+        "vocab_size": model.config["vocab_size"],
+        "llm": engine_settings(plan, model, decoding, folder),
+    }
+    name = "-".join([model.name, system, *([str(acceptance)] if decoding.acceptance else [])])
+    print(f"{name}: {len(cells)} cells", flush=True)
+    measured_before = len(read([plan.out]))
+    log = plan.out.with_suffix(".logs") / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        finished = subprocess.run(
+            [sys.executable, str(ROOT / "benchmarks" / "measure.py")],
+            input=json.dumps(job),
+            text=True,
+            env=process_environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    for record in read([plan.out])[measured_before:]:
+        print(f"  {describe(record)}", flush=True)
+    if finished.returncode != 0:
+        raise NotMeasurable(f"the engine failed, see {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
+
+
+def check(
+    plan: Plan, model: Model, system: str, context: int, batch: int, arguments: argparse.Namespace, folder: Path
+) -> None:
+    """Runs vLLM's own benchmarks on a cell that has been measured.
+
+    Raises:
+        NotMeasurable: the cell has not been measured.
+    """
+    acceptance = None if system == "plain" or model.trained else arguments.acceptances[0]
+    decoding = prepare(model, check_system(system), acceptance, arguments.tuned, folder)
+    base = record_of(plan, model, decoding) | {"temperature": 0.0, "context": context, "batch": batch}
+    measured = {identity(record): record for record in read([plan.out])}.get(identity(base))
+    if measured is None or "skipped" in measured:
+        raise NotMeasurable(f"{model.name} {system} has not been measured at context {context} and batch {batch}")
+    settings = engine_settings(plan, model, decoding, folder)
+    for result in cross_check.run(settings, measured, process_environment(), plan.out.with_suffix(".logs")):
+        append(plan.out, base | {"kind": "cross_check"} | result)
+        print(f"  {json.dumps(result)}", flush=True)
+
+
+def record_of(plan: Plan, model: Model, decoding: Decoding) -> Record:
+    """What every record of an engine begins with."""
+    return {
+        "kind": "cell",
+        "model": model.name,
+        "system": decoding.system,
+        "acceptance": decoding.acceptance,
+        "options": decoding.options,
+        "engine": plan.engine,
+        "run": plan.started,
+        "environment": plan.machine,
+    }
+
+
+def engine_settings(plan: Plan, model: Model, decoding: Decoding, folder: Path) -> dict[str, Any]:
+    """Arguments of vLLM's LLM: vLLM's defaults, but no more requests and positions than are measured."""
+    longest = max(plan.contexts) + plan.tokens + 1
+    # The same for every system and for most choices of contexts, since kernels look at it too.
+    max_model_len = min(model.num_positions, 1 << (longest + SLACK - 1).bit_length())
+    if longest > max_model_len:
+        raise NotMeasurable(f"{model.name} has {max_model_len} positions, {longest} are needed")
+    dtype = "float32" if ON_CPU else "bfloat16"
+    settings: dict[str, Any] = {
+        "model": str(target_folder(model, folder)),
+        "dtype": dtype,
+        "load_format": "auto" if model.trained else "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max(plan.batches),
+        "enable_prefix_caching": True,
+        "disable_log_stats": False,
+    }
+    if decoding.speculative_config is not None:
+        settings["speculative_config"] = decoding.speculative_config
+    return settings | (CPU_SETTINGS if ON_CPU else {}) | plan.engine
+
+
+def process_environment() -> dict[str, str]:
+    settings = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_F32_DEFAULT"}
+    # `measure.py` sends its own functions to the engine's worker.
+    settings["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if ON_CPU:
+        settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return settings | os.environ
+
+
+def describe(record: Record) -> str:
+    place = f"context {record['context']:>6}  batch {record['batch']:>2}"
+    if "skipped" in record:
+        return f"{place}  skipped: {record['skipped']}"
+    return (
+        f"{place}  {record['ms_per_token']:8.3f} ms a token  {record['ms_per_step']:8.3f} ms a step  "
+        f"{record['tokens_per_step']:.2f} tokens a step"
+    )
+
+
+if __name__ == "__main__":
+    exit_on_signals()
+    try:
+        main()
+    except NotMeasurable as reason:
+        sys.exit(str(reason))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: ways to decode a model, and the model's folders that an engine needs for them.
+
+- `plain`: vLLM without speculation
+- `eagle3`: vLLM's EAGLE-3 with 5 tokens
+- `ngram`: vLLM's prompt lookup with 5 tokens
+- `default`: this plugin as it comes
+- `default@K`: the same tree, of which the K likeliest nodes are verified
+- `gammaN`: this plugin's sequential method
+- `tuned`: this plugin with settings for the model (`TUNED`, or `--tuned`)
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shapes import SHAPES, write_eagle3_head, write_frequent_tokens, write_glide_draft, write_target
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIR = ROOT / "benchmarks" / "pair"
+
+SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "tuned")
+_PLUGIN_SYSTEM = re.compile(r"tuned|default(@[1-9]\d*)?|gamma[1-9]\d*")
+OTHERS_TOKENS = 5
+
+# Options of the plugin's speculative configuration; `frequent_tokens` is how many. With 40 heads to 8 KV heads a tile of
+# FlashAttention 3 holds 25 rows, with 32 to 8 it holds 32, the root's included: more nodes read the prefix once more.
+TUNED: dict[str, dict[str, Any]] = {
+    "qwq-32b": {
+        "tree_shape": [4, 16, 16, 16, 16],
+        "frequent_tokens": 32768,
+        "num_speculative_tokens": 24,
+        "num_speculative_tokens_per_batch_size": [[1, 4, 24], [5, 16, 8], [17, 64, 4]],
+    },
+    "llama-3-8b-262k": {
+        "tree_shape": [4, 16, 16, 16, 16],
+        "frequent_tokens": 32768,
+        "num_speculative_tokens": 31,
+        "num_speculative_tokens_per_batch_size": [[1, 4, 31], [5, 16, 8], [17, 64, 4]],
+    },
+    "toy": {"tree_shape": [2, 4, 4], "frequent_tokens": 512, "num_speculative_tokens": 8},
+    "pair": {"tree_shape": [4, 16, 16, 16, 16], "num_speculative_tokens": 24},
+}
+
+
+class NotMeasurable(Exception):
+    """What was asked for and cannot be had, in one line."""
+
+
+def is_plugin_system(system: str) -> bool:
+    return _PLUGIN_SYSTEM.fullmatch(system) is not None
+
+
+def check_system(system: str) -> str:
+    """Raises NotMeasurable if there is no such system."""
+    if system not in SYSTEMS and not is_plugin_system(system):
+        raise NotMeasurable(f"there is no system {system}: give one of {', '.join(SYSTEMS)}, default@K, gammaN")
+    return system
+
+
+@dataclass(frozen=True)
+class Model:
+    """A target with its drafts: a shape with random weights, or a folder of trained ones laid out like `pair/`."""
+
+    name: str
+    # Folder of a trained target/, draft/ and prompts.jsonl; None for random weights.
+    trained: Path | None
+    config: dict[str, Any]
+
+    @classmethod
+    def find(cls, name: str) -> "Model":
+        """Raises NotMeasurable if it is neither the name of a shape, nor `pair`, nor such a folder."""
+        if name in SHAPES:
+            return cls(name, None, SHAPES[name])
+        folder = PAIR if name == "pair" else Path(name)
+        config = folder / "target" / "config.json"
+        if not config.is_file():
+            raise NotMeasurable(f"there is no model {name}: give {', '.join(SHAPES)}, pair, or a folder like pair/")
+        return cls("pair" if name == "pair" else folder.name, folder, json.loads(config.read_text()))
+
+    @property
+    def num_positions(self) -> int:
+        return self.config["max_position_embeddings"]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A system, ready for an engine."""
+
+    system: str
+    # Tokens a step that are asked for of random weights; None for plain decoding and trained weights.
+    acceptance: float | None
+    # What to tell vLLM; None for plain decoding.
+    speculative_config: dict[str, Any] | None
+    # The same without paths, for the record.
+    options: dict[str, Any]
+
+
+def prepare(
+    model: Model, system: str, acceptance: float | None, tuned: dict[str, Any] | None, folder: Path
+) -> Decoding:
+    """Writes what the system needs into `folder`, where it is not there yet.
+
+    Raises:
+        NotMeasurable: the system cannot decode this model.
+    """
+    if system == "plain":
+        return Decoding(system, None, None, {})
+    options = _options(model, system, tuned)
+    if model.trained is None:
+        options |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": acceptance}
+    else:
+        acceptance = None
+
+    speculative_config = dict(options)
+    if (size := options.get("frequent_tokens")) is not None:
+        path = folder / f"{model.name}-frequent-{size}.json"
+        speculative_config["frequent_tokens"] = str(write_frequent_tokens(path, size, model.config["vocab_size"]))
+    if system == "eagle3":
+        head = folder / f"{model.name}-eagle3"
+        if not head.exists():
+            write_eagle3_head(head, model.config)
+        speculative_config |= {"model": str(head), "draft_load_config": {"load_format": "safetensors"}}
+    elif is_plugin_system(system):
+        draft = model.trained / "draft" if model.trained else folder / f"{model.name}-glide"
+        if model.trained is None:
+            write_glide_draft(draft, model.config)
+        speculative_config["model"] = str(draft)
+    return Decoding(system, acceptance, speculative_config, options)
+
+
+def target_folder(model: Model, folder: Path) -> Path:
+    return model.trained / "target" if model.trained else write_target(folder / f"{model.name}-target", model.config)
+
+
+def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[str, Any]:
+    if system == "eagle3":
+        if model.trained:
+            raise NotMeasurable(f"{model.name} has no EAGLE-3 head")
+        return {"method": "eagle3", "num_speculative_tokens": OTHERS_TOKENS}
+    if system == "ngram":
+        # On the GPU, because vLLM schedules the other one synchronously.
+        return {"method": "ngram_gpu", "num_speculative_tokens": OTHERS_TOKENS}
+    if system == "tuned":
+        options = tuned or TUNED.get(model.name)
+        if options is None:
+            raise NotMeasurable(f"there are no tuned settings for {model.name}: give them with --tuned")
+        if model.trained and "frequent_tokens" in options:
+            raise NotMeasurable(f"{model.name} is trained: random frequent tokens would change its acceptance")
+        return dict(options)
+    if system.startswith("gamma"):
+        return {"gamma": int(system.removeprefix("gamma"))}
+    _, _, nodes = system.partition("@")
+    return {"num_speculative_tokens": int(nodes)} if nodes else {}
