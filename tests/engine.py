@@ -75,6 +75,9 @@ def _generate(specification: str) -> Result:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "TRITON_F32_DEFAULT": "ieee",
         }
+        if json.loads(specification)["settings"].get("tensor_parallel_size", 1) > 1:
+            # vLLM would give each rank a NUMA node of its own, which few machines have, and this process all threads.
+            settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         environment = os.environ | settings
         finished = subprocess.run(
             [sys.executable, __file__, str(output)],

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks emit what two ranks emit without a draft. Each grows, walks and compacts its trees from what all share."""
+
+import pytest
+import torch
+
+from tests.engine import generate, request
+from tests.integration.test_lossless import (
+    GREEDY,
+    PAIR,
+    SAMPLINGS,
+    assert_lossless,
+    random_prompts,
+    source_code,
+    speculative,
+)
+from tests.models import write_draft, write_target
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs a second GPU, or none")
+
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+def requests(prompts: list[list[int]], max_tokens: int) -> list[list]:
+    samplings = [GREEDY, SAMPLINGS[0], SAMPLINGS[1]]
+    return [
+        [
+            request(prompt, **sampling, max_tokens=max_tokens, ignore_eos=True)
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
+    ]
+
+
+def test_trained_draft():
+    """Half of the heads, of the vocabulary and of the window on each rank; a rank that drafts or walks another tree
+    than its neighbour accepts next to nothing, and soon reads a cache that nobody has written."""
+    batch = requests(source_code((300, 33, 100)), 20)
+    plain = generate(PAIR / "target", batch, **TWO_RANKS)
+    result = generate(PAIR / "target", batch, **TWO_RANKS, **speculative(PAIR / "draft", [2, 4, 4]))
+    assert_lossless(plain, result)
+    assert result.acceptance_length >= 2.0
+
+
+def test_one_kv_head_and_an_odd_vocabulary(tmp_path):
+    """A KV head that both ranks hold, and shards of the embedding and of the head that are padded."""
+    target = write_target(tmp_path / "target", "llama", vocab_size=71, num_key_value_heads=1)
+    draft = write_draft(tmp_path / "draft", target)
+    batch = requests(random_prompts(71, (3, 33, 100)), 16)
+    alone = generate(target, batch, **speculative(draft, [2, 4]))
+    result = generate(target, batch, **TWO_RANKS, **speculative(draft, [2, 4]))
+    assert result.tokens == alone.tokens
+    # The very trees that one rank drafts and walks.
+    for name in ("vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"):
+        assert result.metrics[name] == alone.metrics[name] > 1
