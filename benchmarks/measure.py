@@ -121,9 +121,7 @@ class Engine:
                     raise RuntimeError(f"only {output.num_cached_tokens} tokens of a prompt are in the prefix cache")
             before = self._counters()
             seconds, generated = self._generate(prompts, temperature, number, 1 + self.tokens)
-            drafts, accepted, preempted = (
-                now - then for now, then in zip(self._counters(), before, strict=True)
-            )
+            drafts, accepted, preempted = (now - then for now, then in zip(self._counters(), before, strict=True))
             if preempted:
                 raise RuntimeError(f"{preempted} requests were preempted")
             rounds.append(

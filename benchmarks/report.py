@@ -153,7 +153,9 @@ def cross_check_table(records: Iterable[Record]) -> str | None:
         if record["kind"] == "cross_check":
             cell = f"{record['model']} {record['system']}, context {record['context']:,}, batch {record['batch']}"
             theirs, ours = record["benchmark_ms"], record["measured_ms"]
-            rows.append([f"vllm bench {record['benchmark']}", cell, f"{theirs}", f"{ours}", f"{theirs / ours - 1:+.1%}"])
+            rows.append(
+                [f"vllm bench {record['benchmark']}", cell, f"{theirs}", f"{ours}", f"{theirs / ours - 1:+.1%}"]
+            )
     return _markdown(rows) if len(rows) > 1 else None
 
 
@@ -222,7 +224,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="*", default=[RESULTS], metavar="RESULTS.jsonl")
     parser.add_argument("--out", type=Path, help="write the tables here instead of printing them")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write an SVG for each model and acceptance length")
+    parser.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="write an SVG for each model and acceptance length"
+    )
     arguments = parser.parse_args()
     records = read(arguments.results)
     if not records:

@@ -205,6 +205,7 @@ def test_supported_options(options):
         ({"draft_sample_method": "probabilistic"}, "draft_sample_method='probabilistic'"),
         ({"parallel_drafting": True}, "parallel_drafting=True"),
         ({"quantization": "fp8"}, "quantization='fp8'"),
+        ({"quantization": "fp8_per_channel"}, "on a CPU"),
         ({"attention_backend": "FLASH_ATTN"}, "attention_backend='FLASH_ATTN'"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
         ({"use_heterogeneous_vocab": True}, "use_heterogeneous_vocab=True"),

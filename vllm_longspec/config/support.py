@@ -23,8 +23,11 @@ MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
 _OPTIONS = frozenset(
     {"model", "method", "num_speculative_tokens", "revision", "code_revision", "draft_load_config", "enforce_eager"}
     | {"draft_tensor_parallel_size", "num_speculative_tokens_per_batch_size"}
-    | {"rejection_sample_method", "synthetic_acceptance_length", "synthetic_acceptance_rates"}
+    | {"rejection_sample_method", "synthetic_acceptance_length", "synthetic_acceptance_rates", "quantization"}
 )
+# vLLM's names of ways to quantise while loading.
+_DRAFT_QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel")
+
 
 # (does it apply, what it is, the way out)
 _Refusals = Iterable[tuple[bool, str, str]]
@@ -43,6 +46,7 @@ def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig")
         ValueError: in one line, with the way out.
     """
     from vllm.config import SpeculativeConfig
+    from vllm.platforms import current_platform
     from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
     # vLLM would say so too, but from within the engine's process.
@@ -51,8 +55,19 @@ def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig")
     method = options.get("method")
     draft_size, target_size = options.get("draft_tensor_parallel_size"), parallel_config.tensor_parallel_size
     rejection_sample_method = options.get("rejection_sample_method")
+    quantization = options.get("quantization")
     _refuse(
         [
+            (
+                quantization not in (None, *_DRAFT_QUANTIZATIONS),
+                f"quantization={quantization!r} in the speculative configuration",
+                f"leave it out, or give {' or '.join(_DRAFT_QUANTIZATIONS)}",
+            ),
+            (
+                quantization is not None and current_platform.is_cpu(),
+                f"quantization={quantization!r} in the speculative configuration on a CPU",
+                "leave it out",
+            ),
             (method not in (None, "draft_model"), f"speculative method {method!r}", "leave the method out"),
             (
                 draft_size not in (None, target_size),

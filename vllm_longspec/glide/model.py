@@ -29,6 +29,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
@@ -74,13 +75,29 @@ class GlideAttention(Protocol):
 
 
 class GlideSelfAttention(nn.Module):
-    def __init__(self, hidden_size: int, head_size: int, num_heads: int, num_kv_heads: int, prefix: str):
+    def __init__(
+        self,
+        hidden_size: int,
+        head_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ):
         super().__init__()
         self.head_size = head_size
         self.qkv_proj = QKVParallelLinear(
-            hidden_size, head_size, num_heads, num_kv_heads, bias=True, prefix=f"{prefix}.qkv_proj"
+            hidden_size,
+            head_size,
+            num_heads,
+            num_kv_heads,
+            bias=True,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
         )
-        self.o_proj = RowParallelLinear(num_heads * head_size, hidden_size, bias=False, prefix=f"{prefix}.o_proj")
+        self.o_proj = RowParallelLinear(
+            num_heads * head_size, hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
         self.num_heads = self.qkv_proj.num_heads
         self.num_kv_heads = self.qkv_proj.num_kv_heads
 
@@ -93,19 +110,25 @@ class GlideSelfAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden)
         kv_size = self.num_kv_heads * self.head_size
         query, key, value = qkv.split([self.num_heads * self.head_size, kv_size, kv_size], dim=-1)
-        query, key = rotate(positions, query.contiguous(), key.contiguous())
+        query, key = rotate(positions, query, key)
         heads = (hidden.shape[0], -1, self.head_size)
-        return query.view(heads), key.view(heads), value.reshape(heads)
+        return query.view(heads), key.view(heads), value.view(heads)
 
 
 class GlideCrossAttention(nn.Module):
     """Queries only: K and V come from the target's cache, already rotated, so k_proj and v_proj are never built."""
 
-    def __init__(self, hidden_size: int, head_size: int, num_heads: int, prefix: str):
+    def __init__(
+        self, hidden_size: int, head_size: int, num_heads: int, quant_config: QuantizationConfig | None, prefix: str
+    ):
         super().__init__()
         self.head_size = head_size
-        self.q_proj = ColumnParallelLinear(hidden_size, num_heads * head_size, bias=True, prefix=f"{prefix}.q_proj")
-        self.o_proj = RowParallelLinear(num_heads * head_size, hidden_size, bias=False, prefix=f"{prefix}.o_proj")
+        self.q_proj = ColumnParallelLinear(
+            hidden_size, num_heads * head_size, bias=True, quant_config=quant_config, prefix=f"{prefix}.q_proj"
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * head_size, hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
 
     def project(
         self,
@@ -149,6 +172,8 @@ class GlideForCausalLM(nn.Module):
         super().__init__()
         model_config = vllm_config.model_config
         config = model_config.hf_config
+        # Of the draft alone: one that vLLM quantises as it loads it.
+        quant_config = vllm_config.quant_config
         hidden_size = config.hidden_size
         head_size = model_config.get_head_size()
         num_heads = config.num_attention_heads
@@ -164,13 +189,19 @@ class GlideForCausalLM(nn.Module):
 
         self.input_layernorm = norm()
         self.self_attn = GlideSelfAttention(
-            hidden_size, head_size, num_heads, num_kv_heads, maybe_prefix(prefix, "self_attn")
+            hidden_size, head_size, num_heads, num_kv_heads, quant_config, maybe_prefix(prefix, "self_attn")
         )
         self.post_self_attention_layernorm = norm()
-        self.cross_attn = GlideCrossAttention(hidden_size, head_size, num_heads, maybe_prefix(prefix, "cross_attn"))
+        self.cross_attn = GlideCrossAttention(
+            hidden_size, head_size, num_heads, quant_config, maybe_prefix(prefix, "cross_attn")
+        )
         self.post_cross_attention_layernorm = norm()
         self.mlp = LlamaMLP(
-            hidden_size, config.intermediate_size, config.hidden_act, prefix=maybe_prefix(prefix, "mlp")
+            hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "mlp"),
         )
 
     def share_with(self, target: nn.Module) -> None:

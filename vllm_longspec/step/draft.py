@@ -115,14 +115,17 @@ def grow_trees(
 
     tokens = root_tokens[:, None]
     log_probs = torch.zeros(num_reqs, 1, dtype=torch.float32, device=slots.device)
+    # [max_depth, num_reqs] Nodes past the last position are cut off before they are verified; here they must only not
+    # be out of range.
+    depths = torch.arange(len(levels), device=slots.device)[:, None]
+    positions_by_depth = (root_positions + depths).clamp(max=max_position)
     drawn: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     first_row, width = 0, 1
     for depth, next_width in enumerate(levels):
         attention = _LevelAttention(trees, first_row, width, depth, cross_attention)
-        # Nodes past the last position are cut off before they are verified; here they must only not be out of range.
-        positions = (root_positions + depth).clamp(max=max_position)[:, None].expand(-1, width)
         # vLLM's rotary kernels read positions one after the other, so an expanded view would not do.
-        hidden = model(tokens.flatten(), positions.contiguous().flatten(), attention)
+        positions = positions_by_depth[depth, :, None].expand(-1, width).contiguous().flatten()
+        hidden = model(tokens.flatten(), positions, attention)
         parents, tokens, log_probs = _best_children(model, hidden, log_probs, next_width)
         parent_rows = first_row + parents
         drawn.append((tokens, log_probs, parent_rows - 1))
