@@ -108,14 +108,14 @@ def main() -> None:
 
     specification = json.load(sys.stdin)
     if specification["settings"].get("async_scheduling"):
-        _schedule_asynchronously()
+        schedule_asynchronously()
     defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
     llm = LLM(**(defaults | specification["settings"]))
     columns: dict[str, list] = {field.name: [] for field in fields(Result) if field.name != "metrics"}
     for batch in specification["batches"]:
         outputs = llm.generate(
             [{"prompt_token_ids": each["prompt"]} for each in batch],
-            [SamplingParams(**_sampling(each["sampling"])) for each in batch],
+            [SamplingParams(**sampling_of(each["sampling"])) for each in batch],
             use_tqdm=False,
         )
         completions = [completion for output in outputs for completion in output.outputs]
@@ -131,7 +131,7 @@ def main() -> None:
     Path(sys.argv[1]).write_text(json.dumps({**columns, "metrics": metrics}))
 
 
-def _schedule_asynchronously() -> None:
+def schedule_asynchronously() -> None:
     """vLLM's CPU platform turns asynchronous scheduling off whatever the user says; its runner can do it."""
     from vllm.platforms import current_platform
 
@@ -144,7 +144,7 @@ def _schedule_asynchronously() -> None:
     current_platform.check_and_update_config = check_and_update_config
 
 
-def _sampling(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def sampling_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     from vllm.sampling_params import StructuredOutputsParams
 
     sampling = {"detokenize": False, **dict(pairs)}

@@ -2,6 +2,7 @@
 """Small targets and drafts in the layouts that users load: Hugging Face folders with a config and safetensors."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -78,6 +79,28 @@ def write_draft(path: Path, target: Path, *, seed: int = 1, prefix: str = "", st
         weights[prefix + name] = 1 + noise if name.endswith("layernorm.weight") else noise
     save_file(weights, path / "model.safetensors")
     return path
+
+
+def write_agreeing_pair(path: Path, tokenizer: Path, tokens: Sequence[int]) -> tuple[Path, Path]:
+    """A small target that says `tokens`, with a draft that says much the same, and the tokenizer of another model.
+
+    Both say next what their shared head makes of the last token's embedding, give or take what a layer adds to it.
+    """
+    vocab_size = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    target = write_target(
+        path / "target", "llama", vocab_size=vocab_size, num_hidden_layers=1, initializer_range=0.1, **sizes
+    )
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (target / file).write_bytes((tokenizer / file).read_bytes())
+    weights = load_file(target / "model.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    # The target's norm leaves an embedding of this size as it is, so the draft, which has none, gets the same logits.
+    weights["model.embed_tokens.weight"] = torch.randn(vocab_size, 64, generator=generator)
+    weights["lm_head.weight"] *= 0.1
+    weights["lm_head.weight"][list(tokens)] = 0.8 * torch.randn(len(tokens), 64, generator=generator)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target, write_draft(path / "draft", target, std=0.1)
 
 
 def as_llama(path: Path, target: Path, draft: Path) -> tuple[Path, Path]:

@@ -1,66 +1,197 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine whose steps the test makes, started as a program of its own: requests come while others run, some of them
-are refused, and what was said and counted comes back as JSON.
+are refused or aborted, and what was said and counted comes back as JSON.
 
-Reads {"settings": ..., "running": [request], "arriving": {name: request}} from its standard input; a request is
-{"prompt": token ids, "sampling": keyword arguments of SamplingParams}. Writes its result to the file that it is given.
+A scene is a dictionary. All of its entries may be left out:
+
+- "running": {name: request}, there from the first step on;
+- "arriving": {name: request}, one in every step from the third on, so that every state of the others is met;
+- "logprobs_mode", "structured_outputs_backend": what an engine is started with, changed before the scene;
+- "beams": {name: {"prompt": token ids, "search": keyword arguments of BeamSearchParams}}, searched in the end.
+
+A request is {"prompt": token ids, "sampling": keyword arguments of SamplingParams}, with "priority" and "abort_after"
+(so many tokens) if need be.
 """
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def play(folder: Path, scenes: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
+    """Plays the scenes one after the other with one engine.
+
+    Returns "scenes", each with "errors" (by name, of requests that were refused), "requests" (by name, of all others),
+    "beams" and "backend" (of structured outputs); "counted", vLLM's metrics at the end; "log", the lines that a user
+    sees.
+    """
+    output = folder / "result.json"
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        # On a GPU Triton rounds float32 to TF32 unless it is told not to.
+        "TRITON_F32_DEFAULT": "ieee",
+        "PYTHONPATH": str(ROOT),
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.stepping_engine", str(output)],
+        input=json.dumps({"settings": settings, "scenes": scenes}),
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-6000:]
+    return json.loads(output.read_text()) | {"log": finished.stdout.splitlines()}
+
+
+class Play:
+    """A scene that is played."""
+
+    def __init__(self, llm: Any, scene: dict[str, Any]):
+        self.engine = llm.llm_engine
+        self.scene = scene
+        self.num_steps = 0
+        self.errors: dict[str, str] = {}
+        self.requests: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> None:
+        for name, request in self.scene.get("running", {}).items():
+            self._add(name, request)
+        self._step()
+        self._step()
+        for name, request in self.scene.get("arriving", {}).items():
+            self._add(name, request)
+            self._step()
+        while self.engine.has_unfinished_requests():
+            self._step()
+        # The steps in flight come back, and with them the blocks.
+        self._step()
+        for request in self.requests.values():
+            request["outputs"] = [output for _, output in sorted(request["outputs"].items())]
+
+    def _add(self, name: str, request: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from tests.engine import sampling_of
+
+        sampling = sampling_of(request["sampling"])
+        if "output_kind" in sampling:
+            sampling["output_kind"] = RequestOutputKind[sampling["output_kind"]]
+        try:
+            self.engine.add_request(
+                name,
+                {"prompt_token_ids": request["prompt"]},
+                SamplingParams(**sampling),
+                priority=request.get("priority", 0),
+            )
+        except Exception as error:
+            self.errors[name] = f"{type(error).__name__}: {error}"
+        else:
+            self.requests[name] = {"outputs": {}, "prompt_logprobs": None, "first_step": None, "finished": False}
+
+    def _step(self) -> None:
+        self.num_steps += 1
+        for output in self.engine.step():
+            name, request = output.request_id, self.requests[output.request_id]
+            for completion in output.outputs:
+                self._note(request["outputs"].setdefault(completion.index, _no_output()), name, completion)
+            request["finished"] = output.finished
+            if output.prompt_logprobs:
+                # The first token of a prompt has none.
+                request["prompt_logprobs"] = _logprobs(output.prompt_logprobs[1:])
+            if request["first_step"] is None and any(each["tokens"] for each in request["outputs"].values()):
+                request["first_step"] = self.num_steps
+            limit = self._given(name).get("abort_after")
+            if limit is not None and not output.finished and len(request["outputs"][0]["tokens"]) >= limit:
+                self.engine.abort_request([name])
+
+    def _note(self, noted: dict[str, Any], name: str, completion: Any) -> None:
+        piece = {"tokens": list(completion.token_ids), "text": completion.text}
+        if completion.logprobs is not None:
+            piece["logprobs"] = _logprobs(completion.logprobs)
+        if self._given(name)["sampling"].get("output_kind") == "DELTA":
+            noted["pieces"] += 1
+            for column, values in piece.items():
+                noted[column] = values if noted[column] is None else noted[column] + values
+        else:
+            noted |= piece
+        noted["reason"] = completion.finish_reason
+        if completion.spec_decode_metrics is not None:
+            noted["metrics"] = completion.spec_decode_metrics.to_dict()
+
+    def _given(self, name: str) -> dict[str, Any]:
+        return (self.scene.get("running", {}) | self.scene.get("arriving", {}))[name]
+
+
+def _no_output() -> dict[str, Any]:
+    return {"tokens": [], "text": "", "logprobs": None, "reason": None, "metrics": None, "pieces": 0}
+
+
+def _logprobs(positions: Any) -> list[dict[str, float]]:
+    return [{str(token): value.logprob for token, value in position.items()} for position in positions]
+
+
+def _set(llm: Any, scene: dict[str, Any]) -> None:
+    """Changes what vLLM takes from its configuration at start-up, which saves a start for each value."""
+    if mode := scene.get("logprobs_mode"):
+
+        def set_mode(worker: Any) -> None:
+            runner = worker.model_runner
+            for reader in (runner.sampler, runner.prompt_logprobs_worker):
+                assert hasattr(reader, "logprobs_mode")
+                reader.logprobs_mode = mode
+
+        llm.collective_rpc(set_mode)
+    if backend := scene.get("structured_outputs_backend"):
+        llm.llm_engine.vllm_config.structured_outputs_config.backend = backend
+        manager = llm.llm_engine.engine_core.engine_core.structured_output_manager
+        # Made when a request first needs them.
+        assert hasattr(manager, "backend") and hasattr(manager, "_grammar_bitmask")
+        manager.backend = manager._grammar_bitmask = None
+
+
+def _search(llm: Any, prompt: list[int], search: dict[str, Any]) -> list[dict[str, Any]]:
+    from vllm.sampling_params import BeamSearchParams
+
+    (found,) = llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(**search))
+    return [{"tokens": beam.tokens, "logprob": beam.cum_logprob} for beam in found.sequences]
 
 
 def main() -> None:
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    from tests.engine import CPU_SETTINGS, SETTINGS
+    from tests.engine import CPU_SETTINGS, SETTINGS, schedule_asynchronously
 
     specification = json.load(sys.stdin)
+    if specification["settings"].get("async_scheduling"):
+        schedule_asynchronously()
     defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
-    engine = LLM(**(defaults | specification["settings"])).llm_engine
-    errors: dict[str, str] = {}
-    finished: dict[str, dict[str, Any]] = {}
-
-    def add(name: str, request: dict[str, Any]) -> None:
-        try:
-            params = SamplingParams(detokenize=False, **request["sampling"])
-            engine.add_request(name, {"prompt_token_ids": request["prompt"]}, params)
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"
-
-    def step() -> None:
-        for output in engine.step():
-            if output.finished:
-                completion = output.outputs[0]
-                metrics = getattr(completion, "spec_decode_metrics", None)
-                finished[output.request_id] = {
-                    "tokens": list(completion.token_ids),
-                    "reason": completion.finish_reason,
-                    "metrics": metrics.to_dict() if metrics is not None else None,
-                }
-
-    for number, request in enumerate(specification["running"]):
-        add(f"running {number}", request)
-    # One arrives in every step from the third on, so that every state of the others is met.
-    step()
-    step()
-    for name, request in specification["arriving"].items():
-        add(name, request)
-        step()
-    while engine.has_unfinished_requests():
-        step()
-    # The steps in flight come back, and with them the blocks.
-    step()
-    engine.do_log_stats()
+    llm = LLM(**(defaults | specification["settings"]))
+    played = []
+    for scene in specification["scenes"]:
+        _set(llm, scene)
+        play = Play(llm, scene)
+        play.run()
+        beams = {name: _search(llm, each["prompt"], each["search"]) for name, each in scene.get("beams", {}).items()}
+        backend = type(llm.llm_engine.engine_core.engine_core.structured_output_manager.backend).__name__
+        played.append({"errors": play.errors, "requests": play.requests, "beams": beams, "backend": backend})
+    llm.llm_engine.do_log_stats()
     counted = {
         metric.name: getattr(metric, "value", None) if hasattr(metric, "value") else getattr(metric, "values", None)
-        for metric in engine.get_metrics()
+        for metric in llm.llm_engine.get_metrics()
     }
-    result = {"errors": errors, "finished": finished, "counted": counted}
-    Path(sys.argv[1]).write_text(json.dumps(result))
+    Path(sys.argv[1]).write_text(json.dumps({"scenes": played, "counted": counted}))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 """Requests that cannot be served and requests at the edges, among others that run: with a draft as without."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests.engine import generate
 from tests.integration.test_lossless import PAIR, assert_lossless, batches, random_prompts, source_code, speculative
 from tests.models import write_draft, write_target
+from tests.stepping_engine import play
 from vllm_longspec.config.sampling import CHAIN_PARAMETERS
 
-ROOT = Path(__file__).parents[2]
 MAX_MODEL_LEN = 160
 VOCAB_SIZE = 4096
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
@@ -27,13 +24,13 @@ SHAPE = [2, 4, 4, 4]
 def run(folder: Path, **settings: object) -> dict:
     """Serves the requests below, each while others run."""
     prompts = source_code((100, 140, 60, 159, 80))
-    running = [
-        {"prompt": prompts[0], "sampling": {**GREEDY, "max_tokens": 40}},
-        {"prompt": prompts[1], "sampling": {"temperature": 0.7, "seed": 3, "max_tokens": 32, "ignore_eos": True}},
-        {"prompt": prompts[2], "sampling": {"temperature": 1.0, "seed": 4, "top_p": 0.9, "max_tokens": 32}},
-        # Takes a chain.
-        {"prompt": prompts[4], "sampling": {**GREEDY, "max_tokens": 32, "presence_penalty": 0.5}},
-    ]
+    sampled = {"max_tokens": 32, "ignore_eos": True}
+    running = {
+        "greedy": {"prompt": prompts[0], "sampling": {**GREEDY, "max_tokens": 40}},
+        "sampled": {"prompt": prompts[1], "sampling": {"temperature": 0.7, "seed": 3, **sampled}},
+        "straying": {"prompt": prompts[2], "sampling": {"temperature": 1.0, "seed": 4, "top_p": 0.9, **sampled}},
+        "chain": {"prompt": prompts[4], "sampling": {**GREEDY, "max_tokens": 32, "presence_penalty": 0.5}},
+    }
     long = (prompts[3] * 2)[: MAX_MODEL_LEN + 1]
     refused = {
         "empty": [],
@@ -64,26 +61,9 @@ def run(folder: Path, **settings: object) -> dict:
         "max_model_len": MAX_MODEL_LEN,
         **settings,
     }
-    output = folder / "result.json"
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "TRITON_F32_DEFAULT": "ieee",
-        "PYTHONPATH": str(ROOT),
-    }
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.stepping_engine", str(output)],
-        input=json.dumps({"settings": settings, "running": running, "arriving": arriving}),
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-6000:]
-    # What a user sees of its log.
-    return json.loads(output.read_text()) | {"log": finished.stdout.splitlines()}
+    played = play(folder, [{"running": running, "arriving": arriving}], **settings)
+    (scene,) = played.pop("scenes")
+    return scene | played
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +92,17 @@ def test_refusals_are_vllms_own(plain, drafted):
 
 def test_all_others_are_served_as_without_a_draft(plain, drafted):
     def outputs(result: dict) -> dict:
-        return {name: (each["tokens"], each["reason"]) for name, each in result["finished"].items()}
+        assert all(each["finished"] for each in result["requests"].values())
+        return {
+            name: [(output["tokens"], output["reason"]) for output in each["outputs"]]
+            for name, each in result["requests"].items()
+        }
 
     assert outputs(drafted) == outputs(plain)
     assert len(outputs(plain)) == 10
-    assert {len(plain["finished"][name]["tokens"]) for name in ("one token to come", "room for one token")} == {1}
-    assert len(plain["finished"]["room for two tokens"]["tokens"]) == 2
+    lengths = {name: len(tokens) for name, ((tokens, _),) in outputs(plain).items()}
+    assert lengths["one token to come"] == lengths["room for one token"] == 1
+    assert lengths["room for two tokens"] == 2
     assert drafted["counted"]["vllm:kv_cache_usage_perc"] == 0
 
 
@@ -131,13 +116,13 @@ def test_metrics_count_by_depth(drafted):
     assert sum(by_depth) == accepted
     assert drafts < counted["vllm:spec_decode_num_draft_tokens"] <= sum(SHAPE) * drafts
 
-    requests = [each["metrics"] for each in drafted["finished"].values()]
-    assert sum(each["num_spec_steps"] for each in requests) == drafts
-    assert sum(each["num_accepted_draft_tokens"] for each in requests) == accepted
-    assert sum(each["num_draft_tokens"] for each in requests) == counted["vllm:spec_decode_num_draft_tokens"]
-    assert {len(each["acceptance_histogram"]) for each in requests} == {1 + len(SHAPE)}
+    requests = {name: each["outputs"][0]["metrics"] for name, each in drafted["requests"].items()}
+    assert sum(each["num_spec_steps"] for each in requests.values()) == drafts
+    assert sum(each["num_accepted_draft_tokens"] for each in requests.values()) == accepted
+    assert sum(each["num_draft_tokens"] for each in requests.values()) == counted["vllm:spec_decode_num_draft_tokens"]
+    assert {len(each["acceptance_histogram"]) for each in requests.values()} == {1 + len(SHAPE)}
     # A chain has no more nodes than the tree is deep.
-    tree, chain = (drafted["finished"][f"running {number}"]["metrics"] for number in (0, 3))
+    tree, chain = requests["greedy"], requests["chain"]
     assert tree["num_draft_tokens"] > 10 * tree["num_spec_steps"]
     assert chain["num_accepted_draft_tokens"] > 0
     assert chain["num_draft_tokens"] <= len(SHAPE) * chain["num_spec_steps"]

@@ -304,6 +304,10 @@ def test_sliding_window_of_the_target_is_refused(tmp_path):
         ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8 with a model of float32 is not supported"),
         ({"kv_offloading_size": 1.0}, "a KV connector or KV offloading is not supported"),
         ({"attention_backend": "FLASH_ATTN"}, "attention backend FLASH_ATTN cannot verify the tree"),
+        (
+            {"structured_outputs_config": {"backend": "lm-format-enforcer"}},
+            "the structured output backend lm-format-enforcer is not supported",
+        ),
     ],
 )
 def test_unsupported_engine_is_refused_at_start_up(target, draft, settings, said):

@@ -299,9 +299,10 @@ def test_emitted_tokens_have_the_distribution_of_the_target(monkeypatch):
     assert chi_square_p_value(observed, expected) > 1e-4
 
 
-@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs", "raw_logits"])
-def test_logprobs_are_those_of_the_rows_that_were_drawn_from(mode):
-    step = Step(mixed_requests(9, logprobs=2), max_depth=8, logprobs_mode=mode)
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"])
+@pytest.mark.parametrize("num_logprobs", [0, 2, 5])
+def test_logprobs_are_those_of_the_rows_that_were_drawn_from(mode, num_logprobs):
+    step = Step(mixed_requests(9, logprobs=num_logprobs), max_depth=8, logprobs_mode=mode)
     output = step.run()
     emitted = emitted_by(output)
     assert max(map(len, emitted)) >= 3
@@ -310,7 +311,7 @@ def test_logprobs_are_those_of_the_rows_that_were_drawn_from(mode):
     assert logprobs.cu_num_generated_tokens == step.starts.tolist()
     for index, (request, tokens) in enumerate(zip(step.requests, emitted, strict=True)):
         scores = request.logits
-        if mode == "processed_logprobs":
+        if mode.startswith("processed"):
             anything = torch.zeros(len(scores), dtype=torch.int64, device=DEVICE)
             scores = step.sampler.sample(
                 scores.to(DEVICE),
@@ -324,13 +325,13 @@ def test_logprobs_are_those_of_the_rows_that_were_drawn_from(mode):
                 np.array([MAX_MODEL_LEN]),
                 return_logprobs=True,
             )[1].cpu()
-        if mode != "raw_logits":
+        if mode.endswith("logprobs"):
             scores = scores.log_softmax(-1)
         # The accepted tokens lead down the tree; each was drawn at the row of the one before.
         row = 0
         for offset, token in enumerate(tokens):
             place = int(step.starts[index]) + offset
-            best = scores[row].topk(2)
+            best = scores[row].topk(num_logprobs)
             # Which of the tokens that are out (-inf) comes first is anyone's choice.
             assert logprobs.logprob_token_ids[place, 0] == token
             possible = best.values > float("-inf")

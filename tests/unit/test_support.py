@@ -143,13 +143,20 @@ def engine(**settings):
         "model_config": SimpleNamespace(dtype=torch.bfloat16),
     }
     cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False}
-    for part in (served, cache):
+    structured_outputs = {"backend": "auto"}
+    for part in (served, cache, structured_outputs):
         part.update({name: settings.pop(name) for name in part.keys() & settings.keys()})
     assert not settings
-    return SimpleNamespace(**served, cache_config=SimpleNamespace(**cache))
+    return SimpleNamespace(
+        **served,
+        cache_config=SimpleNamespace(**cache),
+        structured_outputs_config=SimpleNamespace(**structured_outputs),
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"cache_dtype": "bfloat16"}, *({"backend": name} for name in ("xgrammar", "guidance", "outlines"))]
+)
 def test_supported_engine(settings):
     support.check_engine(engine(**settings))
 
@@ -162,6 +169,7 @@ def test_supported_engine(settings):
         ({"cache_dtype": "fp8"}, "a KV cache of fp8 with a model of bfloat16"),
         ({"cache_dtype": "float16"}, "a KV cache of float16 with a model of bfloat16"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing"),
+        ({"backend": "lm-format-enforcer"}, "the structured output backend lm-format-enforcer"),
     ],
 )
 def test_unsupported_engine_is_refused_by_name(settings, said):

@@ -236,6 +236,12 @@ def check_engine(vllm_config: "VllmConfig") -> None:
                 f"a KV cache of {cache.cache_dtype} with a model of {model_dtype}",
                 "serve with --kv-cache-dtype auto",
             ),
+            (
+                # It has no speculation of any kind, and would say so with every request that needs it.
+                vllm_config.structured_outputs_config.backend == "lm-format-enforcer",
+                "the structured output backend lm-format-enforcer",
+                "serve with --structured-outputs-config.backend auto, xgrammar, guidance or outlines",
+            ),
             (cache.kv_sharing_fast_prefill, "fast prefill by KV sharing", "serve without --kv-sharing-fast-prefill"),
         )
     )
