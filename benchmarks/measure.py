@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine in a process of its own: decodes batches of prompts and appends what it measured to a file of records.
 
-`speed.py` starts this file with a job as JSON on standard input. What is timed is decoding alone. The prompts are in the
-prefix cache; each batch is generated with one token a request and with `tokens` more, and the difference is their time.
+`speed.py` starts this file with a job as JSON on standard input. What is timed is decoding alone: prompts are in the
+prefix cache, each batch is generated with one token a request and with `tokens` more, and the difference counts.
 """
 
 import json
@@ -121,9 +121,7 @@ class Engine:
                     raise RuntimeError(f"only {output.num_cached_tokens} tokens of a prompt are in the prefix cache")
             before = self._counters()
             seconds, generated = self._generate(prompts, temperature, number, 1 + self.tokens)
-            drafts, accepted, preempted = (
-                now - then for now, then in zip(self._counters(), before, strict=True)
-            )
+            drafts, accepted, preempted = (now - then for now, then in zip(self._counters(), before, strict=True))
             if preempted:
                 raise RuntimeError(f"{preempted} requests were preempted")
             rounds.append(

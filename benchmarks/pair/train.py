@@ -68,9 +68,7 @@ def main() -> None:
     evaluation = held_out.spread(plan.evaluation_windows, plan.window)
     print(f"{len(train.ids)} training tokens after {time.perf_counter() - started:.0f} s", flush=True)
 
-    target, target_budget = train_target(
-        plan, config, train, args.out / "target", device, args.seed, args.target_steps
-    )
+    target, target_budget = train_target(plan, config, train, args.out / "target", device, args.seed, args.target_steps)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(args.data / name, args.out / "target" / name)
     loss = held_out_loss(target, evaluation, device)

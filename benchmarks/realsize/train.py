@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-PAIR = Path(__file__).resolve().parent.parent / "pair"
-sys.path.insert(0, str(PAIR))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pair"))
 
 from prepare_data import END_OF_TEXT
 from target import load_target, target_config
