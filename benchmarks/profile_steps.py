@@ -36,8 +36,8 @@ MARK = "step: "
 
 GEMM = r"gemm|nvjet|cutlass|cublas|splitk|_mm_|wgmma"
 ATTENTION_PREFIX = r"prefix_attention|flash|fmha|FlashAttn"
-# A stage's name, the part it belongs to (None: any), and what the name of a kernel contains. The first that fits counts.
-STAGES: tuple[tuple[str, str | None, str], ...] = (
+# A stage's name, the part it belongs to, and what the name of a kernel contains. The first that fits counts.
+STAGES: tuple[tuple[str, str, str], ...] = (
     ("target: tree attention", "target", r"tree_attention|merge"),
     ("target: prefix attention", "target", ATTENTION_PREFIX),
     ("target: KV cache write", "target", r"reshape_and_cache"),
@@ -113,7 +113,7 @@ def read_trace(trace: dict[str, Any]) -> Timeline:
 
 def stage_of(kernel: Kernel, part: str) -> str:
     for stage, stage_part, pattern in STAGES:
-        if stage_part in (None, part) and re.search(pattern, kernel.name, re.IGNORECASE):
+        if stage_part == part and re.search(pattern, kernel.name, re.IGNORECASE):
             return stage
     return OTHER
 
@@ -239,7 +239,8 @@ def record(settings: dict[str, Any], vocab_size: int, context: int, batch: int, 
 
     llm = LLM(**settings)
     (prompts,) = RandomPrompts(vocab_size).batches(context, batch, 1)
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    engine: Any = llm.llm_engine
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
     # More than any number of tokens that the recorded steps may accept.
     speculative = settings.get("speculative_config")
@@ -251,7 +252,6 @@ def record(settings: dict[str, Any], vocab_size: int, context: int, batch: int, 
     ]
     llm.generate(requests, sampling[:batch], use_tqdm=False)
 
-    engine = llm.llm_engine
     for number, (prompt, parameters) in enumerate(zip(requests, sampling[batch:], strict=True)):
         engine.add_request(f"profile-{number}", prompt, parameters)
     # Until all decode, and some steps more.

@@ -57,20 +57,24 @@ class Comparison:
 
     def baseline(self, cell: Record) -> tuple[Record, bool] | None:
         """Plain decoding at the place of a cell, and whether it was measured in the same run."""
-        found = [plain for plain in self.plain.get(place_of(cell), []) if "skipped" not in plain]
+        found = [plain for plain in self.plain.get(place_of(cell), []) if is_measured(plain)]
         same_run = [plain for plain in found if plain["run"] == cell["run"]]
         if not found:
             return None
         return (same_run or found)[-1], bool(same_run)
 
     def speedup(self, cell: Record) -> float | None:
-        if "skipped" in cell or (baseline := self.baseline(cell)) is None:
+        if not is_measured(cell) or (baseline := self.baseline(cell)) is None:
             return None
         return baseline[0]["ms_per_token"] / cell["ms_per_token"]
 
 
 def place_of(record: Record) -> Place:
     return record["context"], record["batch"]
+
+
+def is_measured(record: Record) -> bool:
+    return "skipped" not in record
 
 
 def compare(records: Iterable[Record]) -> list[Comparison]:
@@ -87,46 +91,57 @@ def compare(records: Iterable[Record]) -> list[Comparison]:
         comparison.cells.setdefault(record["system"], {})[place_of(record)] = record
     # Plain decoding has no acceptance, so it is part of all comparisons of its model.
     for record in plain:
-        settings = (record["environment"]["device"], record["model"], record["temperature"])
+        where = (record["environment"]["device"], record["model"], record["temperature"])
         for comparison in comparisons.values():
-            if settings == (comparison.device, comparison.model, comparison.temperature):
+            if where == (comparison.device, comparison.model, comparison.temperature):
                 comparison.cells.setdefault("plain", {})[place_of(record)] = record
                 comparison.plain.setdefault(place_of(record), []).append(record)
-    return sorted(comparisons.values(), key=lambda each: each.title)
+    return sorted(
+        comparisons.values(), key=lambda each: (each.device, each.model, each.acceptance or 0.0, each.temperature)
+    )
 
 
-def speed_table(comparison: Comparison) -> str:
-    """Milliseconds a token; of other systems than plain also the speedup, tokens a step, and a step in plain steps."""
-    rows, notes = [["context", "batch", *comparison.systems]], {}
+def speedup_table(comparison: Comparison) -> str:
+    """Plain decoding's milliseconds a token, and what the others are faster by."""
+    others = [system for system in comparison.systems if system != "plain"]
+    rows = [["context", "batch", "plain, ms a token", *others]]
+    notes: dict[str, None] = {}
     for place in comparison.places:
-        row = [f"{place[0]:,}", str(place[1])]
-        for system in comparison.systems:
+        plain = comparison.cells.get("plain", {}).get(place)
+        row = [f"{place[0]:,}", str(place[1]), f"{plain['ms_per_token']:.2f}" if plain and is_measured(plain) else ""]
+        for system in others:
             cell = comparison.cells[system].get(place)
-            row.append(_speed(comparison, cell))
-            if cell is not None and "skipped" in cell:
-                notes[cell["skipped"]] = None
-            elif cell is not None and (baseline := comparison.baseline(cell)) and not baseline[1]:
-                notes["\\* plain decoding was measured in another run"] = None
+            if cell is None or (is_measured(cell) and comparison.baseline(cell) is None):
+                row.append("")
+            elif not is_measured(cell):
+                row.append("skipped")
+                notes[f"{system} at context {place[0]:,}, batch {place[1]}: {cell['skipped']}."] = None
+            else:
+                baseline = comparison.baseline(cell)
+                assert baseline is not None
+                row.append(f"{baseline[0]['ms_per_token'] / cell['ms_per_token']:.2f}x" + "*" * (not baseline[1]))
+                if not baseline[1]:
+                    notes["\\* Plain decoding was measured in another run."] = None
         rows.append(row)
     return _markdown(rows) + "".join(f"\n{note}\n" for note in notes)
 
 
-def _speed(comparison: Comparison, cell: Record | None) -> str:
-    if cell is None:
-        return ""
-    if "skipped" in cell:
-        return "skipped"
-    time = f"{cell['ms_per_token']:.2f}"
-    if cell["system"] == "plain":
-        return time
-    details = f"{cell['tokens_per_step']:.2f} a step"
-    if cell.get("looping"):
-        details += f", {cell['looping']:.0%} in loops"
-    if (baseline := comparison.baseline(cell)) is None:
-        return f"{time} ({details})"
-    plain, same_run = baseline
-    speedup, step = plain["ms_per_token"] / cell["ms_per_token"], cell["ms_per_step"] / plain["ms_per_step"]
-    return f"{time} **{speedup:.2f}×**{'' if same_run else '*'} ({details}, step {step:.2f})"
+def detail_table(comparison: Comparison) -> str:
+    """Every cell: times, tokens a step as they were seen, and how many plain steps a step costs."""
+    columns = ["context", "batch", "system", "ms a token", "tokens a step", "ms a step", "in plain steps"]
+    looping = any(cell.get("looping") for cells in comparison.cells.values() for cell in cells.values())
+    rows = [[*columns, "tokens in loops"] if looping else columns]
+    for place in comparison.places:
+        for system in comparison.systems:
+            cell = comparison.cells[system].get(place)
+            if cell is None or not is_measured(cell):
+                continue
+            baseline = comparison.baseline(cell)
+            row = [f"{place[0]:,}", str(place[1]), system, f"{cell['ms_per_token']:.2f}"]
+            row += [f"{cell['tokens_per_step']:.2f}", f"{cell['ms_per_step']:.2f}"]
+            row.append(f"{cell['ms_per_step'] / baseline[0]['ms_per_step']:.2f}" if baseline else "")
+            rows.append([*row, f"{cell['looping']:.0%}"] if looping else row)
+    return _markdown(rows)
 
 
 def memory_table(records: Iterable[Record]) -> str | None:
@@ -171,7 +186,7 @@ def environment_table(records: Iterable[Record]) -> str:
 def report(records: list[Record]) -> str:
     parts = ["# Measured speed\n", environment_table(records)]
     for comparison in compare(records):
-        parts += [f"\n## {comparison.title}\n", "Milliseconds a token of a request.\n", speed_table(comparison)]
+        parts += [f"\n## {comparison.title}\n", speedup_table(comparison), detail_table(comparison)]
     if (table := memory_table(records)) is not None:
         parts += ["\n## What a draft keeps for a request\n", table]
     if (table := cross_check_table(records)) is not None:
@@ -184,6 +199,8 @@ def plot(comparison: Comparison, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    # Small files, and the same one for the same results.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "longspec"})
     from matplotlib import pyplot
 
     batches = sorted({batch for _, batch in comparison.places})
@@ -206,10 +223,9 @@ def plot(comparison: Comparison, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("speedup over plain decoding")
     axes[0][0].set_ylim(bottom=0)
-    axes[0][-1].legend(fontsize="small")
+    axes[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(comparison.title)
     figure.tight_layout()
-    # No date, so that the same results give the same file.
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -224,9 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="*", default=[RESULTS], metavar="RESULTS.jsonl")
     parser.add_argument("--out", type=Path, help="write the tables here instead of printing them")
-    parser.add_argument(
-        "--plots", type=Path, metavar="FOLDER", help="write an SVG for each model and acceptance length"
-    )
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write an SVG for each comparison")
     arguments = parser.parse_args()
     records = read(arguments.results)
     if not records:

@@ -11,7 +11,9 @@ writes into the output folder
     PROMPT_LICENCES.txt                     the licences of the projects that the prompts come from
     data.json                               counts
 
-Needs a network and no GPU; the same pins give the same output. Usage: python prepare_data.py --out FOLDER
+Needs a network and no GPU; the same pins give the same output.
+
+Usage: python prepare_data.py --out FOLDER [--vocab-size N] [--positions N]
 """
 
 import argparse
@@ -33,6 +35,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 HERE = Path(__file__).resolve().parent
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
+POSITIONS = 4096
 # One file in HELD_OUT_ONE_IN is held out.
 HELD_OUT_ONE_IN = 25
 # The tokenizer learns from one training file in TOKENIZER_ONE_IN: more changes little and takes minutes.
@@ -134,7 +137,7 @@ def split_files(files: list[SourceFile]) -> tuple[list[SourceFile], list[SourceF
     return train, held_out_files
 
 
-def train_tokenizer(files: list[SourceFile]) -> Tokenizer:
+def train_tokenizer(files: list[SourceFile], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -144,7 +147,7 @@ def train_tokenizer(files: list[SourceFile]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -154,7 +157,7 @@ def train_tokenizer(files: list[SourceFile]) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -162,7 +165,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
+        "model_max_length": positions,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -228,7 +231,11 @@ def choose_prompts(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="output folder; wheels are kept in OUT-wheels")
-    out = parser.parse_args().out
+    # Token ids are trained with as int16.
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, choices=range(512, 32769), metavar="N")
+    parser.add_argument("--positions", type=int, default=POSITIONS, help="of the target that is to be trained")
+    arguments = parser.parse_args()
+    out = arguments.out
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
     # Next to the output and not in it: the output is what travels to the machine with the GPU.
@@ -236,8 +243,8 @@ def main() -> None:
     wheels = download_wheels(out.with_name(f"{out.name}-wheels"))
     train, held_out = split_files(list(read_files(wheels)))
     print(f"{len(wheels)} wheels, {len(train)} training files, {len(held_out)} held-out files", flush=True)
-    tokenizer = train_tokenizer(train)
-    save_tokenizer(tokenizer, out)
+    tokenizer = train_tokenizer(train, arguments.vocab_size)
+    save_tokenizer(tokenizer, out, arguments.positions)
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     print("tokenizer trained", flush=True)
 

@@ -3,306 +3,41 @@
 
 Writes target/, draft/, prompts.jsonl, PROMPT_LICENCES.txt and metrics.json into the output folder. Needs the folder
 that prepare_data.py wrote and no network. Schedules follow the clock, so that a run takes the time it is given on any
-machine; --target-steps and --draft-steps repeat a run with the number of steps that its metrics.json names.
-
-The draft is trained as LongSpec trains (arXiv 2502.17421): the target is frozen; the draft sees token ids through the
-target's embedding; its cross-attention sees the target's keys with the last few withheld, as while drafting; positions
-start with a few anchors and go on at a random offset, so that short windows train large positions. The loss is the
-cross-entropy with the next token, mixed with that with the target's own distribution, which the draft is to predict.
+machine; --target-steps and --draft-steps repeat a run with the number of steps that its metrics.json names. How the two
+are trained is in training.py.
 
 Usage: python train.py --data FOLDER --out FOLDER [--smoke]
 """
 
 import argparse
 import json
-import lzma
-import math
 import platform
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
-import transformers
 from acceptance import load_pair, load_prompts, measure
-from glide import SELF_ATTENTION_WINDOW, GlideLayer
 from prepare_data import END_OF_TEXT
-from target import Target, load_target, repeat_heads, save_model, target_config
+from target import target_config
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
-
-# Rows at depths 0 to 4 are fed to the draft while it grows a tree of five levels. A row at depth d sees the target's
-# keys up to the root and without it, that is, at distances above d.
-MAX_WITHHELD = 5
-NUM_ANCHORS = 4
-# The rest of the draft's loss is the cross-entropy with the target's distribution.
-NEXT_TOKEN_WEIGHT = 0.1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes and settings of a run."""
-
-    sizes: dict[str, int]  # changes to the target's configuration
-    window: int  # tokens per training window of the target
-    draft_windows: tuple[int, ...]  # for the draft; drawn anew each step
-    batch_tokens: int
-    target_lr: float
-    draft_lr: float
-    target_seconds: float
-    draft_seconds: float
-    evaluation_windows: int
-    prompts_per_length: int
-    new_tokens: int
-
+from training import (
+    TINY,
+    Plan,
+    Windows,
+    agreement_by_withheld_keys,
+    check_draft_forward,
+    check_files,
+    check_tokenizer,
+    held_out_loss,
+    load_ids,
+    train_draft,
+    train_target,
+)
 
 FULL = Plan({}, 4096, (2048, 4096), 131072, 2e-3, 2e-3, 200.0, 120.0, 64, 16, 192)
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
 SMOKE = Plan(TINY, 1024, (512, 1024), 2048, 4e-3, 4e-3, 15.0, 15.0, 2, 1, 32)
-
-
-@dataclass
-class Budget:
-    """How much of a training phase is done: by the clock, or by steps where their number is given."""
-
-    seconds: float
-    max_steps: int | None
-    steps: int = 0
-
-    def __post_init__(self) -> None:
-        self.started = time.perf_counter()
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    def done(self) -> float:
-        return min(1.0, self.steps / self.max_steps if self.max_steps else self.elapsed() / self.seconds)
-
-
-@dataclass
-class Windows:
-    """Windows at random places of one long sequence of token ids."""
-
-    ids: Tensor  # int16 or wider, on the training device
-    generator: torch.Generator
-
-    def draw(self, count: int, length: int) -> Tensor:
-        """int64 [count, length + 1]: the last token is only predicted."""
-        starts = torch.randint(len(self.ids) - length, (count, 1), generator=self.generator).to(self.ids.device)
-        return self.ids[starts + torch.arange(length + 1, device=self.ids.device)].long()
-
-    def spread(self, count: int, length: int) -> Tensor:
-        """The same, evenly spread: for evaluation."""
-        starts = torch.linspace(0, len(self.ids) - length - 1, count).long()[:, None].to(self.ids.device)
-        return self.ids[starts + torch.arange(length + 1, device=self.ids.device)].long()
-
-
-def load_ids(path: Path, device: str) -> Tensor:
-    with lzma.open(path) as file:
-        return torch.from_numpy(np.load(file).astype(np.int16)).to(device)
-
-
-def compute_dtype(device: str) -> torch.dtype:
-    return torch.bfloat16 if device.startswith("cuda") else torch.float32
-
-
-def mixed_precision(device: str) -> AbstractContextManager:
-    return torch.autocast(device.split(":")[0], compute_dtype(device), enabled=device.startswith("cuda"))
-
-
-def initialise(module: nn.Module, num_layers: int) -> None:
-    """Normal weights; those that write into the residual stream smaller with the number of layers."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif parameter.ndim == 2:
-            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * num_layers) if into_residual else 0.02)
-
-
-def optimise(
-    name: str, module: nn.Module, loss_of_step: Callable[[], Tensor], peak_lr: float, budget: Budget, device: str
-) -> None:
-    """AdamW with a short warm-up and a cosine decay to nothing, for as long as the budget says."""
-    matrices = [parameter for parameter in module.parameters() if parameter.ndim == 2]
-    others = [parameter for parameter in module.parameters() if parameter.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.95), fused=device.startswith("cuda"))
-    next_report = 0.0
-    while (done := budget.done()) < 1.0:
-        lr = peak_lr * min(1.0, (done + 1e-4) / 0.02) * 0.5 * (1 + math.cos(math.pi * done))
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        loss = loss_of_step()
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        budget.steps += 1
-        value = loss.item()  # waits for the device: the clock is the schedule
-        if not math.isfinite(value):
-            raise RuntimeError(f"the {name}'s loss is {value} at step {budget.steps}")
-        if done >= next_report:
-            print(f"{name}: step {budget.steps}, {budget.elapsed():.0f} s, loss {value:.4f}, lr {lr:.2e}", flush=True)
-            next_report += 0.05
-
-
-def target_loss(target: Target, windows: Tensor, device: str) -> Tensor:
-    with mixed_precision(device):
-        positions = torch.arange(windows.shape[1] - 1, device=device)
-        hidden, _ = target(windows[:, :-1], positions, dtype=compute_dtype(device))
-        return cross_entropy(target.head(hidden).flatten(0, 1), windows[:, 1:].flatten())
-
-
-def windowed_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Causal attention over the last 512 positions, in chunks that see themselves and the chunk before.
-
-    Args:
-        queries, keys, values: [batch, heads, tokens, head_dim]; tokens a multiple of 512
-        positions: int [tokens], strictly increasing
-    """
-    size = SELF_ATTENTION_WINDOW
-    batch, heads, tokens, head_dim = queries.shape
-    chunks = tokens // size
-
-    def chunked(x: Tensor) -> Tensor:  # [chunks, batch * heads, size, head_dim]
-        return x.reshape(batch * heads, chunks, size, head_dim).transpose(0, 1)
-
-    def with_previous(x: Tensor) -> Tensor:
-        return torch.cat((pad(x[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=2)
-
-    own = positions.reshape(chunks, size)
-    # Nothing precedes the first chunk: a position beyond all others is never in the past.
-    before = torch.cat((torch.full_like(own[:1], torch.iinfo(own.dtype).max // 2), own[:-1]))
-    distances = own[:, :, None] - torch.cat((before, own), dim=1)[:, None, :]
-    mask = (distances >= 0) & (distances <= size)
-    output = scaled_dot_product_attention(
-        chunked(queries), with_previous(chunked(keys)), with_previous(chunked(values)), attn_mask=mask[:, None]
-    )
-    return output.transpose(0, 1).reshape(batch, heads, tokens, head_dim)
-
-
-def draft_forward(
-    glide: GlideLayer,
-    embeddings: Tensor,  # [batch, tokens, hidden_size]
-    positions: Tensor,  # int [tokens]
-    cross_keys: Tensor,  # [batch, kv_heads, tokens, head_dim]
-    cross_values: Tensor,
-    withheld: int,
-) -> Tensor:
-    """`GlideLayer.forward` for whole windows, with fast attention: token i sees target keys 0 to i - withheld."""
-    queries, keys, values = (part.transpose(1, 2) for part in glide.self_qkv(embeddings, positions[None]))
-    heads, tokens = queries.shape[1:3]
-    output = windowed_attention(queries, repeat_heads(keys, heads), repeat_heads(values, heads), positions)
-    hidden = embeddings + glide.self_attn.o_proj(output.transpose(1, 2).flatten(2))
-    # Token i against keys up to i - withheld is plain causal attention once the first `withheld` queries, which see
-    # nothing, and the last `withheld` keys, which nobody sees, are cut off.
-    queries = glide.cross_q(hidden, positions[None]).transpose(1, 2)[:, :, withheld:]
-    keys, values = (repeat_heads(part[:, :, : tokens - withheld], heads) for part in (cross_keys, cross_values))
-    output = pad(scaled_dot_product_attention(queries, keys, values, is_causal=True), (0, 0, withheld, 0))
-    hidden = hidden + glide.cross_attn.o_proj(output.transpose(1, 2).flatten(2))
-    return hidden + glide.mlp(glide.post_cross_attention_layernorm(hidden))
-
-
-def anchored_positions(length: int, offset: int, device: str) -> Tensor:
-    """The first few positions, then `offset` of them left out, then the rest: int64 [length]."""
-    positions = torch.arange(length, device=device)
-    return torch.where(positions < NUM_ANCHORS, positions, positions + offset)
-
-
-def check_draft_forward() -> None:
-    """The training forward pass must be the layer's own. Raises AssertionError."""
-    torch.manual_seed(0)
-    config = SimpleNamespace(**target_config(16, 0, **TINY))
-    glide = GlideLayer(config)
-    tokens, withheld = 3 * SELF_ATTENTION_WINDOW, 3
-    positions = anchored_positions(tokens, 100, "cpu")
-    embeddings = torch.randn(2, tokens, config.hidden_size)
-    keys, values = torch.randn(2, 2, config.num_key_value_heads, tokens, 32).unbind(0)
-    distances = positions[:, None] - positions
-    index = torch.arange(tokens)
-    expected, _ = glide(
-        embeddings,
-        positions[None],
-        ((distances >= 0) & (distances <= SELF_ATTENTION_WINDOW))[None],
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        (index <= index[:, None] - withheld)[None],
-    )
-    torch.testing.assert_close(draft_forward(glide, embeddings, positions, keys, values, withheld), expected)
-
-
-@dataclass
-class DraftStep:
-    """Losses of the draft next to a frozen target."""
-
-    target: Target
-    glide: GlideLayer
-    device: str
-
-    def logits(self, windows: Tensor, offset: int, withheld: int) -> tuple[Tensor, Tensor]:
-        """The target's and the draft's logits for every next token, each [batch, tokens, vocab_size]."""
-        dtype = compute_dtype(self.device)
-        ids = windows[:, :-1]
-        positions = anchored_positions(ids.shape[1], offset, self.device)
-        with torch.no_grad():
-            hidden, caches = self.target(ids, positions, dtype=dtype)
-            expected = self.target.head(hidden)
-            embeddings = self.target.embed(ids, dtype)
-        hidden = draft_forward(self.glide, embeddings, positions, *caches[-1], withheld)
-        return expected, self.target.head(hidden)
-
-    def loss(self, windows: Tensor, offset: int, withheld: int) -> Tensor:
-        with mixed_precision(self.device):
-            expected, drafted = self.logits(windows, offset, withheld)
-            labels = expected.flatten(0, 1).float().softmax(-1).mul_(1 - NEXT_TOKEN_WEIGHT)
-            next_tokens = windows[:, 1:].reshape(-1, 1)
-            labels.scatter_add_(1, next_tokens, torch.full_like(next_tokens, NEXT_TOKEN_WEIGHT, dtype=labels.dtype))
-            return cross_entropy(drafted.flatten(0, 1), labels)
-
-    @torch.no_grad()
-    def agreement(self, windows: Tensor, withheld: int) -> float:
-        """How often the draft's most probable next token is the target's."""
-        with mixed_precision(self.device):
-            expected, drafted = self.logits(windows, 0, withheld)
-            return (expected.argmax(-1) == drafted.argmax(-1)).float().mean().item()
-
-
-def check_files(folder: Path, windows: Tensor) -> float:
-    """Transformers must load the saved target and compute the same loss. Returns that loss; raises RuntimeError."""
-    reference = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours, ids = load_target(folder), windows[:, :-1].cpu()
-    with torch.no_grad():
-        expected = reference(ids).logits
-        hidden, _ = ours(ids, torch.arange(ids.shape[1]))
-        difference = (ours.head(hidden) - expected).abs().max().item()
-    if difference > 1e-3:
-        raise RuntimeError(f"the logits of the saved target differ by {difference} from those of transformers")
-    return cross_entropy(expected.flatten(0, 1), windows[:, 1:].flatten().cpu()).item()
-
-
-def check_tokenizer(folder: Path, prompts: Path) -> None:
-    """Transformers' tokenizer must encode the prompts as the file does. Raises RuntimeError."""
-    ours, theirs = (
-        Tokenizer.from_file(str(folder / "tokenizer.json")),
-        transformers.AutoTokenizer.from_pretrained(folder),
-    )
-    for line in prompts.read_text().splitlines():
-        prompt = json.loads(line)
-        if theirs(prompt["text"])["input_ids"] != ours.encode(prompt["text"]).ids:
-            raise RuntimeError(f"transformers encodes the prompt of {prompt['path']} to other tokens")
 
 
 def main() -> None:
@@ -333,50 +68,14 @@ def main() -> None:
     evaluation = held_out.spread(plan.evaluation_windows, plan.window)
     print(f"{len(train.ids)} training tokens after {time.perf_counter() - started:.0f} s", flush=True)
 
-    torch.manual_seed(args.seed)
-    target = Target(config).to(device)
-    initialise(target, config["num_hidden_layers"])
-    target_budget = Budget(plan.target_seconds, args.target_steps)
-    count = plan.batch_tokens // plan.window
-    optimise(
-        "target",
-        target,
-        lambda: target_loss(target, train.draw(count, plan.window), device),
-        plan.target_lr,
-        target_budget,
-        device,
-    )
-    save_model(target, config, args.out / "target")
+    target, target_budget = train_target(plan, config, train, args.out / "target", device, args.seed, args.target_steps)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(args.data / name, args.out / "target" / name)
-
-    # The draft learns from the target as it was saved, rounded to bfloat16.
-    frozen = load_target(args.out / "target").to(device).requires_grad_(False)
-    with torch.no_grad():
-        held_out_loss = sum(target_loss(frozen, part, device).item() for part in evaluation.split(8))
-    held_out_loss /= len(evaluation.split(8))
-    print(f"target: held-out loss {held_out_loss:.4f}", flush=True)
-    glide = GlideLayer(SimpleNamespace(**config)).to(device)
-    initialise(glide, 1)
-    step = DraftStep(frozen, glide, device)
-
-    def draft_loss() -> Tensor:
-        choice, withheld = torch.randint(1 << 30, (2,), generator=train.generator).tolist()
-        length = plan.draft_windows[choice % len(plan.draft_windows)]
-        most = config["max_position_embeddings"] - length
-        offset = int(torch.randint(most + 1, (), generator=train.generator))
-        windows = train.draw(plan.batch_tokens // length, length)
-        return step.loss(windows, offset, 1 + withheld % MAX_WITHHELD)
-
-    draft_budget = Budget(plan.draft_seconds, args.draft_steps)
-    optimise("draft", glide, draft_loss, plan.draft_lr, draft_budget, device)
-    save_model(glide, {**config, "architectures": ["Qwen2GlideDecoderLayer"]}, args.out / "draft")
-    agreement = {
-        withheld: round(
-            sum(step.agreement(part, withheld) for part in evaluation.split(8)) / len(evaluation.split(8)), 4
-        )
-        for withheld in range(1, MAX_WITHHELD + 1)
-    }
+    loss = held_out_loss(target, evaluation, device)
+    print(f"target: held-out loss {loss:.4f}", flush=True)
+    # The draft learns from the target as it was saved.
+    step, draft_budget = train_draft(plan, target, train, args.out / "draft", device, args.draft_steps)
+    agreement = agreement_by_withheld_keys(step, evaluation)
     trained_seconds = time.perf_counter() - started
 
     for name in ("prompts.jsonl", "PROMPT_LICENCES.txt"):
@@ -392,11 +91,11 @@ def main() -> None:
         "plan": asdict(plan),
         "seed": args.seed,
         "target_parameters": sum(parameter.numel() for parameter in target.parameters()),
-        "draft_parameters": sum(parameter.numel() for parameter in glide.parameters()),
+        "draft_parameters": sum(parameter.numel() for parameter in step.glide.parameters()),
         "target_steps": target_budget.steps,
         "draft_steps": draft_budget.steps,
         "tokens_per_training_step": plan.batch_tokens,
-        "held_out_loss": round(held_out_loss, 4),
+        "held_out_loss": round(loss, 4),
         "draft_agreement_by_withheld_keys": agreement,
         "acceptance": [
             measure(saved_target, saved_glide, prompts, plan.new_tokens, temperature, args.seed)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`benchmarks/speed.py` on a toy model: what it measures, leaves out, and does not measure twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("speed") / "speed.jsonl"
+    arguments = ["--smoke", "--systems", "plain,tuned", "--contexts", "96", "--batches", "1,16", "--acceptances", "2.5"]
+    # Too few blocks for 16 requests.
+    arguments += ["--engine", '{"num_gpu_blocks_override": 40}', "--out", str(out)]
+    command = [sys.executable, "benchmarks/speed.py", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    return command, out
+
+
+def test_cells(results):
+    _, out = results
+    cells = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(cell["system"], cell["batch"]) for cell in cells] == [
+        ("plain", 1),
+        ("plain", 16),
+        ("tuned", 1),
+        ("tuned", 16),
+    ]
+    plain, plain_skipped, tuned, tuned_skipped = cells
+    for cell in (plain_skipped, tuned_skipped):
+        assert "the KV cache lacks" in cell["skipped"]
+    assert plain["ms_per_token"] == plain["ms_per_step"] > 0
+    assert plain["tokens_per_step"] == 1.0
+    # Of 8 tokens asked for, in steps of 2 or 3.
+    (decoded,) = tuned["rounds"]
+    assert 3 <= decoded["drafts"] <= 4
+    assert 2 <= tuned["tokens_per_step"] <= 3
+    assert tuned["options"]["frequent_tokens"] == 512
+    # 512 positions of K and V, 2 heads of 32 float32 each.
+    assert tuned["draft_memory"] == {"bytes_per_request": 512 * 2 * 2 * 32 * 4, "bytes_per_token": 0}
+
+
+def test_measures_nothing_twice(results):
+    command, out = results
+    before = out.read_text()
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert out.read_text() == before
+
+
+def test_a_folder_that_is_no_model():
+    command = [sys.executable, "benchmarks/speed.py", "--models", "no/such/folder"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert "there is no model no/such/folder" in finished.stderr

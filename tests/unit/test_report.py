@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables and plots of measured speed, from results written by hand."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from measure import summary
+from records import append, identity, read
+from report import compare, plot, report
+
+MACHINE = {
+    "device": "a GPU",
+    "driver": "1",
+    "commit": "abc",
+    "python": "3",
+    "torch": "2",
+    "triton": "3",
+    "vllm": "0.32",
+}
+
+
+def cell(system: str, context: int, batch: int, ms_per_token: float, **others: Any) -> dict[str, Any]:
+    return {
+        "kind": "cell",
+        "model": "a-model",
+        "system": system,
+        "acceptance": None if system == "plain" else 4.0,
+        "options": {},
+        "engine": {},
+        "run": "monday",
+        "environment": MACHINE,
+        "temperature": 0.0,
+        "context": context,
+        "batch": batch,
+        "ms_per_token": ms_per_token,
+        "ms_per_step": ms_per_token if system == "plain" else 4 * ms_per_token,
+        "tokens_per_step": 1.0 if system == "plain" else 4.0,
+        "draft_memory": {"bytes_per_request": 0, "bytes_per_token": 0},
+        **others,
+    }
+
+
+RESULTS = [
+    cell("plain", 1024, 1, 20.0),
+    cell("plain", 16384, 1, 22.0),
+    cell("plain", 16384, 64, 40.0),
+    cell("eagle3", 1024, 1, 8.0, draft_memory={"bytes_per_request": 0, "bytes_per_token": 4096}),
+    cell("eagle3", 16384, 1, 8.0, draft_memory={"bytes_per_request": 0, "bytes_per_token": 4096}),
+    {
+        **cell("eagle3", 16384, 64, 0.0),
+        "skipped": "the KV cache lacks 5 tokens",
+    },
+    # Measured again, and in a run of its own.
+    cell("default", 1024, 1, 99.0, run="sunday"),
+    cell("default", 1024, 1, 5.0, run="tuesday"),
+    cell("default", 16384, 1, 5.5, draft_memory={"bytes_per_request": 2 << 20, "bytes_per_token": 0}),
+    cell("default", 1024, 1, 10.0)
+    | {"kind": "cross_check", "benchmark": "serve", "benchmark_ms": 5.5, "measured_ms": 5},
+]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    path = tmp_path / "results" / "speed.jsonl"
+    for record in RESULTS:
+        append(path, record)
+    return path
+
+
+def rows(text: str) -> list[str]:
+    return [line.replace(" ", "") for line in text.splitlines() if line.startswith("|")]
+
+
+def test_tables(results):
+    text = report(read([results]))
+    found = rows(text)
+    # Speedups; the last measurement counts, and one without plain decoding in its run is marked.
+    assert "|1,024|1|20.00|2.50x|4.00x*|" in found
+    assert "|16,384|1|22.00|2.75x|4.00x|" in found
+    assert "|16,384|64|40.00|skipped||" in found
+    assert "eagle3 at context 16,384, batch 64: the KV cache lacks 5 tokens." in text
+    assert "Plain decoding was measured in another run." in text
+    # A step in plain steps.
+    assert "|16,384|1|default|5.50|4.00|22.00|1.00|" in found
+    assert "|16,384|1|eagle3|8.00|4.00|32.00|1.45|" in found
+    # What a draft keeps grows with the context or does not.
+    assert "|a-model|EAGLE-3|0|4,096|64.0MiB|512.0MiB|1024.0MiB|" in found
+    assert "|a-model|GLIDE|2,097,152|0|2.0MiB|2.0MiB|2.0MiB|" in found
+    assert "|vllmbenchserve|a-modeldefault,context1,024,batch1|5.5|5|+10.0%|" in found
+
+
+def test_other_devices_are_compared_with_themselves(results):
+    other = MACHINE | {"device": "another GPU"}
+    append(results, cell("default", 1024, 1, 2.0, environment=other))
+    comparisons = compare(read([results]))
+    assert [comparison.device for comparison in comparisons] == ["a GPU", "another GPU"]
+    (lonely,) = comparisons[1].cells["default"].values()
+    assert comparisons[1].speedup(lonely) is None
+
+
+def test_plot(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    (comparison,) = compare(read([results]))
+    plot(comparison, tmp_path / "plot.svg")
+    svg = (tmp_path / "plot.svg").read_text()
+    assert svg.startswith("<?xml") and len(svg) < 200_000
+
+
+def test_what_is_the_same_measurement():
+    elsewhere = MACHINE | {"commit": "another"}
+    # The plugin's commit changes the plugin and nothing else.
+    for system, same in (
+        ("plain", True),
+        ("eagle3", True),
+        ("default", False),
+        ("default@8", False),
+        ("gamma4", False),
+    ):
+        one, other = cell(system, 1024, 1, 1.0), cell(system, 1024, 1, 2.0, environment=elsewhere)
+        assert (identity(one) == identity(other)) == same
+    assert identity(cell("default", 1024, 1, 1.0)) != identity(cell("default", 1024, 4, 1.0))
+    assert identity(cell("default", 1024, 1, 1.0)) == identity(json.loads(json.dumps(cell("default", 1024, 1, 1.0))))
+
+
+def test_summary_of_rounds():
+    plain = [{"seconds": seconds, "drafts": 0, "accepted": 0} for seconds in (1.0, 1.2, 9.0)]
+    numbers = summary(plain, batch=4, tokens=100, same_work=True)
+    assert (numbers["ms_per_token"], numbers["ms_per_step"], numbers["tokens_per_step"]) == (12.0, 12.0, 1.0)
+    # 4 requests, 25 steps each, 3 tokens accepted in each step.
+    drafted = [{"seconds": 0.5, "drafts": 100, "accepted": 300}]
+    numbers = summary(drafted, batch=4, tokens=100, same_work=True)
+    assert (numbers["ms_per_token"], numbers["ms_per_step"], numbers["tokens_per_step"]) == (5.0, 20.0, 4.0)
+    # Of different work, the mean.
+    assert summary(plain, batch=4, tokens=100, same_work=False)["ms_per_token"] == pytest.approx(11.2e3 / 300, abs=1e-3)
