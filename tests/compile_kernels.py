@@ -47,19 +47,26 @@ compiled: set[str] = set()
 
 
 def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    """Stands where Triton compiles and launches a kernel, with the same specialisation of integers that are 1."""
+    """Stands where Triton compiles and launches a kernel, and specialises as Triton does.
+
+    Integers that are 1 become constants; of those that 16 divides, and of addresses, the compiler is told, which is what
+    lets it use wide loads.
+    """
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, constants = {}, {}
+    signature, constants, attributes = {}, {}, {}
     for parameter in kernel.params:
         value = values[parameter.name]
-        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        is_integer = type(value) is int and not parameter.do_not_specialize
+        is_one = is_integer and value == 1
         if parameter.is_constexpr or is_one or value is None:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         else:
             signature[parameter.name] = mangle_type(value)
-    binary = triton.compile(ASTSource(kernel, signature, constants), target=HOPPER, options=options)
+            if isinstance(value, torch.Tensor) or (is_integer and value % 16 == 0):
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=HOPPER, options=options)
     assert binary.asm["cubin"]
     compiled.add(kernel.__name__)
 
