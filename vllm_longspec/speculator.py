@@ -17,7 +17,6 @@ from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -28,7 +27,9 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_longspec.attention.registry import replace_cpu_backend
 from vllm_longspec.config.options import frequent_tokens_of, tree_shape_of
 from vllm_longspec.config.sampling import CHAIN_PARAMETERS
+from vllm_longspec.config.schedule import nodes_by_batch_size
 from vllm_longspec.frequent_tokens import read_frequent_tokens
+from vllm_longspec.glide.graphs import DraftGraphs
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window import DraftWindow
 from vllm_longspec.model_state import TreeModelState
@@ -111,24 +112,18 @@ class GlideSpeculator(DraftModelSpeculator):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         use_graphs = cudagraph_mode.has_full_cudagraphs() and not self.speculative_config.enforce_eager
-        # A request is one "token" of the draft's batch: a graph for every number of them.
-        self.cudagraph_manager = CudaGraphManager(
+        self.graphs = DraftGraphs(
             self.vllm_config,
             self.device,
             CUDAGraphMode.FULL_DECODE_ONLY if use_graphs else CUDAGraphMode.NONE,
-            decode_query_len=1,
+            nodes_by_batch_size(self.speculative_config, self.max_num_reqs),
         )
 
     def capture(self) -> None:
-        """Captures a whole draft, for every number of requests: window update, all levels, ordering."""
-        if not self.cudagraph_manager.needs_capture():
-            return
-        # Requests that only pad the batch: nothing is written for them.
-        self.slots.fill_(-1)
-        self.cudagraph_manager.capture(
-            lambda desc, warmup: lambda cudagraph_mode: self._draft(desc.num_reqs, self.max_model_len),
-            "Capturing CUDA graphs of the GLIDE draft",
-        )
+        if self.graphs.needs_capture():
+            # Requests that only pad the batch: nothing is written for them.
+            self.slots.fill_(-1)
+            self.graphs.capture_drafts(lambda num_reqs, num_nodes: self._draft(num_reqs, num_nodes, self.max_model_len))
 
     @torch.inference_mode()
     def propose(
@@ -180,16 +175,16 @@ class GlideSpeculator(DraftModelSpeculator):
         leaves_prompt = input_batch.is_prefilling_np[decodes_next]
         if leaves_prompt.any():
             self._rebuild_windows(slots, leaves_prompt, input_batch.prefill_len_np[decodes_next])
-        if num_speculative_tokens == 0:
+        num_nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        if num_nodes == 0:
             # The batch is too large for speculation to pay; the windows are kept for when it is not.
             self._extend_windows(num_drafts)
             return self._no_drafts(num_reqs)
-        graph = self.cudagraph_manager.dispatch(num_drafts, num_drafts, uniform_token_count=1, num_active_loras=0)
-        if graph.cg_mode == CUDAGraphMode.FULL:
+        if (graph := self.graphs.find(num_reqs, num_nodes)) is not None:
             self.slots[num_drafts : graph.num_reqs] = -1
-            self.cudagraph_manager.run_fullgraph(graph)
+            self.graphs.run_fullgraph(graph)
         else:
-            self._draft(num_drafts, int(input_batch.seq_lens_cpu_upper_bound.max()))
+            self._draft(num_drafts, num_nodes, int(input_batch.seq_lens_cpu_upper_bound.max()))
         if rows is None:
             return self.draft_tokens[:num_reqs]
         draft_tokens = self._no_drafts(num_reqs)
@@ -234,17 +229,18 @@ class GlideSpeculator(DraftModelSpeculator):
             max_new=self.shape.max_depth + 1,
         )
 
-    def _draft(self, num_drafts: int, max_prefix_len: int) -> None:
+    def _draft(self, num_drafts: int, num_nodes: int, max_prefix_len: int) -> None:
         """Brings the staged requests' windows up to date and draws a tree for each.
 
-        Trees go to `draft_tokens` and the tree state.
+        The `num_nodes` likeliest nodes go to `draft_tokens` and the tree state.
         """
         self._extend_windows(num_drafts)
+        shape = self.shape.for_best(num_nodes)
         slots = self.slots[:num_drafts]
         root_positions = self._root_positions(slots)
         drafted = grow_trees(
             self.model,
-            self.shape.levels,
+            shape.levels,
             torch.where(slots < 0, 0, self.req_states.last_sampled_tokens[slots, 0]),
             root_positions,
             slots,
@@ -254,18 +250,18 @@ class GlideSpeculator(DraftModelSpeculator):
         )
         log_probs = drafted.log_probs
         if self.speculative_config.rejection_sample_method == "synthetic":
-            log_probs = list_a_path_early(log_probs, drafted.parents, self.shape.levels)
+            log_probs = list_a_path_early(log_probs, drafted.parents, shape.levels)
         order_tree(
             drafted.tokens,
             log_probs,
             drafted.parents,
             slots,
             self.tree.takes_chain,
-            self.draft_tokens[:num_drafts],
-            self.tree.parent_rows,
-            self.tree.depths,
-            self.tree.ancestor_masks,
-            self.shape.max_depth,
+            self.draft_tokens[:num_drafts, :num_nodes],
+            self.tree.parent_rows[:, : 1 + num_nodes],
+            self.tree.depths[:, : 1 + num_nodes],
+            self.tree.ancestor_masks[:, : 1 + num_nodes],
+            shape.max_depth,
         )
 
     def _cross_attention(

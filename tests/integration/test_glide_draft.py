@@ -610,7 +610,8 @@ def test_proposes_from_step_to_step(tmp_path):
 def test_requests_that_pad_a_batch_change_nothing(tmp_path):
     """A CUDA graph drafts for more requests than there are; those that pad the batch have slot -1."""
     target, draft = write_pair(tmp_path, "llama", num_key_value_heads=1)
-    speculator = load(target, draft, (2, 4, 4)).speculator
+    levels = (2, 4, 4)
+    speculator = load(target, draft, levels).speculator
     batch = Batch([26, 605], speculator.model)
     # A token more than the prompt, which becomes the root.
     step = [Scheduled(0, 0, 25, 25), Scheduled(1, 0, 604, 604)]
@@ -621,12 +622,33 @@ def test_requests_that_pad_a_batch_change_nothing(tmp_path):
     speculator.slots[2:4] = -1
     speculator.num_sampled[2:4] = 3
     speculator.draft_tokens.fill_(-7)
-    speculator._draft(4, MAX_MODEL_LEN)
+    speculator._draft(4, sum(levels), MAX_MODEL_LEN)
     assert torch.equal(speculator.draft_tokens[:2], tokens)
     assert (speculator.draft_tokens[2:] == -7).all()
     for name, tensor in state.items():
         assert torch.equal(getattr(speculator.tree, name), tensor), name
     torch.testing.assert_close(speculator.window.kv, window)
+
+
+def test_a_draft_for_fewer_nodes_lists_the_same_ones(tmp_path):
+    """Narrower levels are enough for the likeliest nodes, as `TreeShape.for_best` says."""
+    levels = (2, 4, 4, 4)
+    target, draft = write_pair(tmp_path, "llama", num_key_value_heads=1)
+    speculator = load(target, draft, levels).speculator
+    batch = Batch([26, 605, 61], speculator.model)
+    step = [Scheduled(request, 0, length, length) for request, length in enumerate((25, 604, 60))]
+    tokens = propose(speculator, batch, step)
+    parent_rows, depths, masks = (
+        tensor[batch.slots].clone()
+        for tensor in (speculator.tree.parent_rows, speculator.tree.depths, speculator.tree.ancestor_masks)
+    )
+    for num_nodes in (1, 2, 3, 5, 9):
+        speculator._draft(3, num_nodes, MAX_MODEL_LEN)
+        rows = slice(1 + num_nodes)
+        assert torch.equal(speculator.draft_tokens[:3, :num_nodes], tokens[:, :num_nodes])
+        assert torch.equal(speculator.tree.parent_rows[batch.slots, rows], parent_rows[:, rows])
+        assert torch.equal(speculator.tree.depths[batch.slots, rows], depths[:, rows])
+        assert torch.equal(speculator.tree.ancestor_masks[batch.slots, rows], masks[:, rows])
 
 
 def test_proposes_a_chain_to_a_request_that_takes_one(tmp_path):

@@ -72,3 +72,20 @@ def test_verified_nodes(given, verified):
 def test_wrong_number_of_verified_nodes_is_refused(given):
     with pytest.raises(ValueError, match=r"num_speculative_tokens must be a positive integer.*all 10 nodes"):
         count_verified_nodes(given, TreeShape((2, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("levels", "num_nodes", "narrowest"),
+    [
+        ((4, 16, 16, 16, 16), 68, (4, 16, 16, 16, 16)),
+        ((4, 16, 16, 16, 16), 16, (4, 16, 16, 16, 16)),
+        ((4, 16, 16, 16, 16), 7, (4, 7, 7, 7, 7)),
+        ((4, 16, 16, 16, 16), 3, (3, 3, 3)),
+        ((4, 16, 16, 16, 16), 1, (1,)),
+        ((1, 1, 1, 1), 3, (1, 1, 1)),
+    ],
+)
+def test_narrowest_shape_for_the_best_nodes(levels, num_nodes, narrowest):
+    shape = TreeShape(levels).for_best(num_nodes)
+    assert shape.levels == narrowest
+    assert shape.num_nodes >= num_nodes

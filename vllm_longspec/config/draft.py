@@ -23,6 +23,7 @@ from vllm_longspec.config.options import (
     count_verified_nodes,
     parse_tree_shape,
 )
+from vllm_longspec.config.schedule import default_schedule
 from vllm_longspec.config.synthetic import rates_by_depth
 from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
 
@@ -116,6 +117,8 @@ def find_glide_draft(
             raise ValueError(f"{name} needs a GLIDE draft: {draft}")
         return None
 
+    from vllm.platforms import current_platform
+
     support.check_platform()
     support.check_options(options, parallel_config)
     support.check_arguments(engine_args, parallel_config)
@@ -137,7 +140,16 @@ def find_glide_draft(
             )
         vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
     tree_shape = parse_tree_shape(tree_options, vocab_size)
-    options["num_speculative_tokens"] = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
+    num_nodes = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
+    # Triton's interpreter is for trying and testing; there is no load that the number of nodes would have to follow.
+    if options.get("num_speculative_tokens_per_batch_size") is None and current_platform.is_cuda():
+        queries_per_kv_head = target.get_num_attention_heads(parallel_config) // target.get_num_kv_heads(
+            parallel_config
+        )
+        schedule = default_schedule(num_nodes, queries_per_kv_head)
+        options["num_speculative_tokens_per_batch_size"] = schedule
+        num_nodes = schedule[0][2]
+    options["num_speculative_tokens"] = num_nodes
     options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
     return GlideDraft(checkpoint, tree_shape, frequent_tokens, options)

@@ -50,6 +50,14 @@ class TreeShape:
         """Nodes of the widest level."""
         return max(self.levels)
 
+    def for_best(self, num_nodes: int) -> "TreeShape":
+        """The narrowest shape whose tree has the same `num_nodes` likeliest nodes.
+
+        With a node come all its ancestors, which are as likely or likelier. So none of these nodes is deeper than there
+        are nodes, and each is one of the `num_nodes` likeliest children of a level that has its parent.
+        """
+        return TreeShape(tuple(min(level, num_nodes) for level in self.levels[:num_nodes]))
+
     def width(self, depth: int) -> int:
         """Nodes at `depth`; the root is the only one at depth 0."""
         return self.levels[depth - 1] if depth else 1

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs of the whole draft: window update, all levels of the tree, ordering.
+
+A draft is some hundred small kernels between which nothing is decided on the host. What it does depends on how many
+requests it drafts for and on how many nodes are kept, which follows from the size of the batch
+(`vllm_longspec/config/schedule.py`). So there is a graph for every size with the numbers of nodes that go with it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorBatchDescriptor
+
+
+class DraftGraphs(CudaGraphManager):
+    """
+    Args:
+        nodes_by_batch_size: nodes that are kept for a batch of so many requests; entry 0 is not used.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        cudagraph_mode: CUDAGraphMode,
+        nodes_by_batch_size: Sequence[int],
+    ):
+        # A request is one "token" of the draft's batch.
+        super().__init__(vllm_config, device, cudagraph_mode, decode_query_len=1)
+        graphs: dict[SpeculatorBatchDescriptor, None] = {}
+        for batch_size in range(self.max_num_reqs, 0, -1):
+            num_nodes = nodes_by_batch_size[batch_size]
+            for desc in self._candidates.get((batch_size, 0), [])[:1]:
+                if num_nodes > 0:
+                    graphs[SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=num_nodes)] = None
+        # The largest come first, so that smaller ones fit into their memory.
+        self._capture_descs = {CUDAGraphMode.FULL: list(graphs)} if graphs else {}
+
+    def capture_drafts(self, draft: Callable[[int, int], None]) -> None:
+        """Captures `draft(num_reqs, num_nodes)` for everything that there is a graph for."""
+
+        def create_forward_fn(desc: SpeculatorBatchDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            num_reqs = desc.num_reqs
+            assert num_reqs is not None
+            return lambda cudagraph_mode: draft(num_reqs, desc.num_speculative_tokens)
+
+        self.capture(create_forward_fn, "Capturing CUDA graphs of the GLIDE draft")
+
+    def find(self, batch_size: int, num_nodes: int) -> SpeculatorBatchDescriptor | None:
+        """The graph that drafts for at least `batch_size` requests, if there is one."""
+        desc = self.dispatch(batch_size, batch_size, uniform_token_count=1, num_active_loras=0)
+        if desc.cg_mode != CUDAGraphMode.FULL:
+            return None
+        found = SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=num_nodes)
+        return found if found in self.graphs else None
