@@ -35,6 +35,8 @@ PARTS = ("target", "sampling", "compaction", "draft")
 MARK = "step: "
 
 GEMM = r"gemm|nvjet|cutlass|cublas|splitk|_mm_|wgmma"
+SPLIT_K = r"splitk.*reduce"  # adds up what the GEMM before it computed in parts
+SMALL = r"norm|rotary|silu|act_and_mul|embedding|elementwise|copy|cat|fill|mem(set|cpy)|triton_|fused"
 ATTENTION_PREFIX = r"prefix_attention|flash|fmha|FlashAttn"
 # A stage's name, the part it belongs to, and what the name of a kernel contains. The first that fits counts.
 STAGES: tuple[tuple[str, str, str], ...] = (
@@ -43,7 +45,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("target: KV cache write", "target", r"reshape_and_cache"),
     ("target: GEMMs", "target", GEMM),
     ("target: lay out trees, slots, inputs", "target", r"lay_out|slot_mapping|prepare|combine_sampled|expand_idx"),
-    ("target: norms, RoPE, activation", "target", r"norm|rotary|silu|act_and_mul|triton_|fused"),
+    ("target: norms, RoPE, activation, copies", "target", SMALL),
     ("head GEMM", "sampling", GEMM),
     ("sampling and walk", "sampling", r""),
     ("compaction", "compaction", r"compact"),
@@ -54,6 +56,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("draft: GEMMs", "draft", GEMM),
     ("draft: top-k", "draft", r"topk|top_k|sort|radix|bitonic|log_softmax|softmax|argmax|reduce_kernel"),
     ("draft: order and masks", "draft", r"order|gather|scatter|index"),
+    ("draft: norms, RoPE, activation, copies", "draft", SMALL),
 )
 # The draft's head is a GEMM like its layer's. It is the last one before the best tokens are chosen.
 HEAD_STAGE, AFTER_HEAD_STAGE, GEMM_STAGE = "draft: head GEMM", "draft: top-k", "draft: GEMMs"
@@ -177,13 +180,15 @@ def analyse(timeline: Timeline) -> dict[str, Any]:
 
 def _stages_of(kernels: list[Kernel], part_of: Callable[[float], str]) -> list[str]:
     stages = [stage_of(kernel, part_of(kernel.launched)) for kernel in kernels]
-    last_gemm: int | None = None
+    last_gemm: list[int] = []
     for index, stage in enumerate(stages):
         if stage == GEMM_STAGE:
-            last_gemm = index
-        elif stage == AFTER_HEAD_STAGE and last_gemm is not None:
-            stages[last_gemm] = HEAD_STAGE
-            last_gemm = None
+            completes = re.search(SPLIT_K, kernels[index].name, re.IGNORECASE)
+            last_gemm = [*last_gemm, index] if completes else [index]
+        elif stage == AFTER_HEAD_STAGE:
+            for part in last_gemm:
+                stages[part] = HEAD_STAGE
+            last_gemm = []
     return stages
 
 

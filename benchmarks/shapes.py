@@ -7,6 +7,7 @@ files: without them vLLM does not know that it has a head of its own, gives it t
 """
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,12 @@ def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
         "midlayer.mlp.down_proj.weight": (hidden, intermediate),
         "lm_head.weight": (draft_vocab_size, hidden),
     }
-    generator = torch.Generator().manual_seed(0)
+    # One block of random numbers over and over: new ones for all would take longer than an engine to load them.
+    noise = torch.empty(1 << 20, dtype=dtype).uniform_(
+        -DUMMY_RANGE, DUMMY_RANGE, generator=torch.Generator().manual_seed(0)
+    )
     weights = {
-        name: torch.empty(shape, dtype=dtype).uniform_(-DUMMY_RANGE, DUMMY_RANGE, generator=generator)
+        name: noise.repeat(-(-math.prod(shape) // noise.numel()))[: math.prod(shape)].view(shape).clone()
         for name, shape in shapes.items()
     }
     for name in ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm"):

@@ -26,7 +26,8 @@ _PLUGIN_SYSTEM = re.compile(r"tuned|default(@[1-9]\d*)?|gamma[1-9]\d*")
 OTHERS_TOKENS = 5
 
 # Options of the plugin's speculative configuration; `frequent_tokens` is how many. A tile of FlashAttention 3 holds 25
-# rows of 40 heads to 8 KV heads, or 32 of 32 to 8, the root's included: more nodes read the prefix once more.
+# rows of 40 heads to 8 KV heads, or 32 of 32 to 8, the root's included: more nodes read the prefix once more. Random
+# weights accept what they are told to, of however few nodes; what fewer nodes really cost only trained weights show.
 TUNED: dict[str, dict[str, Any]] = {
     "qwq-32b": {
         "tree_shape": [4, 16, 16, 16, 16],

@@ -21,7 +21,8 @@ KERNELS = (
     ("compaction", "_compact_kv_caches_kernel", 420, 430, 10),
     ("draft", "nvjet_tst_64x8", 500, 510, 20),
     ("draft", "_window_attention_kernel", 500, 530, 10),
-    ("draft", "nvjet_tst_64x8", 500, 540, 60),
+    ("draft", "nvjet_tst_64x8_splitK", 500, 540, 50),
+    ("draft", "splitKreduce_kernel", 500, 590, 10),
     ("draft", "topk_kernel", 500, 600, 40),
     ("draft", "a_new_kernel", 500, 640, 5),
 )
