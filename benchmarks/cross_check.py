@@ -26,7 +26,8 @@ ITERATIONS = 3
 def run(settings: dict[str, Any], measured: Record, environment: dict[str, str], logs: Path) -> Iterator[Record]:
     """Yields what each benchmark says beside what was measured, in milliseconds."""
     arguments = [*_arguments(settings), *TOKENIZER]
-    seconds = [each["prompt_seconds"] + each["seconds"] for each in measured["rounds"]]
+    tokens = measured["tokens"]
+    seconds = [each["prompt_seconds"] + tokens * each["ms_per_token"] / 1000 for each in measured["rounds"]]
     yield {
         "benchmark": "latency",
         "benchmark_ms": _latency(settings["model"], arguments, measured, environment, logs),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine in a process of its own: decodes batches of prompts and appends what it measured to a file of records.
 
-`speed.py` starts this file with a job as JSON on standard input. What is timed is decoding alone: prompts are in the
-prefix cache, each batch is generated with one token a request and with `tokens` more, and the difference counts.
+`speed.py` starts this file with a job as JSON on standard input. What is timed is decoding alone: the prompts are in
+the prefix cache, and the clock starts when every request of a batch has its first tokens and stops before any ends.
 """
 
 import json
@@ -19,6 +19,8 @@ from systems import PAIR
 
 # Compiles what is compiled when it is first used.
 WARM_UP_TOKENS = 12
+# Before the clock starts, so that the step with the prompts is over.
+LEAD_IN_TOKENS = 2
 # The last block of a cached prompt is computed again, with EAGLE-3 the one before it too.
 MAX_BLOCKS_NOT_CACHED = 3
 
@@ -92,6 +94,7 @@ class Engine:
 
         self.llm = LLM(**settings)
         self.tokens = tokens
+        self.most_tokens = most_tokens(tokens)
         self.vllm_config = self.llm.llm_engine.vllm_config
         cache = self.vllm_config.cache_config
         assert cache.num_gpu_blocks is not None
@@ -101,7 +104,7 @@ class Engine:
         """How many blocks the KV cache would need in addition, 0 if it is large enough."""
         speculative = self.vllm_config.speculative_config
         ahead = speculative.num_speculative_tokens + 1 if speculative else 1
-        per_request = -(-(context + 1 + self.tokens + ahead) // self.block_size)
+        per_request = -(-(context + self.most_tokens + ahead) // self.block_size)
         # One block is vLLM's own.
         return max(0, batch * per_request + 1 - self.num_blocks)
 
@@ -119,42 +122,73 @@ class Engine:
             for output in first:
                 if len(output.prompt_token_ids) - output.num_cached_tokens > MAX_BLOCKS_NOT_CACHED * self.block_size:
                     raise RuntimeError(f"only {output.num_cached_tokens} tokens of a prompt are in the prefix cache")
-            before = self._counters()
-            seconds, generated = self._generate(prompts, temperature, number, 1 + self.tokens)
-            drafts, accepted, preempted = (now - then for now, then in zip(self._counters(), before, strict=True))
-            if preempted:
-                raise RuntimeError(f"{preempted} requests were preempted")
-            rounds.append(
-                {
-                    "prompt_seconds": prompt_seconds,
-                    "seconds": seconds - prompt_seconds,
-                    "drafts": drafts,
-                    "accepted": accepted,
-                }
-            )
-            outputs += [list(output.outputs[0].token_ids) for output in generated]
+            decoded, tokens = self._decode(prompts, temperature, number)
+            rounds.append({"prompt_seconds": prompt_seconds} | decoded)
+            outputs += tokens
         return rounds, outputs
+
+    def _decode(
+        self, prompts: list[list[int]], temperature: float, number: int
+    ) -> tuple[dict[str, Any], list[list[int]]]:
+        """Times steps of a full batch, until its requests have `tokens` more on average.
+
+        No request ends before that: one that is lucky with its drafts would leave the others in a smaller batch.
+        """
+        engine = self.llm.llm_engine
+        requests = {f"{number}-{request}": prompt for request, prompt in enumerate(prompts)}
+        sampling = self._sampling(len(prompts), temperature, number, self.most_tokens)
+        for (request, prompt), each in zip(requests.items(), sampling, strict=True):
+            engine.add_request(request, {"prompt_token_ids": prompt}, each)
+        outputs: dict[str, list[int]] = {request: [] for request in requests}
+
+        def step() -> int:
+            for output in engine.step():
+                outputs[output.request_id] = list(output.outputs[0].token_ids)
+                if output.finished:
+                    raise RuntimeError(
+                        f"a request ended at {len(outputs[output.request_id])} tokens, before the others"
+                    )
+            return sum(map(len, outputs.values()))
+
+        first = step()
+        while min(map(len, outputs.values())) < LEAD_IN_TOKENS:
+            first = step()
+        before, start = self._counters(), time.perf_counter()
+        while (last := step()) < first + len(prompts) * self.tokens:
+            pass
+        seconds = time.perf_counter() - start
+        drafts, accepted, preempted = (now - then for now, then in zip(self._counters(), before, strict=True))
+        if preempted:
+            raise RuntimeError(f"{preempted} requests were preempted")
+        engine.abort_request(list(requests))
+        while engine.has_unfinished_requests():
+            engine.step()
+        counts = {"seconds": seconds, "emitted": last - first, "drafts": drafts, "accepted": accepted}
+        return counts, list(outputs.values())
 
     def _generate(
         self, prompts: list[list[int]], temperature: float, number: int, max_tokens: int
     ) -> tuple[float, list[Any]]:
+        requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        sampling = self._sampling(len(prompts), temperature, number, max_tokens)
+        start = time.perf_counter()
+        outputs = self.llm.generate(requests, sampling, use_tqdm=False)
+        return time.perf_counter() - start, outputs
+
+    def _sampling(self, batch: int, temperature: float, number: int, max_tokens: int) -> list[Any]:
         from vllm import SamplingParams
 
-        sampling = [
+        return [
             SamplingParams(
                 temperature=temperature,
                 # Synthetic acceptance draws by it, at any temperature.
-                seed=number * len(prompts) + request,
+                seed=number * batch + request,
                 max_tokens=max_tokens,
                 ignore_eos=True,
                 detokenize=False,
             )
-            for request in range(len(prompts))
+            for request in range(batch)
         ]
-        requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
-        start = time.perf_counter()
-        outputs = self.llm.generate(requests, sampling, use_tqdm=False)
-        return time.perf_counter() - start, outputs
 
     def _counters(self) -> tuple[int, int, int]:
         """Drafts, accepted tokens, preemptions since the engine started."""
@@ -162,6 +196,11 @@ class Engine:
         names = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens", "num_preemptions")
         drafts, accepted, preempted = (int(values.get(f"vllm:{name}", 0)) for name in names)
         return drafts, accepted, preempted
+
+
+def most_tokens(tokens: int) -> int:
+    """How many tokens the luckiest request of a batch may get while the average one gets so many."""
+    return 2 * tokens + 64
 
 
 def summary(rounds: list[dict[str, Any]], batch: int, tokens: int, same_work: bool) -> Record:
@@ -173,15 +212,16 @@ def summary(rounds: list[dict[str, Any]], batch: int, tokens: int, same_work: bo
     Args:
         same_work: the rounds decode the same batch, so the median of them is typical; otherwise their mean is.
     """
-    for each in rounds:
-        each["steps"] = (each["drafts"] + max(0, batch * tokens - each["drafts"] - each["accepted"])) / batch
     typical = statistics.median if same_work else statistics.fmean
-    seconds, steps = (typical([each[name] for each in rounds]) for name in ("seconds", "steps"))
+    for each in rounds:
+        steps = (each["drafts"] + max(0, each["emitted"] - each["drafts"] - each["accepted"])) / batch
+        each["ms_per_token"] = 1000 * each["seconds"] * batch / each["emitted"]
+        each["ms_per_step"] = 1000 * each["seconds"] / steps
     drafts, accepted = (sum(each[name] for each in rounds) for name in ("drafts", "accepted"))
     return {
         "tokens": tokens,
-        "ms_per_token": round(seconds * 1000 / tokens, 4),
-        "ms_per_step": round(seconds * 1000 / steps, 4),
+        "ms_per_token": round(typical([each["ms_per_token"] for each in rounds]), 4),
+        "ms_per_step": round(typical([each["ms_per_step"] for each in rounds]), 4),
         "tokens_per_step": round(1 + accepted / drafts, 3) if drafts else 1.0,
     }
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import cross_check
+from measure import most_tokens
 from records import Record, append, environment, identity, read
 from server import ENVIRONMENT, ON_CPU, exit_on_signals
 from systems import ROOT, SYSTEMS, Decoding, Model, NotMeasurable, check_system, prepare, target_folder
@@ -233,7 +234,7 @@ def record_of(plan: Plan, model: Model, decoding: Decoding) -> Record:
 
 def engine_settings(plan: Plan, model: Model, decoding: Decoding, folder: Path) -> dict[str, Any]:
     """Arguments of vLLM's LLM: vLLM's defaults, but no more requests and positions than are measured."""
-    longest = max(plan.contexts) + plan.tokens + 1
+    longest = max(plan.contexts) + most_tokens(plan.tokens)
     # The same for every system and for most choices of contexts, since kernels look at it too.
     max_model_len = min(model.num_positions, 1 << (longest + SLACK - 1).bit_length())
     if longest > max_model_len:

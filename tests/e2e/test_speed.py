@@ -37,9 +37,10 @@ def test_cells(results):
         assert "the KV cache lacks" in cell["skipped"]
     assert plain["ms_per_token"] == plain["ms_per_step"] > 0
     assert plain["tokens_per_step"] == 1.0
-    # Of 8 tokens asked for, in steps of 2 or 3.
+    # At least the 8 tokens asked for, in steps of 2 or 3.
     (decoded,) = tuned["rounds"]
-    assert 3 <= decoded["drafts"] <= 4
+    assert decoded["emitted"] >= 8
+    assert decoded["emitted"] / 3 <= decoded["drafts"] <= decoded["emitted"] / 2 + 1
     assert 2 <= tuned["tokens_per_step"] <= 3
     assert tuned["options"]["frequent_tokens"] == 512
     # 512 positions of K and V, 2 heads of 32 float32 each.
