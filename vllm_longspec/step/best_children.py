@@ -192,9 +192,7 @@ def _best_of_row_kernel(
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, CANDIDATES)
     num_candidates = num_chunks * num_kept
-    key = tl.load(
-        chunk_best_ptr + row * num_candidates + candidate, mask=candidate < num_candidates, other=NOTHING
-    )
+    key = tl.load(chunk_best_ptr + row * num_candidates + candidate, mask=candidate < num_candidates, other=NOTHING)
     rank = tl.arange(0, KEPT_BLOCK)
     best = tl.full([KEPT_BLOCK], NOTHING, tl.int64)
     for i in range(0, num_kept):
