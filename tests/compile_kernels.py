@@ -50,8 +50,8 @@ compiled: set[str] = set()
 def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """Stands where Triton compiles and launches a kernel, and specialises as Triton does.
 
-    Integers that are 1 become constants; of those that 16 divides, and of addresses, the compiler is told, which is what
-    lets it use wide loads.
+    Integers that are 1 become constants. The compiler is told of those that 16 divides, and that addresses are among
+    them: without that it would not use wide loads.
     """
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs

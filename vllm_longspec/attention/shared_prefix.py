@@ -2,10 +2,10 @@
 """Prefix attention whose tiles share what they read: for trees of more rows than one tile holds.
 
 FlashAttention lets a tile of 128 rows read the prefix, and every further tile reads it again. The rows of a KV head's
-group are more than that soon: 69 rows of a tree with 5 query heads each are 345. Here the grid is ordered so that all
+group are soon more than that: 69 rows of a tree with 5 query heads each are 345. Here the grid is ordered so that all
 tiles that need the same keys run at the same time; one of them fetches a key from memory, the others find it in the
-cache. The prefix is split among programs ("flash-decoding": Dao et al., 2023), as many as fill the device; each leaves a
-part of the result, and whoever needs the whole merges the parts by their log-sum-exps.
+cache. The prefix is split among programs ("flash-decoding": Dao et al., 2023), as many as fill the device. Each leaves
+a part of the result, and whoever needs the whole merges the parts by their log-sum-exps.
 
 So a layer costs two launches: this, and the tree attention, which starts its softmax from the parts
 (`vllm_longspec/step/verify.py`). `shared_prefix_attention` merges them itself and stands in for `prefix_attention`.
