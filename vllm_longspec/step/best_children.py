@@ -149,13 +149,10 @@ def _best_of_chunk_kernel(
 
     # The lower half of a bfloat16's score is always the same, so its place goes there and 32 bits will do.
     IS_NARROW: tl.constexpr = (logit.dtype == tl.bfloat16) and (CHUNK <= 65536)
+    LEAST: tl.constexpr = -(2**31) if IS_NARROW else NOTHING
     backward = CHUNK - 1 - place
-    if IS_NARROW:
-        LEAST: tl.constexpr = -(2**31)
-        key = (_score(value) & -65536) | backward
-    else:
-        LEAST: tl.constexpr = NOTHING
-        key = _pair(_score(value), backward)
+    score = _score(value)
+    key = (score & -65536) | backward if IS_NARROW else _pair(score, backward)
     key = tl.where(is_token, key, LEAST)
     rank = tl.arange(0, KEPT_BLOCK)
     best = tl.full([KEPT_BLOCK], LEAST, key.dtype)

@@ -24,11 +24,38 @@ cases in which one of the two is empty.
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.attention.prefix import attend_tile, choose_tile_sizes, dot_dtype, load_keys_values, packed_rows
+from vllm_longspec.attention.prefix import (
+    TileSizes,
+    attend_tile,
+    choose_tile_sizes,
+    dot_dtype,
+    load_keys_values,
+    packed_rows,
+)
+from vllm_longspec.attention.shared_prefix import PrefixParts, merge_parts, num_multiprocessors, num_used_parts
+from vllm_longspec.interpreter import interpreting
+
+
+def choose_tree_tiles(
+    max_query_len: int, group: int, num_groups: int, padded_head_size: int, dtype: torch.dtype, device: torch.device
+) -> TileSizes:
+    """Tile sizes for `num_groups` squares (one for each KV head of each request) of `max_query_len` query tokens.
+
+    A square is small, so time is latency: as many programs as the GPU has multiprocessors, each with few rows, and all
+    keys of an ordinary tree at once.
+    """
+    num_rows = max_query_len * group
+    if interpreting() or dtype == torch.float32 or padded_head_size > 128:
+        return choose_tile_sizes(num_rows, max_query_len, padded_head_size, dtype)
+    for rows in (64, 32, 16):
+        if triton.cdiv(num_rows, rows) * num_groups >= num_multiprocessors(device):
+            break
+    keys = max(16, min(triton.next_power_of_2(max_query_len), 64 if rows == 64 else 128))
+    return TileSizes(rows, keys, num_warps=4)
 
 
 # The number of tokens changes with the batch, and is the stride of `prefix_lse`: it must not compile the kernel anew.
-@triton.jit(do_not_specialize=["lse_head_stride"])
+@triton.jit(do_not_specialize=["lse_part_stride", "lse_head_stride", "num_parts"])
 def _tree_attention_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
     query_token_stride,
@@ -42,8 +69,15 @@ def _tree_attention_kernel(
     masks_ptr,  # [num_reqs, num_rows, num_words]
     masks_request_stride,
     masks_row_stride,
-    lse_ptr,  # [num_heads, num_tokens]
+    lse_ptr,  # [num_parts, num_heads, num_tokens]
+    lse_part_stride,
     lse_head_stride,
+    parts_ptr,  # [num_parts, num_tokens, num_heads, HEAD_SIZE]; None if the prefix is one part, in the output
+    part_stride,
+    part_token_stride,
+    part_head_stride,
+    prefix_lens_ptr,  # [num_reqs]
+    num_parts,
     output_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
     output_token_stride,
     output_head_stride,
@@ -73,13 +107,28 @@ def _tree_attention_kernel(
     query = tl.load(query_ptr + query_row[:, None] + dim[None, :], mask=row_mask, other=0.0).to(DOT_DTYPE)
 
     # The softmax goes on where the prefix left it. For an empty prefix FlashAttention 2 reports +inf, all others -inf.
-    lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head_stride + token, mask=is_row, other=float("-inf"))
-    has_prefix = tl.abs(lse) != float("inf")
-    score_max = tl.where(has_prefix, lse, float("-inf"))
-    weight_sum = has_prefix.to(tl.float32)
+    lse_row = head.to(tl.int64) * lse_head_stride + token
     output_row = token * output_token_stride + head * output_head_stride
     output_tile_ptr = output_ptr + output_row[:, None] + dim[None, :]
-    weighted_sum = tl.load(output_tile_ptr, mask=row_mask & has_prefix[:, None], other=0.0).to(tl.float32)
+    if parts_ptr is None:
+        lse = tl.load(lse_ptr + lse_row, mask=is_row, other=float("-inf"))
+        has_prefix = tl.abs(lse) != float("inf")
+        score_max = tl.where(has_prefix, lse, float("-inf"))
+        weight_sum = has_prefix.to(tl.float32)
+        weighted_sum = tl.load(output_tile_ptr, mask=row_mask & has_prefix[:, None], other=0.0).to(tl.float32)
+    else:
+        score_max, weight_sum, weighted_sum = merge_parts(
+            parts_ptr,
+            part_stride,
+            token * part_token_stride + head * part_head_stride,
+            lse_ptr,
+            lse_part_stride,
+            lse_row,
+            num_used_parts(tl.load(prefix_lens_ptr + request), num_parts),
+            is_row,
+            HEAD_SIZE,
+            PADDED_HEAD_SIZE,
+        )
 
     mask_ptr = masks_ptr + request.to(tl.int64) * masks_request_stride + tree_row * masks_row_stride
     for start in range(0, query_len, KEYS):
@@ -126,16 +175,15 @@ def tree_attention(
     ancestor_masks: torch.Tensor,
     max_query_len: int,
     scale: float,
-    # [num_heads, num_tokens] float32
-    prefix_lse: torch.Tensor,
+    # [num_heads, num_tokens] float32, or the prefix attention in parts
+    prefix: torch.Tensor | PrefixParts,
     # [num_tokens, num_heads, head_size]
     output: torch.Tensor,
 ) -> None:
     """Lets every row attend its ancestors and itself, and merges that into the prefix attention's result.
 
     Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32;
-    their last dimensions, and those of `ancestor_masks`, `prefix_lse` and `output`, are contiguous. Other strides are
-    free.
+    their last dimensions, and those of `ancestor_masks`, `prefix` and `output`, are contiguous. Other strides are free.
 
     Args:
         query: the rows of all requests, one request after the other.
@@ -146,16 +194,24 @@ def tree_attention(
         ancestor_masks: see the module; a request has at most `num_rows` rows. May have more requests than the batch.
         max_query_len: a bound on a request's rows.
         scale: factor of the scores.
-        prefix_lse: natural logarithm of the sum of the prefix's exponentiated scores; infinite, with either sign, where
-            the prefix is empty. Then what `output` holds is not used.
+        prefix: natural logarithm of the sum of the prefix's exponentiated scores; infinite, with either sign, where
+            the prefix is empty. Then what `output` holds is not used; nor is it if the prefix comes in parts.
         output: the prefix attention on entry, the attention over prefix and tree on return.
     """
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1:3]
+    if isinstance(prefix, PrefixParts):
+        parts = (prefix.lse, *prefix.lse.stride()[:2], prefix.outputs, *prefix.outputs.stride()[:3])
+        parts += (prefix.prefix_lens, prefix.outputs.shape[0])
+    else:
+        parts = (prefix, 0, prefix.stride(0), None, 0, 0, 0, None, 1)
     group = num_heads // num_kv_heads
     padded_head_size = triton.next_power_of_2(head_size)
-    tiles = choose_tile_sizes(max_query_len * group, max_query_len, padded_head_size, query.dtype)
-    grid = (triton.cdiv(max_query_len * group, tiles.rows), num_kv_heads, query_start_loc.shape[0] - 1)
+    num_reqs = query_start_loc.shape[0] - 1
+    tiles = choose_tree_tiles(
+        max_query_len, group, num_kv_heads * num_reqs, padded_head_size, query.dtype, query.device
+    )
+    grid = (triton.cdiv(max_query_len * group, tiles.rows), num_kv_heads, num_reqs)
     _tree_attention_kernel[grid](
         query,
         query.stride(0),
@@ -169,8 +225,7 @@ def tree_attention(
         ancestor_masks,
         ancestor_masks.stride(0),
         ancestor_masks.stride(1),
-        prefix_lse,
-        prefix_lse.stride(0),
+        *parts,
         output,
         output.stride(0),
         output.stride(1),
