@@ -134,7 +134,7 @@ class Engine:
 
         No request ends before that: one that is lucky with its drafts would leave the others in a smaller batch.
         """
-        engine = self.llm.llm_engine
+        engine: Any = self.llm.llm_engine
         requests = {f"{number}-{request}": prompt for request, prompt in enumerate(prompts)}
         sampling = self._sampling(len(prompts), temperature, number, self.most_tokens)
         for (request, prompt), each in zip(requests.items(), sampling, strict=True):

@@ -32,14 +32,16 @@ TUNED: dict[str, dict[str, Any]] = {
     "qwq-32b": {
         "tree_shape": [4, 16, 16, 16, 16],
         "frequent_tokens": 32768,
+        "quantization": "fp8_per_channel",
         "num_speculative_tokens": 24,
-        "num_speculative_tokens_per_batch_size": [[1, 4, 24], [5, 16, 8], [17, 64, 4]],
+        "num_speculative_tokens_per_batch_size": [[1, 2, 24], [3, 4, 15], [5, 16, 7], [17, 32, 3], [33, 64, 1]],
     },
     "llama-3-8b-262k": {
         "tree_shape": [4, 16, 16, 16, 16],
         "frequent_tokens": 32768,
+        "quantization": "fp8_per_channel",
         "num_speculative_tokens": 31,
-        "num_speculative_tokens_per_batch_size": [[1, 4, 31], [5, 16, 8], [17, 64, 4]],
+        "num_speculative_tokens_per_batch_size": [[1, 2, 31], [3, 4, 15], [5, 16, 7], [17, 32, 3], [33, 64, 1]],
     },
     "toy": {"tree_shape": [2, 4, 4], "frequent_tokens": 512, "num_speculative_tokens": 8},
     "pair": {"tree_shape": [4, 16, 16, 16, 16], "num_speculative_tokens": 24},
