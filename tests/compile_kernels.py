@@ -32,7 +32,6 @@ backends.pop("cpu", None)
 assert vllm.triton_utils.HAS_TRITON
 
 from vllm_longspec.attention.prefix import prefix_attention
-from vllm_longspec.attention.shared_prefix import shared_prefix_attention, shared_prefix_parts
 from vllm_longspec.glide.window_attention import window_attention, write_window
 from vllm_longspec.step.best_children import best_children
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
@@ -145,25 +144,6 @@ def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
     write_window(window_kv, query[:, :num_kv_heads], query[:, :num_kv_heads], slots, slots)
 
 
-def compile_shared_prefix(dtype: torch.dtype, head_size: int) -> None:
-    """One tile or several; the tiles' keys from one block, through the copy engine, or from anywhere."""
-    num_heads, num_kv_heads = 10, 2
-    lengths, starts = torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
-    for width in (8, 69):
-        num_tokens = 2 * width
-        query = torch.zeros(num_tokens, num_heads, head_size, dtype=dtype)
-        output, lse = torch.empty_like(query), torch.zeros(num_heads, num_tokens)
-        slots = torch.zeros(num_tokens, dtype=torch.int64)
-        masks = torch.zeros(2, width, 3, dtype=torch.int32)
-        for block_size in (16, 128):
-            kv_cache = torch.zeros(4, num_kv_heads, block_size, 2 * head_size, dtype=dtype)
-            block_table = torch.zeros(2, 1024, dtype=torch.int32)
-            prefix = (query, kv_cache, block_table, lengths, starts, width, 0.1)
-            shared_prefix_attention(*prefix, output, lse)
-            parts = shared_prefix_parts(*prefix, num_parts=11)
-            tree_attention(query, kv_cache, slots, starts, masks, width, 0.1, parts, output)
-
-
 def compile_draft_kernels(dtype: torch.dtype) -> None:
     num_reqs, width = 2, 16
     for vocab_size, num_children in ((32000, 16), (100, 100)):
@@ -177,7 +157,6 @@ def main() -> None:
         compile_tree_kernels(num_nodes)
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
         compile_attention_kernels(dtype, head_size)
-        compile_shared_prefix(dtype, head_size)
         compile_draft_kernels(dtype)
     print("\n".join(sorted(compiled)))
 

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from vllm_longspec.attention.shared_prefix import PrefixParts
 from vllm_longspec.step.verify import tree_attention
 
 if TYPE_CHECKING:
@@ -154,26 +153,6 @@ class TreeAttentionImplMixin:
         """Every query attends every cached token before its request's root, without a mask."""
         raise NotImplementedError
 
-    def attend_prefix(
-        self,
-        query: torch.Tensor,  # [num_tokens, num_heads, head_size] of the trees
-        kv_cache: torch.Tensor,
-        trees: TreeRequests,
-        output: torch.Tensor,  # [num_tokens, num_heads, head_size], written unless the result comes in parts
-    ) -> torch.Tensor | PrefixParts:
-        """The first half of tree attention; its result is for `tree_attention`."""
-        return self.prefix_attention(
-            query,
-            kv_cache,
-            trees.block_table,
-            trees.prefix_lens,
-            trees.max_prefix_len,
-            trees.query_start_loc,
-            trees.max_query_len,
-            output,
-            trees.prefix_schedule,
-        )
-
     def forward(
         self,
         layer: nn.Module,
@@ -196,17 +175,27 @@ class TreeAttentionImplMixin:
         num_tree_tokens = 0
         if trees is not None:
             num_tree_tokens = trees.num_tokens
-            tree_query, tree_output = query[:num_tree_tokens], output[:num_tree_tokens]
+            prefix_lse = self.prefix_attention(
+                query[:num_tree_tokens],
+                kv_cache,
+                trees.block_table,
+                trees.prefix_lens,
+                trees.max_prefix_len,
+                trees.query_start_loc,
+                trees.max_query_len,
+                output[:num_tree_tokens],
+                trees.prefix_schedule,
+            )
             tree_attention(
-                tree_query,
+                query[:num_tree_tokens],
                 kv_cache,
                 trees.slot_mapping,
                 trees.query_start_loc,
                 trees.ancestor_masks,
                 trees.max_query_len,
                 self.scale,
-                self.attend_prefix(tree_query, kv_cache, trees, tree_output),
-                tree_output,
+                prefix_lse,
+                output[:num_tree_tokens],
             )
         if attn_metadata.causal is not None:
             rest = slice(num_tree_tokens, None)

@@ -13,15 +13,6 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin, TreeRequests
-from vllm_longspec.attention.shared_prefix import PrefixParts, shared_prefix_parts
-
-# FlashAttention reads the prefix once for so many rows of a KV head's group.
-FLASH_TILE = 128
-
-
-def shares_prefix(max_query_len: int, group: int) -> bool:
-    """Whether trees of so many rows go to the kernel whose tiles share what they read, and not to FlashAttention."""
-    return max_query_len * group > FLASH_TILE
 
 
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -33,8 +24,6 @@ class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttention
             self.tree_schedule = torch.zeros_like(self.scheduler_metadata)
 
     def schedule_prefix(self, trees: TreeRequests) -> torch.Tensor | None:
-        if shares_prefix(trees.max_query_len, self.num_heads_q // self.num_heads_kv):
-            return None
         schedule = self._get_scheduler_metadata(
             aot_schedule=self.aot_schedule,
             batch_size=trees.num_reqs,
@@ -87,21 +76,6 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
             scheduler_metadata=schedule,
         )
         return lse
-
-    def attend_prefix(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, trees: TreeRequests, output: torch.Tensor
-    ) -> torch.Tensor | PrefixParts:
-        if not shares_prefix(trees.max_query_len, self.num_heads // self.num_kv_heads):
-            return super().attend_prefix(query, kv_cache, trees, output)
-        return shared_prefix_parts(
-            query,
-            kv_cache,
-            trees.block_table,
-            trees.prefix_lens,
-            trees.query_start_loc,
-            trees.max_query_len,
-            self.scale,
-        )
 
 
 class TreeFlashAttentionBackend(FlashAttentionBackend):

@@ -22,6 +22,7 @@ cases in which one of the two is empty.
 """
 
 import torch
+from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.attention.prefix import (
@@ -32,8 +33,12 @@ from vllm_longspec.attention.prefix import (
     load_keys_values,
     packed_rows,
 )
-from vllm_longspec.attention.shared_prefix import PrefixParts, merge_parts, num_multiprocessors, num_used_parts
 from vllm_longspec.interpreter import interpreting
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the device; 1 without a GPU, where one program runs after the other."""
+    return current_platform.num_compute_units(device.index or 0) if device.type == "cuda" else 1
 
 
 def choose_tree_tiles(
@@ -55,7 +60,7 @@ def choose_tree_tiles(
 
 
 # The number of tokens changes with the batch, and is the stride of `prefix_lse`: it must not compile the kernel anew.
-@triton.jit(do_not_specialize=["lse_part_stride", "lse_head_stride", "num_parts"])
+@triton.jit(do_not_specialize=["lse_head_stride"])
 def _tree_attention_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
     query_token_stride,
@@ -69,15 +74,8 @@ def _tree_attention_kernel(
     masks_ptr,  # [num_reqs, num_rows, num_words]
     masks_request_stride,
     masks_row_stride,
-    lse_ptr,  # [num_parts, num_heads, num_tokens]
-    lse_part_stride,
+    lse_ptr,  # [num_heads, num_tokens]
     lse_head_stride,
-    parts_ptr,  # [num_parts, num_tokens, num_heads, HEAD_SIZE]; None if the prefix is one part, in the output
-    part_stride,
-    part_token_stride,
-    part_head_stride,
-    prefix_lens_ptr,  # [num_reqs]
-    num_parts,
     output_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
     output_token_stride,
     output_head_stride,
@@ -107,28 +105,13 @@ def _tree_attention_kernel(
     query = tl.load(query_ptr + query_row[:, None] + dim[None, :], mask=row_mask, other=0.0).to(DOT_DTYPE)
 
     # The softmax goes on where the prefix left it. For an empty prefix FlashAttention 2 reports +inf, all others -inf.
-    lse_row = head.to(tl.int64) * lse_head_stride + token
+    lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head_stride + token, mask=is_row, other=float("-inf"))
+    has_prefix = tl.abs(lse) != float("inf")
+    score_max = tl.where(has_prefix, lse, float("-inf"))
+    weight_sum = has_prefix.to(tl.float32)
     output_row = token * output_token_stride + head * output_head_stride
     output_tile_ptr = output_ptr + output_row[:, None] + dim[None, :]
-    if parts_ptr is None:
-        lse = tl.load(lse_ptr + lse_row, mask=is_row, other=float("-inf"))
-        has_prefix = tl.abs(lse) != float("inf")
-        score_max = tl.where(has_prefix, lse, float("-inf"))
-        weight_sum = has_prefix.to(tl.float32)
-        weighted_sum = tl.load(output_tile_ptr, mask=row_mask & has_prefix[:, None], other=0.0).to(tl.float32)
-    else:
-        score_max, weight_sum, weighted_sum = merge_parts(
-            parts_ptr,
-            part_stride,
-            token * part_token_stride + head * part_head_stride,
-            lse_ptr,
-            lse_part_stride,
-            lse_row,
-            num_used_parts(tl.load(prefix_lens_ptr + request), num_parts),
-            is_row,
-            HEAD_SIZE,
-            PADDED_HEAD_SIZE,
-        )
+    weighted_sum = tl.load(output_tile_ptr, mask=row_mask & has_prefix[:, None], other=0.0).to(tl.float32)
 
     mask_ptr = masks_ptr + request.to(tl.int64) * masks_request_stride + tree_row * masks_row_stride
     for start in range(0, query_len, KEYS):
@@ -175,15 +158,16 @@ def tree_attention(
     ancestor_masks: torch.Tensor,
     max_query_len: int,
     scale: float,
-    # [num_heads, num_tokens] float32, or the prefix attention in parts
-    prefix: torch.Tensor | PrefixParts,
+    # [num_heads, num_tokens] float32
+    prefix_lse: torch.Tensor,
     # [num_tokens, num_heads, head_size]
     output: torch.Tensor,
 ) -> None:
     """Lets every row attend its ancestors and itself, and merges that into the prefix attention's result.
 
     Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32;
-    their last dimensions, and those of `ancestor_masks`, `prefix` and `output`, are contiguous. Other strides are free.
+    their last dimensions, and those of `ancestor_masks`, `prefix_lse` and `output`, are contiguous. Other strides are
+    free.
 
     Args:
         query: the rows of all requests, one request after the other.
@@ -194,17 +178,12 @@ def tree_attention(
         ancestor_masks: see the module; a request has at most `num_rows` rows. May have more requests than the batch.
         max_query_len: a bound on a request's rows.
         scale: factor of the scores.
-        prefix: natural logarithm of the sum of the prefix's exponentiated scores; infinite, with either sign, where
-            the prefix is empty. Then what `output` holds is not used; nor is it if the prefix comes in parts.
+        prefix_lse: natural logarithm of the sum of the prefix's exponentiated scores; infinite, with either sign, where
+            the prefix is empty. Then what `output` holds is not used.
         output: the prefix attention on entry, the attention over prefix and tree on return.
     """
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1:3]
-    if isinstance(prefix, PrefixParts):
-        parts = (prefix.lse, *prefix.lse.stride()[:2], prefix.outputs, *prefix.outputs.stride()[:3])
-        parts += (prefix.prefix_lens, prefix.outputs.shape[0])
-    else:
-        parts = (prefix, 0, prefix.stride(0), None, 0, 0, 0, None, 1)
     group = num_heads // num_kv_heads
     padded_head_size = triton.next_power_of_2(head_size)
     num_reqs = query_start_loc.shape[0] - 1
@@ -225,7 +204,8 @@ def tree_attention(
         ancestor_masks,
         ancestor_masks.stride(0),
         ancestor_masks.stride(1),
-        *parts,
+        prefix_lse,
+        prefix_lse.stride(0),
         output,
         output.stride(0),
         output.stride(1),
