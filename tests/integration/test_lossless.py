@@ -107,6 +107,8 @@ def test_trained_draft(pairs, family, tree_shape, least):
     result = generate(target, requests, **speculative(draft, tree_shape))
     assert_lossless(plain, result)
     assert result.acceptance_length >= least
+    # The second batch found the prompts of the first one, and with them what trees had left in their last blocks.
+    assert result.metrics["vllm:prefix_cache_hits"] >= plain.metrics["vllm:prefix_cache_hits"] > 0
 
 
 def test_fewer_nodes_than_the_tree(pairs):
