@@ -3,25 +3,30 @@
 
     python benchmarks/soak.py [--requests 300] [--clients 8] [--out FILE]
 
-Concurrent clients send prompts of random length, some with shared prefixes, with random sampling settings, stop strings
-and stop tokens, and hang up on some of them in mid-stream. The KV cache is small enough to preempt. The same requests
-then go to the same server without a draft. What is counted, and makes this exit with 1:
+Concurrent clients send prompts of random length, some with shared prefixes, with random sampling settings, penalties,
+bad words, structured output, log-probabilities, stop strings and stop tokens, and hang up on some of them in
+mid-stream. The KV cache is small enough to preempt. The same requests then go to the same server without a draft. What
+is counted, and makes this exit with 1:
 
-- mismatches: a finished output (tokens, text, finish reason) that differs from plain decoding's;
+- mismatches: a finished output (tokens, text, finish reason, log-probabilities) that differs from plain decoding's;
 - failures: requests that did not finish, except where the client hung up;
 - leaks: requests or cache blocks in use when all is over, memory of the server's processes that keeps growing.
 
 In half precision near-ties fall either way, so with `--dtype bfloat16` mismatches are counted but are no failure.
+
+How many of the finished requests took a chain instead of a tree, and why, is counted too.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +40,20 @@ BLOCK_SIZE = 32
 KV_CACHE_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE + 4
 # How much more memory the last quarter of the requests may need than the second: caches of the allocator, no leak.
 MAX_GROWTH = 0.1
+# Programs that add the same numbers up in different orders may be this far apart in a log-probability. Half precision
+# has no tolerance that would tell anything.
+LOGPROB_TOLERANCES = {"float32": 1e-3}
+
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+NAME = {"type": "string", "maxLength": 12}
+STRUCTURED_OUTPUTS = (
+    {"json": {"type": "object", "properties": {"name": NAME}, "required": ["name"], "additionalProperties": False}},
+    {"json": {"type": "array", "items": {"enum": ["self", "other", None, 1]}, "minItems": 1, "maxItems": 4}},
+    {"json_object": True},
+    {"regex": r"def [a-z_]{1,12}\(self(, [a-z]{1,8}){0,3}\):"},
+    {"regex": r"(import [a-z]{1,10}\n){1,5}"},
+    {"choice": ["return self.name", "return self.value", "raise", "pass"]},
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,21 @@ class Outcome:
     token_ids: list[int]
     text: str
     finish_reason: str | None
+    # Of the tokens, if they were asked for.
+    logprobs: list[float] = field(default_factory=list)
     hung_up: bool = False
     error: str | None = None
+
+    def is_same(self, other: "Outcome", logprob_tolerance: float) -> bool:
+        return (
+            replace(self, logprobs=[]) == replace(other, logprobs=[])
+            and len(self.logprobs) == len(other.logprobs)
+            # Those of tokens that were drawn, so all of them are finite.
+            and all(
+                math.isclose(one, another, abs_tol=logprob_tolerance)
+                for one, another in zip(self.logprobs, other.logprobs, strict=True)
+            )
+        )
 
 
 def main() -> None:
@@ -83,11 +115,16 @@ def main() -> None:
     print(f"The {len(finished)} that finished, without a draft\n")
     with serve("soak-plain", *common) as server:
         plain, _ = run(server, [Job(jobs[i].body, None) for i in finished], arguments.clients)
-    mismatches = [i for i, expected in zip(finished, plain, strict=True) if outcomes[i] != expected]
+    tolerance = LOGPROB_TOLERANCES.get(arguments.dtype, math.inf)
+    mismatches = [
+        i for i, expected in zip(finished, plain, strict=True) if not expected.is_same(outcomes[i], tolerance)
+    ]
 
     report |= {
         "requests": len(jobs),
         "finished": len(finished),
+        "chains": sum(bool(_reads_history(jobs[i])) for i in finished),
+        "chains_by_reason": dict(sorted(Counter(name for i in finished for name in _reads_history(jobs[i])).items())),
         "hung_up": sum(outcome.hung_up for outcome in outcomes),
         "failures": sum(outcome.error is not None for outcome in outcomes),
         "mismatches": len(mismatches),
@@ -142,16 +179,32 @@ def _make_job(source: random.Random, prompts: list[list[int]], max_tokens: int, 
         (0.3, "top_k", source.randint(2, 50)),
         (0.3, "top_p", source.uniform(0.5, 1.0)),
         (0.3, "min_p", source.uniform(0.0, 0.2)),
-        (0.2, "min_tokens", source.randint(1, body["max_tokens"])),
         (0.2, "logit_bias", {str(source.randrange(4096)): source.uniform(-5.0, 5.0)}),
         (0.2, "stop", source.sample(["\n\n", "return", "self", "(", "="], 2)),
         (0.2, "stop_token_ids", source.sample(range(4096), 40)),
-        (0.1, "logprobs", source.randint(0, 3)),
+        (0.2, "logprobs", source.randint(0, 5)),
+        (0.1, "presence_penalty", source.uniform(-1.0, 2.0)),
+        (0.1, "frequency_penalty", source.uniform(-1.0, 2.0)),
+        (0.1, "repetition_penalty", source.uniform(0.8, 1.5)),
+        *(
+            # A grammar may ask for what these forbid, and then no token would be left.
+            ((1.0, "structured_outputs", source.choice(STRUCTURED_OUTPUTS)),)
+            if source.random() < 0.25
+            else (
+                (0.2, "min_tokens", source.randint(1, body["max_tokens"])),
+                (0.15, "bad_words", source.sample(["self", "import", "return", "(", " = "], 2)),
+            )
+        ),
     ):
         if source.random() < chance:
             body[name] = value
     hang_up_after = source.randint(1, 6) if source.random() < 0.15 else None
     return Job(body, hang_up_after)
+
+
+def _reads_history(job: Job) -> list[str]:
+    """What of a request reads the history of its draft tokens, so that it takes a chain instead of a tree."""
+    return [name for name in (*PENALTIES, "bad_words", "structured_outputs") if name in job.body]
 
 
 def run(server: Server, jobs: list[Job], clients: int) -> tuple[list[Outcome], dict[str, Any]]:
@@ -187,6 +240,8 @@ def _send(server: Server, job: Job) -> Outcome:
             for choice in chunk["choices"]:
                 outcome.token_ids += choice["token_ids"] or []
                 outcome.text += choice["text"]
+                if choice["logprobs"] and choice["token_ids"]:
+                    outcome.logprobs += choice["logprobs"]["token_logprobs"]
                 outcome.finish_reason = choice["finish_reason"] or outcome.finish_reason
             if number == job.hang_up_after:
                 outcome.hung_up = True

@@ -7,6 +7,7 @@ A scene is a dictionary. All of its entries may be left out:
 - "running": {name: request}, there from the first step on;
 - "arriving": {name: request}, one in every step from the third on, so that every state of the others is met;
 - "logprobs_mode", "structured_outputs_backend": what an engine is started with, changed before the scene;
+- "reasoning_end": a token that ends reasoning; what comes before it knows no grammar;
 - "beams": {name: {"prompt": token ids, "search": keyword arguments of BeamSearchParams}}, searched in the end.
 
 A request is {"prompt": token ids, "sampling": keyword arguments of SamplingParams}, with "priority" and "abort_after"
@@ -152,12 +153,25 @@ def _set(llm: Any, scene: dict[str, Any]) -> None:
                 reader.logprobs_mode = mode
 
         llm.collective_rpc(set_mode)
+    manager = llm.llm_engine.engine_core.engine_core.structured_output_manager
     if backend := scene.get("structured_outputs_backend"):
         llm.llm_engine.vllm_config.structured_outputs_config.backend = backend
-        manager = llm.llm_engine.engine_core.engine_core.structured_output_manager
         # Made when a request first needs them.
         assert hasattr(manager, "backend") and hasattr(manager, "_grammar_bitmask")
         manager.backend = manager._grammar_bitmask = None
+    if token := scene.get("reasoning_end"):
+        assert hasattr(manager, "reasoner_cls")
+        manager.reasoner_cls = _reasoning_parser(token)
+
+
+def _reasoning_parser(end: str) -> type:
+    from vllm.reasoning.basic_parsers import BaseThinkingReasoningParser
+
+    class Parser(BaseThinkingReasoningParser):
+        start_token = "<|endoftext|>"
+        end_token = end
+
+    return Parser
 
 
 def _search(llm: Any, prompt: list[int], search: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,3 +25,6 @@ def test_soak(tmp_path):
     assert counted["requests"] == 24
     assert counted["finished"] + counted["hung_up"] == 24
     assert counted["acceptance_length"] > 1.2
+    # Trees and chains of several kinds ran together.
+    assert 4 < counted["chains"] < counted["finished"] - 4
+    assert "structured_outputs" in counted["chains_by_reason"] and len(counted["chains_by_reason"]) > 2

@@ -33,6 +33,7 @@ def token_ids(text: str) -> list[int]:
 SPOKEN = token_ids('abcdefghijklmnopqrstuvwxyz"{}:,.0123456789_()')
 # Ends a request that does not say otherwise.
 (EOS,) = token_ids("q")
+(REASONING_END,) = token_ids("w")
 
 
 def prompt(length: int) -> list[int]:
@@ -84,6 +85,18 @@ def scene_of_backend(backend: str) -> dict[str, Any]:
     # Takes a tree among them.
     running["tree"] = {"prompt": prompt(20), "sampling": SEEDED}
     return {"structured_outputs_backend": backend, "running": running}
+
+
+def scene_of_reasoning() -> dict[str, Any]:
+    """Grammars that begin where reasoning ends, which is in the middle of a draft as often as not."""
+    running = {
+        f"request {number}": {
+            "prompt": [token for token in prompt(50 + number) if token != REASONING_END],
+            "sampling": {**SEEDED, "seed": number, "max_tokens": 16, "structured_outputs": {"regex": "[0-9a-f]{16}"}},
+        }
+        for number in range(6)
+    }
+    return {"structured_outputs_backend": "xgrammar", "reasoning_end": "w", "running": running}
 
 
 def scene_of_requests() -> dict[str, Any]:
@@ -140,6 +153,7 @@ def scene_of_priorities() -> dict[str, Any]:
 SCENES = {
     **{mode: scene_of_mode(mode) for mode in LOGPROBS_MODES},
     **{backend: scene_of_backend(backend) for backend in BACKENDS},
+    "reasoning": scene_of_reasoning(),
     "requests": scene_of_requests(),
     "priorities": scene_of_priorities(),
 }
@@ -234,6 +248,22 @@ def test_structured_output(plain, drafted, backend):
     # Drafts were accepted under a grammar, and of the tree beside it.
     assert num_accepted(requests.pop("tree")["outputs"][0]) > 0
     assert sum(num_accepted(each["outputs"][0]) for each in requests.values()) > 3
+
+
+def test_structured_output_after_reasoning(plain, drafted):
+    assert_same(plain, drafted, "reasoning")
+    outputs = [each["outputs"][0] for each in scene(drafted, "reasoning")["requests"].values()]
+    hexadecimal = set(token_ids("0123456789abcdef"))
+    constrained, ends = [], set()
+    for tokens in (output["tokens"] for output in outputs):
+        end = tokens.index(REASONING_END) + 1 if REASONING_END in tokens else len(tokens)
+        ends.add(end)
+        assert set(tokens[end:]) <= hexadecimal
+        constrained += tokens[end:]
+        # Before, anything goes.
+        assert not set(tokens[:end]) <= hexadecimal
+    assert len(constrained) > 24 and len(ends) > 3
+    assert sum(map(num_accepted, outputs)) > 12
 
 
 def test_ends(plain, drafted):

@@ -107,6 +107,8 @@ def test_trained_draft(pairs, family, tree_shape, least):
     result = generate(target, requests, **speculative(draft, tree_shape))
     assert_lossless(plain, result)
     assert result.acceptance_length >= least
+    # The second batch found the prompts of the first one, and with them what trees had left in their last blocks.
+    assert result.metrics["vllm:prefix_cache_hits"] >= plain.metrics["vllm:prefix_cache_hits"] > 0
 
 
 def test_fewer_nodes_than_the_tree(pairs):
@@ -224,3 +226,25 @@ def test_logprobs_come_from_the_rows_that_were_emitted(pairs):
         for at_plain, at_tree in zip(expected or [], found or [], strict=True):
             assert at_tree.keys() == at_plain.keys()
             assert at_tree == pytest.approx(at_plain, abs=1e-3)
+
+
+def test_bfloat16(pairs):
+    """Target, draft and cache in half precision: the same text, up to tokens that rounding cannot tell apart."""
+    target, draft = pairs["qwen2"]
+    greedy = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True}
+    prompts = source_code((60, 90, 120))
+    settings = {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
+    plain = generate(target, [[request(prompt, **greedy, logprobs=5) for prompt in prompts]], **settings)
+    requests = [[request(prompt, **greedy) for prompt in prompts]]
+    result = generate(target, requests, **settings, **speculative(draft, [2, 4]))
+    num_same = 0
+    for expected, found, logprobs in zip(plain.tokens[0], result.tokens[0], plain.logprobs[0], strict=True):
+        assert logprobs is not None
+        length = next((i for i, pair in enumerate(zip(expected, found, strict=True)) if len(set(pair)) > 1), 16)
+        num_same += length
+        if length < 16:
+            # bfloat16 has eight bits, and logits of this size a step of a sixteenth.
+            one, other = (logprobs[length][str(tokens[length])] for tokens in (expected, found))
+            assert one - other < 0.25
+    assert num_same > 24
+    assert result.acceptance_length > 1.8

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's table of what is supported: every feature that users turn on has a row, and every row a test."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STATES = ("works with trees", "works with a chain", "refused")
+
+# What users of vLLM turn on, and a word that is in the file of the test that shows it.
+REQUIRED = {
+    "temperature": "temperature",
+    "top-k": "top_k",
+    "top-p": "top_p",
+    "min-p": "min_p",
+    "seed": "seed",
+    "`n` > 1": '"n": 3',
+    "presence, frequency and repetition penalties": "frequency_penalty",
+    "logit bias": "logit_bias",
+    "allowed tokens": "allowed_token_ids",
+    "bad words": "bad_words",
+    "`min_tokens`": "min_tokens",
+    "stop strings": '"stop"',
+    "stop token ids": "stop_token_ids",
+    "`ignore_eos`": "ignore_eos",
+    "logprobs, 0 and 5": "logprobs=5",
+    "logprobs in every mode, raw and processed": "processed_logits",
+    "prompt logprobs": "prompt_logprobs",
+    "structured output: JSON schema": '"json"',
+    "structured output: regex": '"regex"',
+    "structured output: choice": '"choice"',
+    "structured output: grammar": '"grammar"',
+    "structured output with xgrammar": "xgrammar",
+    "structured output with guidance": "guidance",
+    "structured output with outlines": "outlines",
+    "structured output with LM Format Enforcer": "lm-format-enforcer",
+    "tool calling": "tool_choice",
+    "reasoning parsers": "--reasoning-parser",
+    "thinking budgets": "thinking_token_budget",
+    "custom logits processors": "logits_processors",
+    "streaming": "DELTA",
+    "abort in mid-stream": "abort_after",
+    "beam search": "beam_width",
+    "priority scheduling": "priority",
+    "prefix caching": "prefix_cache_hits",
+    "chunked prefill": "LENGTHS",
+    "preemption and resumption": "num_preemptions",
+    "`max_model_len` edges": "max_model_len",
+    "continuous batching with mixed prompts": "arriving",
+    "async scheduling off": "async_scheduling=False",
+    "async scheduling on": '"async_scheduling": True',
+    "enforce-eager": "generate(",
+    "bf16 KV cache": "kv_cache_dtype",
+    "LoRA": "enable_lora",
+    "pipeline parallelism": "pipeline_parallel_size",
+    "KV connectors and disaggregated prefill": "kv_transfer_config",
+    "multimodal targets": "is_multimodal_model",
+    "sliding-window targets": "get_sliding_window",
+    "MLA": "use_mla",
+    "hybrid models": "is_hybrid",
+    "embeddings and pooling": "runner_type",
+    "prompt embeddings": "enable_prompt_embeds",
+    "watermarking": "watermark_config",
+}
+# The same for what has no row yet. An entry moves up when its row is written.
+AWAITED = {
+    "CUDA graphs: PIECEWISE": "PIECEWISE",
+    "CUDA graphs: FULL": "FULL",
+    "CUDA graphs: FULL_DECODE_ONLY": "FULL_DECODE_ONLY",
+    "CUDA graphs: FULL_AND_PIECEWISE": "FULL_AND_PIECEWISE",
+    "fp8 KV cache": "kv_cache_dtype",
+    "fp8 targets": "fp8",
+    "AWQ or GPTQ targets": "gptq",
+    "compressed-tensors targets": "compressed-tensors",
+    "tensor parallelism": "tensor_parallel_size",
+    "data parallelism": "data_parallel_size",
+    "sleep mode": "enable_sleep_mode",
+    "weight reload": "reload_weights",
+}
+
+
+def read_table(text: str) -> list[list[str]]:
+    """The cells of each row."""
+    section = re.search(r"^## What is supported$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    rows = [line for line in section[1].splitlines() if line.startswith("|")]
+    # The first two are the head and its rule.
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def wrong_rows(rows: list[list[str]]) -> list[str]:
+    """What is wrong with a table, a line for each thing."""
+    wrong = []
+    for row in rows:
+        if len(row) != 3 or not all(row):
+            wrong.append(f"{row}: a cell is missing or empty")
+            continue
+        feature, state, test = row
+        if state not in STATES:
+            wrong.append(f"{feature}: {state!r} is none of {', '.join(STATES)}")
+        named = re.fullmatch(r"`(tests/\S+\.py)::(test_\w+)`", test)
+        if named is None:
+            wrong.append(f"{feature}: {test!r} names no test")
+            continue
+        path = ROOT / named[1]
+        if not path.is_file() or named[2] not in (tests := functions_of(path.read_text())):
+            wrong.append(f"{feature}: there is no {test}")
+        elif tests[named[2]]:
+            wrong.append(f"{feature}: {test} is not run")
+        elif (word := REQUIRED.get(feature)) and word not in path.read_text():
+            wrong.append(f"{feature}: {test} says nothing of {word}")
+    features = [row[0] for row in rows]
+    wrong += [f"{feature}: has no row" for feature in REQUIRED if feature not in features]
+    wrong += [
+        f"{feature}: has {features.count(feature)} rows" for feature in set(features) if features.count(feature) > 1
+    ]
+    wrong += [f"{feature}: has a row, so it belongs to REQUIRED" for feature in AWAITED if feature in features]
+    return wrong
+
+
+def functions_of(source: str) -> dict[str, bool]:
+    """The test functions of a file, and whether a mark keeps them from being run."""
+    return {
+        node.name: any(re.search(r"mark\.(skip|xfail)\b", ast.unparse(each)) for each in node.decorator_list)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_every_feature_has_a_row_and_every_row_a_test():
+    assert wrong_rows(read_table((ROOT / "README.md").read_text())) == []
+
+
+ROW = ["min-p", "works with trees", "`tests/integration/test_lossless.py::test_trained_draft`"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (ROW[:2], "a cell is missing or empty"),
+        ([*ROW[:2], ""], "a cell is missing or empty"),
+        ([ROW[0], "works", ROW[2]], "'works' is none of"),
+        ([*ROW[:2], "by hand"], "'by hand' names no test"),
+        ([*ROW[:2], "`tests/integration/test_lossless.py::test_nothing`"], "there is no"),
+        ([*ROW[:2], "`tests/unit/test_nothing.py::test_nothing`"], "there is no"),
+        (["LoRA", "refused", "`tests/unit/test_options.py::test_gamma_is_a_chain`"], "says nothing of enable_lora"),
+        (["fp8 KV cache", *ROW[1:]], "belongs to REQUIRED"),
+    ],
+)
+def test_a_wrong_row_is_named(row, said):
+    assert any(said in line for line in wrong_rows([row]) if row[0] in line)
+
+
+def test_a_missing_row_is_named():
+    rows = read_table((ROOT / "README.md").read_text())
+    assert wrong_rows([row for row in rows if row[0] != "seed"]) == ["seed: has no row"]
+    assert wrong_rows([*rows, rows[0]]) == [f"{rows[0][0]}: has 2 rows"]
