@@ -142,14 +142,14 @@ def engine(**settings):
         "kv_transfer_config": None,
         "model_config": SimpleNamespace(dtype=torch.bfloat16),
     }
-    cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False}
+    cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "kv_cache_dtype_skip_layers": []}
     for part in (served, cache):
         part.update({name: settings.pop(name) for name in part.keys() & settings.keys()})
     assert not settings
     return SimpleNamespace(**served, cache_config=SimpleNamespace(**cache))
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_dtype": "bfloat16"}])
+@pytest.mark.parametrize("settings", [{}] + [{"cache_dtype": name} for name in ("bfloat16", "fp8", "fp8_e4m3")])
 def test_supported_engine(settings):
     support.check_engine(engine(**settings))
 
@@ -159,7 +159,9 @@ def test_supported_engine(settings):
     [
         ({"use_v2_model_runner": False}, "VLLM_USE_V2_MODEL_RUNNER"),
         ({"kv_transfer_config": object()}, "a KV connector"),
-        ({"cache_dtype": "fp8"}, "a KV cache of fp8 with a model of bfloat16"),
+        ({"cache_dtype": "fp8_e5m2"}, "a KV cache of fp8_e5m2 with a model of bfloat16"),
+        ({"cache_dtype": "fp8_per_token_head"}, "a KV cache of fp8_per_token_head with a model of bfloat16"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "quantised in some layers only"),
         ({"cache_dtype": "float16"}, "a KV cache of float16 with a model of bfloat16"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing"),
     ],

@@ -2,6 +2,7 @@
 """Tree attention over FlashAttention, for half-precision targets on CUDA."""
 
 import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -10,6 +11,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin
+from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
 
 
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -27,9 +29,23 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
         query_start_loc: torch.Tensor,
         max_query_len: int,
         output: torch.Tensor,
+        scales: CacheScales | None,
     ) -> torch.Tensor:
         assert self.vllm_flash_attn_version is not None
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        # A rank with a single KV head has a stride there that the hardware's block loads do not take.
+        key_cache, value_cache = (
+            canonicalize_singleton_dim_strides(half)
+            for half in as_stored(kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
+        )
+        descales = {}
+        if scales is not None:
+            shape = (prefix_lens.shape[0], self.num_kv_heads)
+            assert scales.query is not None
+            descales = {
+                "q_descale": scales.query.expand(shape),
+                "k_descale": scales.key.expand(shape),
+                "v_descale": scales.value.expand(shape),
+            }
         _, lse = flash_attn_varlen_func(
             q=query,
             k=key_cache,
@@ -44,6 +60,7 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
             block_table=block_table,
             return_softmax_lse=True,
             fa_version=self.vllm_flash_attn_version,
+            **descales,
         )
         return lse
 
