@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.models import write_draft, write_target
-from tests.quantised_models import write_cache_scales
+from tests.quantised_models import write_cache_scales, write_gptq
 from vllm_longspec.attention.registry import FLASH_BACKEND, attention_backend
 from vllm_longspec.config.draft import choose_attention_backend
 from vllm_longspec.config.options import TreeShape, frequent_tokens_of, is_glide, speculates_with_glide, tree_shape_of
@@ -103,6 +103,17 @@ def test_qwen2(folder):
     assert config.speculative_config.draft_model_config.architecture == "Qwen2GlideDecoderLayer"
     with pytest.raises(ValueError, match="model_type is qwen2 in the draft, llama in the target"):
         create(str(folder / "target"), spec_model=str(qwen2_draft))
+
+
+def test_draft_with_the_config_of_a_quantised_target(tmp_path, target, draft):
+    """Its config.json is its target's; how the target is quantised says nothing about the draft."""
+    quantised = write_gptq(tmp_path / "target", Path(target))
+    settings = json.loads((quantised / "config.json").read_text())["quantization_config"]
+    copied = with_config(tmp_path / "draft", draft, quantization_config=settings)
+    engine_args = EngineArgs(model=str(quantised), dtype="float16", skip_tokenizer_init=True, spec_model=copied)
+    config = engine_args.create_engine_config()
+    assert config.model_config.quantization is not None
+    assert config.speculative_config.draft_model_config.quantization is None
 
 
 @pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"], ["NoSuchModel"]])

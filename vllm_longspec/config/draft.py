@@ -199,6 +199,8 @@ def _describe(
     hf_config.architectures = [architecture]
     setattr(hf_config, SHAPE_ATTRIBUTE, list(levels))
     setattr(hf_config, FREQUENT_TOKENS_ATTRIBUTE, frequent_tokens)
+    # A draft's config.json may be a quantised target's; its weights never are.
+    vars(hf_config).pop("quantization_config", None)
     return overrides(hf_config)
 
 
