@@ -30,7 +30,7 @@ from shapes import QWQ_32B, write_glide_draft, write_target
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "benchmarks" / "pair"
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
-KERNEL_TESTS = ["prefix_attention", "verify", "best_children", "order", "walk", "compact"]
+KERNEL_TESTS = ["prefix_attention", "flash_attention", "verify", "best_children", "order", "walk", "compact"]
 KERNEL_TESTS += ["window_attention", "tree", "sample"]
 # Of the same GPU, for each of the small engines that run at once.
 SMALL_CACHE = 2 << 30

@@ -32,6 +32,7 @@ backends.pop("cpu", None)
 assert vllm.triton_utils.HAS_TRITON
 
 from vllm_longspec.attention.prefix import prefix_attention
+from vllm_longspec.attention.quantised_cache import CacheScales
 from vllm_longspec.glide.window_attention import window_attention, write_window
 from vllm_longspec.step.best_children import best_children
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
@@ -136,6 +137,12 @@ def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
     prefix_attention(query, kv_cache, block_table, lengths, starts, width, 0.1, output, lse)
     tree_attention(query, kv_cache, slots, starts, masks, width, 0.1, lse, output)
     compact_kv_caches(KVCacheTable([kv_cache] * 2), block_table, lengths, masks[:, :6, 0], lengths, 5)
+    stored = kv_cache.to(torch.uint8)
+    # One scale for all heads, with a quantised query; and a scale for each, without.
+    one, each = torch.ones(()), torch.ones(num_kv_heads)
+    for rows, scales in ((query.to(torch.float8_e4m3fn), CacheScales(one, one, one)), (query, CacheScales(each, each))):
+        prefix_attention(rows, stored, block_table, lengths, starts, width, 0.1, output, lse, scales)
+        tree_attention(rows, stored, slots, starts, masks, width, 0.1, lse, output, scales)
 
     window_kv = torch.zeros(num_reqs, 512, 2, num_kv_heads, head_size, dtype=dtype)
     node_kv = torch.zeros(num_reqs, width, 2, num_kv_heads, head_size, dtype=dtype)

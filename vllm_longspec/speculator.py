@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_longspec.attention.quantised_cache import cache_scales, quantise_query
 from vllm_longspec.attention.registry import replace_cpu_backend
 from vllm_longspec.config.options import frequent_tokens_of, tree_shape_of
 from vllm_longspec.config.sampling import CHAIN_PARAMETERS
@@ -269,13 +270,14 @@ class GlideSpeculator(DraftModelSpeculator):
     ) -> CrossAttention:
         """Attention of the tree's nodes to all that the target has cached, in its last layer."""
         layer = self.vllm_config.compilation_config.static_forward_context[self.target_layer_name]
+        scales = cache_scales(layer)
         prefix_lens = root_positions.to(torch.int32)
         query_starts = torch.arange(root_positions.shape[0] + 1, dtype=torch.int32, device=self.device)
 
         def attend(query: torch.Tensor, width: int) -> torch.Tensor:
             output = torch.empty_like(query)
             layer.impl.prefix_attention(
-                query,
+                quantise_query(layer, query),
                 layer.kv_cache,
                 block_table,
                 prefix_lens,
@@ -283,6 +285,7 @@ class GlideSpeculator(DraftModelSpeculator):
                 query_starts * width,
                 width,
                 output,
+                scales,
             )
             return output
 

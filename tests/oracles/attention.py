@@ -7,9 +7,11 @@ NaN, and trees as lists of parents.
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
 
 # Norm of the error over the norm of the result, for one row of one head.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -30,6 +32,12 @@ def attention_cases() -> list[tuple[torch.dtype, int, int, int, int, str]]:
     return [(*pair, *GEOMETRIES[index % len(GEOMETRIES)]) for index, pair in enumerate(pairs)]
 
 
+def quantised_cases() -> list[tuple[torch.dtype, bool, bool, int, int, int, str]]:
+    """Every dtype with one scale for all KV heads and one for each, and with queries of both kinds."""
+    cases = itertools.product(TOLERANCE, [False, True], [False, True])
+    return [(*case, *GEOMETRIES[index % len(GEOMETRIES)]) for index, case in enumerate(cases)]
+
+
 @dataclass
 class PagedBatch:
     """A ragged batch of requests, each with a cached prefix and the rows of a query right after it."""
@@ -41,6 +49,10 @@ class PagedBatch:
     query_start_loc: torch.Tensor  # int32 [num_reqs + 1]
     slot_mapping: torch.Tensor  # int64 [num_tokens] slots of the query's own rows
     scale: float
+    # of a quantised cache, which is then a tensor of bytes
+    scales: CacheScales | None = None
+    # None: the query's
+    output_dtype: torch.dtype | None = None
 
     @property
     def max_query_len(self) -> int:
@@ -50,7 +62,7 @@ class PagedBatch:
         """Output and log-sum-exp, full of NaN, with room for tokens of further requests."""
         num_tokens, num_heads, head_size = self.query.shape
         num_tokens += num_further_tokens
-        output = torch.full((num_tokens, num_heads, head_size), torch.nan, dtype=self.query.dtype)
+        output = torch.full((num_tokens, num_heads, head_size), torch.nan, dtype=self.output_dtype or self.query.dtype)
         lse = torch.full((num_heads, num_tokens), torch.nan)
         return output.to(self.query.device), lse.to(self.query.device)
 
@@ -111,6 +123,28 @@ def make_batch(
     )
 
 
+def quantise(batch: PagedBatch, per_head: bool, with_query: bool) -> PagedBatch:
+    """The same batch with a cache of fp8, and queries of fp8 if asked for; what that rounds off is not in it."""
+    num_heads, num_kv_heads, head_size = batch.query.shape[1], batch.kv_cache.shape[1], batch.query.shape[2]
+    device = batch.query.device
+    generator = torch.Generator().manual_seed(3)
+    shape = (num_kv_heads,) if per_head else ()
+    key, value, query = (0.2 + torch.rand(shape, generator=generator) for _ in range(3))
+
+    cache = batch.kv_cache.cpu().float()
+    cache[..., :head_size] /= key.view(-1, 1, 1)
+    cache[..., head_size:] /= value.view(-1, 1, 1)
+    stored = torch.empty_strided(batch.kv_cache.shape, batch.kv_cache.stride(), dtype=torch.float8_e4m3fn)
+    on_device = torch.empty_strided(stored.shape, stored.stride(), dtype=torch.uint8, device=device)
+    on_device.copy_(stored.copy_(cache).view(torch.uint8))
+    rows = batch.query
+    if with_query:
+        of_heads = query.expand(num_kv_heads).repeat_interleave(num_heads // num_kv_heads)
+        rows = (rows.float() / of_heads[:, None].to(device)).to(torch.float8_e4m3fn)
+    scales = CacheScales(key.to(device), value.to(device), query.to(device) if with_query else None)
+    return replace(batch, query=rows, kv_cache=on_device, scales=scales, output_dtype=batch.query.dtype)
+
+
 def attend(
     query: torch.Tensor,  # [head_size]
     keys: torch.Tensor,  # [num_keys, head_size]
@@ -127,11 +161,15 @@ def attend(
 def gather(batch: PagedBatch, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V at these slots, float64 [num_kv_heads, len(slots), head_size] each."""
     block_size = batch.kv_cache.shape[2]
-    cache = batch.kv_cache.cpu()
+    cache = as_stored(batch.kv_cache.cpu())
     rows = [cache[slot // block_size, :, slot % block_size].double() for slot in slots]
     head_size = cache.shape[3] // 2
     both = torch.stack(rows, dim=1) if rows else torch.empty(cache.shape[1], 0, 2 * head_size, dtype=torch.float64)
-    return both[..., :head_size], both[..., head_size:]
+    keys, values = both[..., :head_size], both[..., head_size:]
+    if batch.scales is not None:
+        keys = keys * batch.scales.key.cpu().double().view(-1, 1, 1)
+        values = values * batch.scales.value.cpu().double().view(-1, 1, 1)
+    return keys, values
 
 
 def attend_slots(batch: PagedBatch, slots_of_rows: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,8 +178,11 @@ def attend_slots(batch: PagedBatch, slots_of_rows: list[list[list[int]]]) -> tup
     Returns float64 [num_tokens, num_heads, head_size] and [num_heads, num_tokens].
     """
     num_tokens, num_heads, head_size = batch.query.shape
-    query = batch.query.cpu()
-    group = num_heads // batch.kv_cache.shape[1]
+    query = batch.query.cpu().double()
+    num_kv_heads = batch.kv_cache.shape[1]
+    group = num_heads // num_kv_heads
+    if batch.scales is not None and batch.scales.query is not None:
+        query *= batch.scales.query.cpu().expand(num_kv_heads).repeat_interleave(group)[:, None]
     output = torch.empty(num_tokens, num_heads, head_size, dtype=torch.float64)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float64)
     token = 0

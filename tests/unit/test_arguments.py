@@ -15,6 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.models import write_draft, write_target
+from tests.quantised_models import write_cache_scales, write_gptq
 from vllm_longspec.attention.registry import FLASH_BACKEND, attention_backend
 from vllm_longspec.config.draft import choose_attention_backend
 from vllm_longspec.config.options import TreeShape, frequent_tokens_of, is_glide, speculates_with_glide, tree_shape_of
@@ -102,6 +103,17 @@ def test_qwen2(folder):
     assert config.speculative_config.draft_model_config.architecture == "Qwen2GlideDecoderLayer"
     with pytest.raises(ValueError, match="model_type is qwen2 in the draft, llama in the target"):
         create(str(folder / "target"), spec_model=str(qwen2_draft))
+
+
+def test_draft_with_the_config_of_a_quantised_target(tmp_path, target, draft):
+    """Its config.json is its target's; how the target is quantised says nothing about the draft."""
+    quantised = write_gptq(tmp_path / "target", Path(target))
+    settings = json.loads((quantised / "config.json").read_text())["quantization_config"]
+    copied = with_config(tmp_path / "draft", draft, quantization_config=settings)
+    engine_args = EngineArgs(model=str(quantised), dtype="float16", skip_tokenizer_init=True, spec_model=copied)
+    config = engine_args.create_engine_config()
+    assert config.model_config.quantization is not None
+    assert config.speculative_config.draft_model_config.quantization is None
 
 
 @pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"], ["NoSuchModel"]])
@@ -301,7 +313,11 @@ def test_sliding_window_of_the_target_is_refused(tmp_path):
     ("settings", "said"),
     [
         ({"enable_lora": True}, "LoRA is not supported with a GLIDE draft"),
-        ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8 with a model of float32 is not supported"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "a KV cache of fp8_e5m2 with a model of float32 is not supported"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            "a KV cache that is quantised in some layers only is not supported",
+        ),
         ({"kv_offloading_size": 1.0}, "a KV connector or KV offloading is not supported"),
         ({"attention_backend": "FLASH_ATTN"}, "attention backend FLASH_ATTN cannot verify the tree"),
         (
@@ -336,6 +352,23 @@ class Gpu:
     @staticmethod
     def is_cpu():
         return False
+
+
+@pytest.mark.parametrize(("flash_version", "chosen"), [(3, "LONGSPEC_FLASH"), (2, "LONGSPEC_TRITON")])
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_attention_backend_of_a_quantised_cache(target, tmp_path, monkeypatch, flash_version, chosen, from_checkpoint):
+    """FlashAttention 2 reads no fp8; the checkpoint may ask for it as well as the user."""
+    import vllm.v1.attention.backends.fa_utils as fa_utils
+
+    settings = {} if from_checkpoint else {"kv_cache_dtype": "fp8"}
+    if from_checkpoint:
+        target = str(write_cache_scales(tmp_path / "target", Path(target), key=1.0, value=1.0))
+    engine_args = EngineArgs(model=target, skip_tokenizer_init=True, dtype="bfloat16", **settings)
+    model_config = engine_args.create_model_config()
+    monkeypatch.setattr(vllm.platforms, "_current_platform", Gpu)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size: flash_version)
+    choose_attention_backend(engine_args, model_config)
+    assert engine_args.attention_backend.name == chosen
 
 
 @pytest.mark.parametrize(

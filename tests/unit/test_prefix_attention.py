@@ -11,6 +11,8 @@ from tests.oracles.attention import (
     attention_cases,
     make_batch,
     prefix_slots,
+    quantise,
+    quantised_cases,
     relative_error,
 )
 from vllm_longspec.attention import prefix
@@ -30,6 +32,7 @@ def run(batch: PagedBatch, output: torch.Tensor, lse: torch.Tensor, max_query_le
         batch.scale,
         output,
         lse,
+        batch.scales,
     )
 
 
@@ -44,10 +47,9 @@ def check(batch: PagedBatch) -> None:
             for request, query_len in enumerate(batch.query_start_loc.diff().tolist())
         ],
     )
-    assert relative_error(output[:num_tokens], expected_output) < TOLERANCE[batch.query.dtype]
-    torch.testing.assert_close(
-        lse[:, :num_tokens].cpu().double(), expected_lse, rtol=0, atol=TOLERANCE[batch.query.dtype]
-    )
+    tolerance = TOLERANCE[output.dtype]
+    assert relative_error(output[:num_tokens], expected_output) < tolerance
+    torch.testing.assert_close(lse[:, :num_tokens].cpu().double(), expected_lse, rtol=0, atol=tolerance)
     assert output[num_tokens:].isnan().all()
     assert lse[:, num_tokens:].isnan().all()
 
@@ -61,6 +63,22 @@ def test_ragged_batch(
     prefix_lens = [block_size, 0, 1, 330, block_size - 1, block_size + 1]
     query_lens = [3, 2, 1, 12, 1, 5]
     check(make_batch(prefix_lens, query_lens, num_heads, num_kv_heads, head_size, block_size, dtype, layout, DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "per_head", "with_query", "num_heads", "num_kv_heads", "block_size", "layout"), quantised_cases(), ids=str
+)
+def test_quantised_cache(
+    dtype: torch.dtype,
+    per_head: bool,
+    with_query: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    layout: str,
+) -> None:
+    batch = make_batch([block_size, 0, 330], [3, 2, 12], num_heads, num_kv_heads, 80, block_size, dtype, layout, DEVICE)
+    check(quantise(batch, per_head, with_query))
 
 
 @pytest.mark.parametrize(

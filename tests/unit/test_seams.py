@@ -89,6 +89,7 @@ NAMES = [
     "vllm.v1.attention.backends.registry.AttentionBackendEnum.get_path",
     "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.vllm_flash_attn_version",
     "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.head_size",
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.num_kv_heads",
     *(
         f"vllm.v1.attention.backends.{module}.{name}"
         for module in ("flash_attn.FlashAttentionImpl", "triton_attn.TritonAttentionImpl")
@@ -97,6 +98,10 @@ NAMES = [
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec.layer_names",
     "vllm.model_executor.layers.attention.attention.Attention.impl",
     "vllm.model_executor.layers.attention.attention.Attention.kv_cache",
+    "vllm.model_executor.layers.attention.attention.Attention.kv_cache_dtype",
+    "vllm.model_executor.layers.attention.attention.Attention.query_quant",
+    *(f"vllm.v1.attention.backend.AttentionLayer.{name}" for name in ("_q_scale", "_k_scale", "_v_scale")),
+    "vllm.model_executor.layers.quantization.input_quant_fp8.QuantFP8.forward_cuda",
     "vllm.model_executor.layers.logits_processor.LogitsProcessor.org_vocab_size",
     # What the draft takes from its target.
     *(

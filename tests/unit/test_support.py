@@ -142,7 +142,7 @@ def engine(**settings):
         "kv_transfer_config": None,
         "model_config": SimpleNamespace(dtype=torch.bfloat16),
     }
-    cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False}
+    cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "kv_cache_dtype_skip_layers": []}
     structured_outputs = {"backend": "auto"}
     for part in (served, cache, structured_outputs):
         part.update({name: settings.pop(name) for name in part.keys() & settings.keys()})
@@ -155,7 +155,12 @@ def engine(**settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"cache_dtype": "bfloat16"}, *({"backend": name} for name in ("xgrammar", "guidance", "outlines"))]
+    "settings",
+    [
+        {},
+        *({"cache_dtype": name} for name in ("bfloat16", "fp8", "fp8_e4m3")),
+        *({"backend": name} for name in ("xgrammar", "guidance", "outlines")),
+    ],
 )
 def test_supported_engine(settings):
     support.check_engine(engine(**settings))
@@ -166,7 +171,9 @@ def test_supported_engine(settings):
     [
         ({"use_v2_model_runner": False}, "VLLM_USE_V2_MODEL_RUNNER"),
         ({"kv_transfer_config": object()}, "a KV connector"),
-        ({"cache_dtype": "fp8"}, "a KV cache of fp8 with a model of bfloat16"),
+        ({"cache_dtype": "fp8_e5m2"}, "a KV cache of fp8_e5m2 with a model of bfloat16"),
+        ({"cache_dtype": "fp8_per_token_head"}, "a KV cache of fp8_per_token_head with a model of bfloat16"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "quantised in some layers only"),
         ({"cache_dtype": "float16"}, "a KV cache of float16 with a model of bfloat16"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing"),
         ({"backend": "lm-format-enforcer"}, "the structured output backend lm-format-enforcer"),

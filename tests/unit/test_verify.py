@@ -18,6 +18,8 @@ from tests.oracles.attention import (
     make_batch,
     pack_masks,
     prefix_slots,
+    quantise,
+    quantised_cases,
     random_tree,
     relative_error,
     row_slots,
@@ -56,6 +58,7 @@ def run_tree(batch: PagedBatch, masks: torch.Tensor, output: torch.Tensor, prefi
         batch.scale,
         prefix_lse,
         output,
+        batch.scales,
     )
 
 
@@ -71,6 +74,7 @@ def run_both(batch: PagedBatch, masks: torch.Tensor, num_further_tokens: int = 0
         batch.scale,
         output,
         lse,
+        batch.scales,
     )
     run_tree(batch, masks, output, lse)
     return output
@@ -93,6 +97,25 @@ def test_prefix_and_tree_are_full_attention(
     expected, _ = attend_slots(batch, attended_slots(batch, trees, with_prefix=True))
     assert relative_error(output[:num_tokens], expected) < TOLERANCE[dtype]
     assert output[num_tokens:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "per_head", "with_query", "num_heads", "num_kv_heads", "block_size", "layout"), quantised_cases(), ids=str
+)
+def test_quantised_cache(
+    dtype: torch.dtype,
+    per_head: bool,
+    with_query: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    layout: str,
+) -> None:
+    batch = make_batch([block_size, 0, 70], [3, 2, 36], num_heads, num_kv_heads, 80, block_size, dtype, layout, DEVICE)
+    batch = quantise(batch, per_head, with_query)
+    trees = random_trees(batch, num_rows=36)
+    expected, _ = attend_slots(batch, attended_slots(batch, trees, with_prefix=True))
+    assert relative_error(run_both(batch, pack_masks(trees, 36, DEVICE)), expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
+from vllm_longspec.attention.quantised_cache import CacheScales, cache_scales
 from vllm_longspec.step.verify import tree_attention
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class TreeAttentionImplMixin:
         query_start_loc: torch.Tensor,  # int32 [num_reqs + 1]
         max_query_len: int,
         output: torch.Tensor,  # [num_tokens, num_heads, head_size], written
+        scales: CacheScales | None,  # None: neither cache nor query is quantised
         schedule: torch.Tensor | None = None,  # of the builder's `schedule_prefix`
     ) -> torch.Tensor:  # float32 [num_heads, num_tokens] log-sum-exp
         """Every query attends every cached token before its request's root, without a mask."""
@@ -175,6 +177,7 @@ class TreeAttentionImplMixin:
         num_tree_tokens = 0
         if trees is not None:
             num_tree_tokens = trees.num_tokens
+            scales = cache_scales(layer)
             prefix_lse = self.prefix_attention(
                 query[:num_tree_tokens],
                 kv_cache,
@@ -184,6 +187,7 @@ class TreeAttentionImplMixin:
                 trees.query_start_loc,
                 trees.max_query_len,
                 output[:num_tree_tokens],
+                scales,
                 trees.prefix_schedule,
             )
             tree_attention(
@@ -196,6 +200,7 @@ class TreeAttentionImplMixin:
                 self.scale,
                 prefix_lse,
                 output[:num_tree_tokens],
+                scales,
             )
         if attn_metadata.causal is not None:
             rest = slice(num_tree_tokens, None)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from vllm.config.cache import CacheDType
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -21,6 +22,7 @@ from vllm.v1.attention.backend import (
 )
 
 from vllm_longspec.attention.backend import TreeMetadataBuilderMixin
+from vllm_longspec.attention.quantised_cache import as_stored, cache_scales
 from vllm_longspec.attention.triton import TritonPrefixAttentionMixin
 
 
@@ -87,6 +89,8 @@ class CausalImpl(AttentionImpl):
         block_size = kv_cache.shape[2]
         written = slot_mapping >= 0
         slots = slot_mapping[written]
+        if (scales := cache_scales(layer)) is not None:
+            key, value = _to_fp8(key, scales.key), _to_fp8(value, scales.value)
         kv = torch.cat([key, value], dim=-1)[: slot_mapping.shape[0]][written]
         kv_cache[slots // block_size, :, slots % block_size] = kv.to(kv_cache.dtype)
 
@@ -103,6 +107,7 @@ class CausalImpl(AttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         block_size = kv_cache.shape[2]
+        scales = cache_scales(layer)
         for request, seq_len in enumerate(attn_metadata.seq_lens):
             start, end = attn_metadata.query_start_loc[request : request + 2]
             if start == end:
@@ -111,7 +116,9 @@ class CausalImpl(AttentionImpl):
             blocks = kv_cache[attn_metadata.block_table[request, :num_blocks].long()]
             # [num_kv_heads, seq_len, 2 * head_size]
             kv = blocks.transpose(0, 1).reshape(self.num_kv_heads, -1, 2 * self.head_size)[:, :seq_len]
-            keys, values = kv.split(self.head_size, dim=-1)
+            keys, values = as_stored(kv).to(query.dtype).split(self.head_size, dim=-1)
+            if scales is not None:
+                keys, values = keys * scales.key.view(-1, 1, 1), values * scales.value.view(-1, 1, 1)
             positions = torch.arange(seq_len)
             causal = positions <= positions[seq_len - (end - start) :, None]
             output[start:end] = nn.functional.scaled_dot_product_attention(
@@ -125,6 +132,19 @@ class CausalImpl(AttentionImpl):
         return output
 
 
+def _to_fp8(
+    values: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    scale: torch.Tensor,  # [] or [num_kv_heads]
+) -> torch.Tensor:  # the same shape, as bytes
+    """Rounds towards zero, as vLLM's own CPU backend does and no GPU: without the draft the cache must be the same."""
+    fp8 = current_platform.fp8_dtype()
+    limit = torch.finfo(fp8).max
+    scaled = (values.float() / scale.view(-1, 1)).clamp(-limit, limit)
+    nearest = scaled.to(fp8)
+    # The sign is a bit of its own, so one less is one step towards zero.
+    return nearest.view(torch.uint8) - (nearest.float().abs() > scaled.abs()).to(torch.uint8)
+
+
 class TreeCpuAttentionMetadataBuilder(TreeMetadataBuilderMixin, CausalMetadataBuilder):  # type: ignore[misc]
     pass
 
@@ -136,7 +156,7 @@ class TreeCpuAttentionImpl(TritonPrefixAttentionMixin, CausalImpl):  # type: ign
 class TreeCpuAttentionBackend(AttentionBackend):
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "fp8", "fp8_e4m3"]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:

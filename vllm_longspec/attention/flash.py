@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin, TreeRequests
+from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
 
 
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -52,13 +53,24 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
         query_start_loc: torch.Tensor,
         max_query_len: int,
         output: torch.Tensor,
+        scales: CacheScales | None,
         schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self.vllm_flash_attn_version is not None
-        # As in vLLM: a dimension of one element must have a stride that the copy engine takes.
-        key_cache, value_cache = map(
-            canonicalize_singleton_dim_strides, kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        # A rank with a single KV head has a stride there that the hardware's block loads do not take.
+        key_cache, value_cache = (
+            canonicalize_singleton_dim_strides(half)
+            for half in as_stored(kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
         )
+        descales = {}
+        if scales is not None:
+            shape = (prefix_lens.shape[0], self.num_kv_heads)
+            assert scales.query is not None
+            descales = {
+                "q_descale": scales.query.expand(shape),
+                "k_descale": scales.key.expand(shape),
+                "v_descale": scales.value.expand(shape),
+            }
         _, lse = flash_attn_varlen_func(
             q=query,
             k=key_cache,
@@ -74,6 +86,7 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
             return_softmax_lse=True,
             fa_version=self.vllm_flash_attn_version,
             scheduler_metadata=schedule,
+            **descales,
         )
         return lse
 

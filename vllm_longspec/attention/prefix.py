@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
 from vllm_longspec.interpreter import interpreting
 
 # tl.dot takes no operand with a smaller side.
@@ -67,6 +68,14 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
 
+def scale_arguments(scales: CacheScales | None, num_kv_heads: int) -> tuple[torch.Tensor | int | None, ...]:
+    """What `load_scales` takes between the factor of the scores and the KV head."""
+    arguments: tuple[torch.Tensor | int | None, ...] = ()
+    for scale in (scales.query, scales.key, scales.value) if scales is not None else (None, None, None):
+        arguments += (None, 0) if scale is None else (scale, scale.expand(num_kv_heads).stride(0))
+    return arguments
+
+
 @triton.jit
 def packed_rows(tile, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """The query token (within its request) and the query head of each row of a tile."""
@@ -97,6 +106,30 @@ def load_keys_values(
     key = tl.load(ptr, mask=mask, other=0.0)
     value = tl.load(ptr + HEAD_SIZE, mask=mask, other=0.0)
     return key.to(DOT_DTYPE), value.to(DOT_DTYPE)
+
+
+@triton.jit
+def load_scales(
+    scale,  # factor of the scores
+    query_scale_ptr,  # [] or [num_kv_heads]; None where the query is not quantised
+    query_scale_stride,  # 0 where one scale serves all heads
+    key_scale_ptr,  # likewise, None where the cache is not quantised
+    key_scale_stride,
+    value_scale_ptr,
+    value_scale_stride,
+    kv_head,
+):
+    """The factor of a KV head's scores and that of its values.
+
+    Scaling what comes out of a product, not what goes in, is cheaper, and exact: fp8 is part of every operand type.
+    """
+    value_scale = 1.0
+    if query_scale_ptr is not None:
+        scale *= tl.load(query_scale_ptr + kv_head * query_scale_stride)
+    if key_scale_ptr is not None:
+        scale *= tl.load(key_scale_ptr + kv_head * key_scale_stride)
+        value_scale = tl.load(value_scale_ptr + kv_head * value_scale_stride)
+    return scale, value_scale
 
 
 @triton.jit
@@ -144,6 +177,12 @@ def _prefix_attention_kernel(
     lse_ptr,  # [num_heads, num_tokens]
     lse_head_stride,
     scale,
+    query_scale_ptr,  # [num_kv_heads]
+    query_scale_stride,
+    key_scale_ptr,
+    key_scale_stride,
+    value_scale_ptr,
+    value_scale_stride,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD_SIZE: tl.constexpr,
@@ -160,6 +199,16 @@ def _prefix_attention_kernel(
     if tile * ROWS >= query_len * GROUP:
         return
     prefix_len = tl.load(prefix_lens_ptr + request)
+    scale, value_scale = load_scales(
+        scale,
+        query_scale_ptr,
+        query_scale_stride,
+        key_scale_ptr,
+        key_scale_stride,
+        value_scale_ptr,
+        value_scale_stride,
+        kv_head,
+    )
 
     query_token, head = packed_rows(tile, kv_head, GROUP, ROWS)
     is_row = query_token < query_len
@@ -197,7 +246,7 @@ def _prefix_attention_kernel(
     # The sum is at least 1 unless the prefix is empty; then the result is 0 and its log-sum-exp is -inf.
     divisor = tl.where(prefix_len > 0, weight_sum, 1.0)
     output_row = token * output_token_stride + head * output_head_stride
-    result = (weighted_sum / divisor[:, None]).to(output_ptr.dtype.element_ty)
+    result = (weighted_sum * value_scale / divisor[:, None]).to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + output_row[:, None] + dim[None, :], result, mask=row_mask)
     tl.store(lse_ptr + head.to(tl.int64) * lse_head_stride + token, score_max + tl.log(divisor), mask=is_row)
 
@@ -219,11 +268,13 @@ def prefix_attention(
     output: torch.Tensor,
     # [num_heads, num_tokens] float32
     lse: torch.Tensor,
+    scales: CacheScales | None = None,
 ) -> None:
     """Lets every query token attend all of its request's prefix, and writes the result and its log-sum-exp.
 
-    Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32;
-    their last dimensions, and those of `block_table`, `output` and `lse`, are contiguous. Other strides are free.
+    Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32,
+    or fp8 with `scales`, `output` is one of the first three; their last dimensions, and those of `block_table` and
+    `lse`, are contiguous. Other strides are free.
 
     Args:
         query: the tokens of all requests, one request after the other.
@@ -236,12 +287,14 @@ def prefix_attention(
         scale: factor of the scores.
         output: written; 0 where the prefix is empty.
         lse: natural logarithm of the sum of the exponentiated scores, written; -inf where the prefix is empty.
+        scales: of a quantised cache, and of the query if it is quantised too.
     """
+    kv_cache = as_stored(kv_cache)
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
     padded_head_size = triton.next_power_of_2(head_size)
-    tiles = choose_tile_sizes(max_query_len * group, block_table.shape[1] * block_size, padded_head_size, query.dtype)
+    tiles = choose_tile_sizes(max_query_len * group, block_table.shape[1] * block_size, padded_head_size, output.dtype)
     grid = (triton.cdiv(max_query_len * group, tiles.rows), num_kv_heads, query_start_loc.shape[0] - 1)
     _prefix_attention_kernel[grid](
         query,
@@ -261,11 +314,12 @@ def prefix_attention(
         lse,
         lse.stride(0),
         scale,
+        *scale_arguments(scales, num_kv_heads),
         GROUP=group,
         HEAD_SIZE=head_size,
         PADDED_HEAD_SIZE=padded_head_size,
         BLOCK_SIZE=block_size,
-        DOT_DTYPE=dot_dtype(query.dtype),
+        DOT_DTYPE=dot_dtype(output.dtype),
         ROWS=tiles.rows,
         KEYS=tiles.keys,
         num_warps=tiles.num_warps,

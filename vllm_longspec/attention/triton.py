@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.triton_attn import (
 
 from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin
 from vllm_longspec.attention.prefix import prefix_attention
+from vllm_longspec.attention.quantised_cache import CacheScales
 
 
 class TritonPrefixAttentionMixin(TreeAttentionImplMixin):
@@ -23,11 +24,12 @@ class TritonPrefixAttentionMixin(TreeAttentionImplMixin):
         query_start_loc: torch.Tensor,
         max_query_len: int,
         output: torch.Tensor,
+        scales: CacheScales | None,
         schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
         lse = torch.empty(self.num_heads, query.shape[0], dtype=torch.float32, device=query.device)
         prefix_attention(
-            query, kv_cache, block_table, prefix_lens, query_start_loc, max_query_len, self.scale, output, lse
+            query, kv_cache, block_table, prefix_lens, query_start_loc, max_query_len, self.scale, output, lse, scales
         )
         return lse
 

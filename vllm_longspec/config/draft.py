@@ -211,6 +211,8 @@ def _describe(
     hf_config.architectures = [architecture]
     setattr(hf_config, SHAPE_ATTRIBUTE, list(levels))
     setattr(hf_config, FREQUENT_TOKENS_ATTRIBUTE, frequent_tokens)
+    # A draft's config.json may be a quantised target's; its weights never are.
+    vars(hf_config).pop("quantization_config", None)
     return overrides(hf_config)
 
 
@@ -237,9 +239,15 @@ def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig") -
 
 
 def _flash_attention_serves(engine_args: "EngineArgs", target: "ModelConfig") -> bool:
+    from vllm.utils.torch_utils import is_quantized_kv_cache, resolve_kv_cache_dtype_string
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     if target.dtype not in (torch.float16, torch.bfloat16):
         return False
-    version = engine_args.attention_config.flash_attn_version
-    return (version or get_flash_attn_version(head_size=target.get_head_size())) in (2, 3)
+    version: int | None = engine_args.attention_config.flash_attn_version
+    version = version or get_flash_attn_version(head_size=target.get_head_size())
+    # The checkpoint may ask for a quantised cache too; of compressed-tensors vLLM finds that out later, in the worker.
+    cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, target)
+    scheme = (getattr(target.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
+    is_quantised = is_quantized_kv_cache(cache_dtype) or (cache_dtype == "auto" and scheme is not None)
+    return version in ((3,) if is_quantised else (2, 3))

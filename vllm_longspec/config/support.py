@@ -218,7 +218,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     """
     cache = vllm_config.cache_config
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    cache_dtypes = ("auto", model_dtype)
+    cache_dtypes = ("auto", model_dtype, "fp8", "fp8_e4m3")
     _refuse(
         (
             (
@@ -234,7 +234,13 @@ def check_engine(vllm_config: "VllmConfig") -> None:
             (
                 cache.cache_dtype not in cache_dtypes,
                 f"a KV cache of {cache.cache_dtype} with a model of {model_dtype}",
-                "serve with --kv-cache-dtype auto",
+                "serve with --kv-cache-dtype auto or fp8",
+            ),
+            (
+                # One kernel moves the accepted rows of all layers.
+                bool(cache.kv_cache_dtype_skip_layers),
+                "a KV cache that is quantised in some layers only",
+                "serve without --kv-cache-dtype-skip-layers",
             ),
             (
                 # It has no speculation of any kind, and would say so with every request that needs it.

@@ -31,8 +31,11 @@ from vllm_longspec.attention.prefix import (
     choose_tile_sizes,
     dot_dtype,
     load_keys_values,
+    load_scales,
     packed_rows,
+    scale_arguments,
 )
+from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
 from vllm_longspec.interpreter import interpreting
 
 
@@ -80,6 +83,12 @@ def _tree_attention_kernel(
     output_token_stride,
     output_head_stride,
     scale,
+    query_scale_ptr,  # [num_kv_heads]
+    query_scale_stride,
+    key_scale_ptr,
+    key_scale_stride,
+    value_scale_ptr,
+    value_scale_stride,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD_SIZE: tl.constexpr,
@@ -95,6 +104,16 @@ def _tree_attention_kernel(
     query_len = tl.load(query_start_loc_ptr + request + 1) - query_start
     if tile * ROWS >= query_len * GROUP:
         return
+    scale, value_scale = load_scales(
+        scale,
+        query_scale_ptr,
+        query_scale_stride,
+        key_scale_ptr,
+        key_scale_stride,
+        value_scale_ptr,
+        value_scale_stride,
+        kv_head,
+    )
 
     tree_row, head = packed_rows(tile, kv_head, GROUP, ROWS)
     is_row = tree_row < query_len
@@ -111,7 +130,8 @@ def _tree_attention_kernel(
     weight_sum = has_prefix.to(tl.float32)
     output_row = token * output_token_stride + head * output_head_stride
     output_tile_ptr = output_ptr + output_row[:, None] + dim[None, :]
-    weighted_sum = tl.load(output_tile_ptr, mask=row_mask & has_prefix[:, None], other=0.0).to(tl.float32)
+    # In the scale of the values, like everything that is added to it.
+    weighted_sum = tl.load(output_tile_ptr, mask=row_mask & has_prefix[:, None], other=0.0).to(tl.float32) / value_scale
 
     mask_ptr = masks_ptr + request.to(tl.int64) * masks_request_stride + tree_row * masks_row_stride
     for start in range(0, query_len, KEYS):
@@ -141,7 +161,7 @@ def _tree_attention_kernel(
 
     # The sum is 0 only for padding: a row attends itself.
     divisor = tl.where(weight_sum > 0.0, weight_sum, 1.0)
-    result = (weighted_sum / divisor[:, None]).to(output_ptr.dtype.element_ty)
+    result = (weighted_sum * value_scale / divisor[:, None]).to(output_ptr.dtype.element_ty)
     tl.store(output_tile_ptr, result, mask=row_mask)
 
 
@@ -162,12 +182,13 @@ def tree_attention(
     prefix_lse: torch.Tensor,
     # [num_tokens, num_heads, head_size]
     output: torch.Tensor,
+    scales: CacheScales | None = None,
 ) -> None:
     """Lets every row attend its ancestors and itself, and merges that into the prefix attention's result.
 
-    Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32;
-    their last dimensions, and those of `ancestor_masks`, `prefix_lse` and `output`, are contiguous. Other strides are
-    free.
+    Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32,
+    or fp8 with `scales`, `output` is one of the first three; their last dimensions, and those of `ancestor_masks` and
+    `prefix_lse`, are contiguous. Other strides are free.
 
     Args:
         query: the rows of all requests, one request after the other.
@@ -181,14 +202,16 @@ def tree_attention(
         prefix_lse: natural logarithm of the sum of the prefix's exponentiated scores; infinite, with either sign, where
             the prefix is empty. Then what `output` holds is not used.
         output: the prefix attention on entry, the attention over prefix and tree on return.
+        scales: of a quantised cache, and of the query if it is quantised too.
     """
+    kv_cache = as_stored(kv_cache)
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
     padded_head_size = triton.next_power_of_2(head_size)
     num_reqs = query_start_loc.shape[0] - 1
     tiles = choose_tree_tiles(
-        max_query_len, group, num_kv_heads * num_reqs, padded_head_size, query.dtype, query.device
+        max_query_len, group, num_kv_heads * num_reqs, padded_head_size, output.dtype, query.device
     )
     grid = (triton.cdiv(max_query_len * group, tiles.rows), num_kv_heads, num_reqs)
     _tree_attention_kernel[grid](
@@ -210,11 +233,12 @@ def tree_attention(
         output.stride(0),
         output.stride(1),
         scale,
+        *scale_arguments(scales, num_kv_heads),
         GROUP=group,
         HEAD_SIZE=head_size,
         PADDED_HEAD_SIZE=padded_head_size,
         BLOCK_SIZE=block_size,
-        DOT_DTYPE=dot_dtype(query.dtype),
+        DOT_DTYPE=dot_dtype(output.dtype),
         ROWS=tiles.rows,
         KEYS=tiles.keys,
         num_warps=tiles.num_warps,

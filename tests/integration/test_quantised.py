@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised targets and a quantised KV cache: the draft emits what the same engine emits without one, up to ties.
+
+Rounding to few bits makes much of little: two kernels for the same attention differ in the last bit of a float32, now
+and then a value is rounded the other way for it, and the logits move by a part of what quantisation costs them anyway.
+So where a run leaves the plain one, the two tokens must have been as good as equal.
+"""
+
+import pytest
+import torch
+
+from tests.engine import Result, generate, request
+from tests.integration.test_lossless import PAIR, source_code, speculative
+from tests.models import untied
+from tests.quantised_models import write_awq, write_cache_scales, write_gptq, write_int8
+
+REQUESTS = [
+    [request(prompt, temperature=0.0, logprobs=3, max_tokens=20, ignore_eos=True) for prompt in source_code((100, 200))]
+]
+
+
+def assert_lossless_up_to_ties(plain: Result, result: Result, tie: float) -> None:
+    for expected, found, logprobs, tree_logprobs in zip(
+        plain.tokens[0], result.tokens[0], plain.logprobs[0], result.logprobs[0], strict=True
+    ):
+        assert logprobs is not None and tree_logprobs is not None
+        for at, (token, tree_token) in enumerate(zip(expected, found, strict=True)):
+            if token != tree_token:
+                assert logprobs[at][str(token)] - logprobs[at].get(str(tree_token), -torch.inf) < tie
+                break
+            assert tree_logprobs[at][str(token)] == pytest.approx(logprobs[at][str(token)], abs=tie)
+    assert result.metrics["vllm:spec_decode_num_drafts"] > 1
+    # The draft is as good as without quantisation: it is not quantised, and reads what the target has cached.
+    assert result.acceptance_length >= 2.5
+
+
+@pytest.mark.parametrize(
+    ("write", "settings", "tie"),
+    [
+        (write_awq, {"dtype": "float16"}, 0.1),
+        # It rounds what goes into every layer too.
+        (write_int8, {"dtype": "float32"}, 0.5),
+    ],
+)
+def test_quantised_target(tmp_path, write, settings, tie):
+    target = write(tmp_path / "target", PAIR / "target")
+    plain = generate(target, REQUESTS, **settings)
+    result = generate(target, REQUESTS, **settings, **speculative(PAIR / "draft", [2, 4, 4]))
+    assert_lossless_up_to_ties(plain, result, tie)
+
+
+def test_quantised_head(tmp_path):
+    """The draft's logits come through the target's head, whatever that is made of; the layers are GPTQ's as well."""
+    target, draft = untied(tmp_path / "pair", PAIR / "target", PAIR / "draft")
+    target = write_gptq(tmp_path / "target", target)
+    plain = generate(target, REQUESTS, dtype="float16")
+    result = generate(target, REQUESTS, dtype="float16", **speculative(draft, [2, 4, 4]))
+    assert_lossless_up_to_ties(plain, result, 0.1)
+
+
+def test_fp8_cache(tmp_path):
+    """A cache of fp8 with scales of its own in every layer, because the checkpoint says so."""
+    target = write_cache_scales(tmp_path / "target", PAIR / "target", key=0.03, value=0.02)
+    result = generate(target, REQUESTS, **speculative(PAIR / "draft", [2, 4, 4]))
+    if torch.cuda.is_available() or torch.cpu._is_avx512_supported():
+        plain = generate(target, REQUESTS, kv_cache_dtype="fp8")
+    else:
+        # vLLM's own CPU backend has no fp8 on such a machine; this one verifies no node and so decodes plainly.
+        none = {"num_speculative_tokens_per_batch_size": [(1, 8, 0)]}
+        plain = generate(target, REQUESTS, kv_cache_dtype="fp8", **speculative(PAIR / "draft", [1], **none))
+    assert_lossless_up_to_ties(plain, result, 0.05)
