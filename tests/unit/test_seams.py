@@ -72,6 +72,7 @@ OVERRIDES = {
     },
     "TreeDecodingStats": {"observe_draft"},
     "ChainDecodeMetrics": {"observe"},
+    "DraftGraphs": set(),
     "GlideSpeculator": {"capture", "init_cudagraph_manager", "load_draft_model", "propose", "set_attn"},
 }
 
