@@ -148,19 +148,19 @@ def _add_cli_args(
 
 
 def _from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-    # It copies the fields of EngineArgs and nothing else. The speculative configuration is one of them, and goes
-    # wherever vLLM sends these arguments next.
-    engine_args = original(cls, args)
+    # It copies the fields of EngineArgs and nothing else. The speculative configuration is one of them, so the options
+    # move there, in the parsed arguments themselves: further API servers get those, and read them before they load us.
     for name in ("tree_shape", "frequent_tokens"):
         value = getattr(args, f"speculative_{name}", None)
         if value is None:
             continue
-        given = given_config(engine_args)
+        given = given_config(args)
         flag = f"--speculative-{name.replace('_', '-')}"
         if name in given or name.replace("_", "-") in given:
             raise ValueError(f"{flag} and --speculative-config['{name}'] are mutually exclusive")
-        engine_args.speculative_config = {**given, name: value}
-    return engine_args
+        args.speculative_config = {**given, name: value}
+        setattr(args, f"speculative_{name}", None)
+    return original(cls, args)
 
 
 # SpeculativeConfig refuses options it does not know, and knows the kinds of draft it has.

@@ -79,6 +79,20 @@ def test_python_options_reach_the_engine(target, draft):
     assert given == {"model": draft, "tree_shape": [2, 4, 4]}
 
 
+def test_options_reach_further_api_servers(target, draft, tmp_path):
+    """They get the arguments that the first process has read, and read them again before any plugin is loaded."""
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text("[3, 4, 5, 6]")
+    options = ["--speculative-tree-shape", "2", "4", "--speculative-frequent-tokens", str(tokens)]
+    args = parse(target, "--speculative-model", draft, *options)
+    first = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    unpatched = vars(EngineArgs)["from_cli_args"].__func__.longspec_original
+    second = unpatched(AsyncEngineArgs, pickle.loads(pickle.dumps(args))).create_engine_config()
+    for config in (first, second):
+        assert tree_shape_of(config) == TreeShape((2, 4))
+        assert frequent_tokens_of(config) == str(tokens)
+
+
 @pytest.mark.parametrize(
     ("options", "levels", "num_verified"),
     [

@@ -28,6 +28,8 @@ from vllm_longspec.config.synthetic import rates_by_depth
 from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
 
 if TYPE_CHECKING:
+    import argparse
+
     from transformers import PretrainedConfig
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -59,7 +61,7 @@ class GlideDraft:
 _current: ContextVar[GlideDraft | None] = ContextVar("longspec_current_draft", default=None)
 
 
-def given_config(engine_args: "EngineArgs") -> dict[str, Any]:
+def given_config(engine_args: "EngineArgs | argparse.Namespace") -> dict[str, Any]:
     """The speculative configuration as the user wrote it; empty when there is none.
 
     Raises:
