@@ -24,6 +24,8 @@ PAIR = ROOT / "benchmarks" / "pair"
 SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "tuned")
 _PLUGIN_SYSTEM = re.compile(r"tuned|default(@[1-9]\d*)?|gamma[1-9]\d*")
 OTHERS_TOKENS = 5
+# More than a batch ever has.
+MOST_REQUESTS = 1024
 
 # Options of the plugin's speculative configuration; `frequent_tokens` is how many. A tile of FlashAttention 3 holds 25
 # rows of 40 heads to 8 KV heads, or 32 of 32 to 8, the root's included: more nodes read the prefix once more. Random
@@ -156,4 +158,5 @@ def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[st
     if system.startswith("gamma"):
         return {"gamma": int(system.removeprefix("gamma"))}
     _, _, nodes = system.partition("@")
-    return {"num_speculative_tokens": int(nodes)} if nodes else {}
+    # Whatever the size of the batch.
+    return {"num_speculative_tokens_per_batch_size": [[1, MOST_REQUESTS, int(nodes)]]} if nodes else {}

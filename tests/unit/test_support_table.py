@@ -54,6 +54,11 @@ REQUIRED = {
     "async scheduling on": '"async_scheduling": True',
     "enforce-eager": "generate(",
     "bf16 KV cache": "kv_cache_dtype",
+    "fp8 KV cache": "write_cache_scales",
+    "AWQ or GPTQ targets": "write_gptq",
+    "compressed-tensors targets": "write_int8",
+    "tensor parallelism": "tensor_parallel_size",
+    "data parallelism": "--data-parallel-size",
     "LoRA": "enable_lora",
     "pipeline parallelism": "pipeline_parallel_size",
     "KV connectors and disaggregated prefill": "kv_transfer_config",
@@ -71,12 +76,7 @@ AWAITED = {
     "CUDA graphs: FULL": "FULL",
     "CUDA graphs: FULL_DECODE_ONLY": "FULL_DECODE_ONLY",
     "CUDA graphs: FULL_AND_PIECEWISE": "FULL_AND_PIECEWISE",
-    "fp8 KV cache": "kv_cache_dtype",
     "fp8 targets": "fp8",
-    "AWQ or GPTQ targets": "gptq",
-    "compressed-tensors targets": "compressed-tensors",
-    "tensor parallelism": "tensor_parallel_size",
-    "data parallelism": "data_parallel_size",
     "sleep mode": "enable_sleep_mode",
     "weight reload": "reload_weights",
 }
@@ -147,7 +147,7 @@ ROW = ["min-p", "works with trees", "`tests/integration/test_lossless.py::test_t
         ([*ROW[:2], "`tests/integration/test_lossless.py::test_nothing`"], "there is no"),
         ([*ROW[:2], "`tests/unit/test_nothing.py::test_nothing`"], "there is no"),
         (["LoRA", "refused", "`tests/unit/test_options.py::test_gamma_is_a_chain`"], "says nothing of enable_lora"),
-        (["fp8 KV cache", *ROW[1:]], "belongs to REQUIRED"),
+        (["fp8 targets", *ROW[1:]], "belongs to REQUIRED"),
     ],
 )
 def test_a_wrong_row_is_named(row, said):
