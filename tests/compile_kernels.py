@@ -33,8 +33,8 @@ assert vllm.triton_utils.HAS_TRITON
 
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.quantised_cache import CacheScales
+from vllm_longspec.glide.best_children import best_children
 from vllm_longspec.glide.window_attention import window_attention, write_window
-from vllm_longspec.step.best_children import best_children
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.step.order import order_tree
 from vllm_longspec.step.sample import _rows_of_emitted

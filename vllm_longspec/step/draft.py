@@ -13,10 +13,10 @@ import torch
 from vllm.triton_utils import triton
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
+from vllm_longspec.glide.best_children import best_children, best_children_in_pytorch
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window_attention import window_attention
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.step.best_children import best_children, best_children_in_pytorch
 from vllm_longspec.tree import MASK_BITS
 
 # (query [num_tokens, num_heads, head_size], width of a level) -> attended, the same shape
