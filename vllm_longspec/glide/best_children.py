@@ -155,11 +155,7 @@ def _best_of_chunk_kernel(
     key = (score & -65536) | backward if IS_NARROW else _pair(score, backward)
     key = tl.where(is_token, key, LEAST)
     rank = tl.arange(0, KEPT_BLOCK)
-    best = tl.full([KEPT_BLOCK], LEAST, key.dtype)
-    for i in range(0, num_kept):
-        greatest = tl.max(key, axis=0)
-        key = tl.where(key == greatest, LEAST, key)
-        best = tl.where(rank == i, greatest, best)
+    best = _greatest(key, num_kept, LEAST, KEPT_BLOCK)
 
     if IS_NARROW:
         score = tl.where(best < 0, best | 65535, best & -65536)
@@ -191,11 +187,7 @@ def _best_of_row_kernel(
     num_candidates = num_chunks * num_kept
     key = tl.load(chunk_best_ptr + row * num_candidates + candidate, mask=candidate < num_candidates, other=NOTHING)
     rank = tl.arange(0, KEPT_BLOCK)
-    best = tl.full([KEPT_BLOCK], NOTHING, tl.int64)
-    for i in range(0, num_kept):
-        greatest = tl.max(key, axis=0)
-        key = tl.where(key == greatest, NOTHING, key)
-        best = tl.where(rank == i, greatest, best)
+    best = _greatest(key, num_kept, NOTHING, KEPT_BLOCK)
 
     chunk = tl.arange(0, CHUNK_BLOCK)
     is_chunk = chunk < num_chunks
@@ -232,11 +224,7 @@ def _best_of_request_kernel(
     log_prob = tl.load(row_log_probs_ptr + candidate, mask=is_candidate, other=0.0)
     key = tl.where(is_candidate, _pair(_score(log_prob), 0x7FFFFFFF - candidate), NOTHING)
     rank = tl.arange(0, CHILDREN_BLOCK)
-    best = tl.full([CHILDREN_BLOCK], NOTHING, tl.int64)
-    for i in range(0, num_children):
-        greatest = tl.max(key, axis=0)
-        key = tl.where(key == greatest, NOTHING, key)
-        best = tl.where(rank == i, greatest, best)
+    best = _greatest(key, num_children, NOTHING, CHILDREN_BLOCK)
 
     chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     is_child = rank < num_children
@@ -244,6 +232,22 @@ def _best_of_request_kernel(
     tl.store(parents_ptr + child, chosen // num_kept, mask=is_child)
     tl.store(tokens_ptr + child, tl.load(row_tokens_ptr + chosen, mask=is_child), mask=is_child)
     tl.store(log_probs_ptr + child, tl.load(row_log_probs_ptr + chosen, mask=is_child), mask=is_child)
+
+
+@triton.jit
+def _greatest(
+    keys,  # integers, all different but for `LEAST`
+    count,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The `count` greatest keys, greatest first, then `LEAST`: [BLOCK]."""
+    found = tl.full([BLOCK], LEAST, keys.dtype)
+    for i in range(0, count):
+        greatest = tl.max(keys, axis=0)
+        keys = tl.where(keys == greatest, LEAST, keys)
+        found = tl.where(tl.arange(0, BLOCK) == i, greatest, found)
+    return found
 
 
 @triton.jit
