@@ -93,11 +93,14 @@ def _generate(specification: str) -> Result:
         return Result(**json.loads(output.read_text()))
 
 
-def generate(model: Path, batches: Sequence[Sequence[Request]], **settings: Any) -> Result:
-    """Generates every batch with one engine; the same call is answered from memory."""
+def generate(model: Path, batches: Sequence[Sequence[Request] | Path], **settings: Any) -> Result:
+    """Generates every batch with one engine; the same call is answered from memory.
+
+    Where a model stands in the place of a batch, the engine goes on with that model's weights.
+    """
     specification = {
         "settings": {"model": str(model), **settings},
-        "batches": [[asdict(each) for each in batch] for batch in batches],
+        "batches": [str(batch) if isinstance(batch, Path) else [asdict(each) for each in batch] for batch in batches],
     }
     return _generate(json.dumps(specification, sort_keys=True))
 
@@ -113,6 +116,11 @@ def main() -> None:
     llm = LLM(**(defaults | specification["settings"]))
     columns: dict[str, list] = {field.name: [] for field in fields(Result) if field.name != "metrics"}
     for batch in specification["batches"]:
+        if isinstance(batch, str):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": batch})
+            # What is cached was computed with the weights before.
+            assert llm.reset_prefix_cache()
+            continue
         outputs = llm.generate(
             [{"prompt_token_ids": each["prompt"]} for each in batch],
             [SamplingParams(**sampling_of(each["sampling"])) for each in batch],

@@ -33,6 +33,7 @@ def target(**settings):
         "enable_prompt_embeds": False,
         "logits_processors": None,
         "return_sampling_mask": False,
+        "enable_sleep_mode": False,
         "get_head_size": lambda: 128,
         "get_sliding_window": lambda: None,
     }
@@ -81,6 +82,7 @@ def test_supported_target(settings):
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
         ({"logits_processors": ["package:Processor"]}, "a custom logits processor"),
         ({"return_sampling_mask": True}, "a sampling mask"),
+        ({"enable_sleep_mode": True}, "sleep mode"),
     ],
 )
 def test_unsupported_target_is_refused_by_name(settings, said):
@@ -91,7 +93,7 @@ def test_unsupported_target_is_refused_by_name(settings, said):
 
 def arguments(**settings):
     """What is read of vLLM's EngineArgs and ParallelConfig, of an engine that is served."""
-    engine_args = {"enable_lora": False, "watermark_config": None}
+    engine_args = {"enable_lora": False, "watermark_config": None, "weight_transfer_config": None}
     parallel = {
         "pipeline_parallel_size": 1,
         "prefill_context_parallel_size": 1,
@@ -119,6 +121,7 @@ def test_supported_arguments():
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
         ({"enable_lora": True}, "LoRA"),
         ({"watermark_config": {}}, "watermarking"),
+        ({"weight_transfer_config": object()}, "weight transfer from a trainer"),
     ],
 )
 def test_unsupported_argument_is_refused_by_name(settings, said):

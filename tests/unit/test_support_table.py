@@ -59,6 +59,8 @@ REQUIRED = {
     "compressed-tensors targets": "write_int8",
     "tensor parallelism": "tensor_parallel_size",
     "data parallelism": "--data-parallel-size",
+    "sleep mode": "enable_sleep_mode",
+    "weight reload": "reload_weights",
     "LoRA": "enable_lora",
     "pipeline parallelism": "pipeline_parallel_size",
     "KV connectors and disaggregated prefill": "kv_transfer_config",
@@ -77,8 +79,6 @@ AWAITED = {
     "CUDA graphs: FULL_DECODE_ONLY": "FULL_DECODE_ONLY",
     "CUDA graphs: FULL_AND_PIECEWISE": "FULL_AND_PIECEWISE",
     "fp8 targets": "fp8",
-    "sleep mode": "enable_sleep_mode",
-    "weight reload": "reload_weights",
 }
 
 

@@ -127,6 +127,12 @@ def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig"
             ),
             (engine_args.watermark_config is not None, "watermarking", "serve without --watermark-config"),
             (
+                # It can load a draft's weights as well, and knows nothing of the modules that a draft shares.
+                engine_args.weight_transfer_config is not None,
+                "weight transfer from a trainer",
+                "serve without --weight-transfer-config, and let `reload_weights` read a checkpoint",
+            ),
+            (
                 # They are part of every request's sampling, and may read its history.
                 bool(logits_processors),
                 f"the installed logits processor {', '.join(plugin.name for plugin in logits_processors)}",
@@ -179,6 +185,12 @@ def check_target(target: "ModelConfig") -> None:
             (target.enable_prompt_embeds, "prompt embeddings", "serve without --enable-prompt-embeds"),
             (bool(target.logits_processors), "a custom logits processor", "serve without --logits-processors"),
             (target.return_sampling_mask, "a sampling mask", "serve without --return-sampling-mask"),
+            (
+                # Waking up from level 2 would have to bring the draft's weights and its restricted head back.
+                target.enable_sleep_mode,
+                "sleep mode",
+                "serve without --enable-sleep-mode",
+            ),
         )
     )
 
