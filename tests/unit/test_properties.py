@@ -141,7 +141,8 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
     first_positions = [each.root_position for each in requests]
     seq_lens = [first + length for first, length in zip(first_positions, query_lens, strict=True)]
     positions = torch.full((starts[-1],), -1, dtype=torch.int64, device=DEVICE)
-    lay_out_trees(state, len(requests), slots, query_start_loc, on_device(seq_lens, torch.int32), positions)
+    input_ids = torch.zeros(starts[-1], dtype=torch.int32, device=DEVICE)
+    lay_out_trees(state, len(requests), slots, query_start_loc, on_device(seq_lens, torch.int32), input_ids, positions)
 
     # A list may be cut; the root's token is not looked at.
     row_tokens = [
