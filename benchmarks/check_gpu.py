@@ -25,7 +25,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "benchmarks" / "pair"
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
-KERNEL_TESTS = ("prefix_attention", "verify", "order", "walk", "compact", "window_attention", "tree", "sample")
+KERNEL_TESTS = (
+    "prefix_attention",
+    "shared_prefix",
+    "verify",
+    "best_children",
+    "order",
+    "walk",
+    "compact",
+    "window_attention",
+    "tree",
+    "sample",
+)
 
 # https://huggingface.co/Qwen/QwQ-32B-Preview/blob/main/config.json
 QWQ_32B = {
