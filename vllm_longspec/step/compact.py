@@ -6,6 +6,7 @@ accepts a path, so rejected nodes leave holes in front of accepted ones. Afterwa
 position first + i, as if it had been decoded alone; later steps and the prefix cache see nothing else.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,13 +49,15 @@ class KVCacheTable:
                     raise ValueError(f"layer {layer}: the KV cache has {name} {found}, layer 0 has {expected}")
 
         self.num_layers = len(kv_caches)
-        _, self.num_kv_heads, self.block_size, self.row_size = first.shape
-        self.strides = first.stride()
-        # Rows are moved as they are, so only the size of an element matters.
-        self.element_type: Any = {1: tl.int8, 2: tl.int16, 4: tl.int32}[first.element_size()]
-        self.pointers = torch.tensor(
-            [kv_cache.data_ptr() for kv_cache in kv_caches], dtype=torch.int64, device=first.device
-        )
+        _, self.num_kv_heads, self.block_size, _ = first.shape
+        # Rows are moved as they are, in the widest integers that every address is a multiple of.
+        sizes = [size * first.element_size() for size in (first.shape[3], *first.stride()[:3])]
+        addresses = [kv_cache.data_ptr() for kv_cache in kv_caches]
+        width = math.gcd(8, *sizes, *addresses)
+        self.element_type: Any = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[width]
+        # In these integers: a row's length, and the strides of blocks, heads and tokens.
+        self.row_size, *self.strides = (size // width for size in sizes)
+        self.pointers = torch.tensor(addresses, dtype=torch.int64, device=first.device)
 
 
 def compact_kv_caches(
@@ -87,7 +90,7 @@ def compact_kv_caches(
         raise ValueError(f"a path of depth {max_depth} does not fit {width} path rows")
     _compact_kv_caches_kernel[(num_reqs, kv_caches.num_layers, kv_caches.num_kv_heads)](
         kv_caches.pointers,
-        *kv_caches.strides[:3],
+        *kv_caches.strides,
         block_tables,
         block_tables.stride(0),
         first_positions,
@@ -98,7 +101,9 @@ def compact_kv_caches(
         BLOCK_SIZE=kv_caches.block_size,
         ROW_SIZE=kv_caches.row_size,
         ROW_BLOCK=triton.next_power_of_2(kv_caches.row_size),
+        PATH_BLOCK=min(8, triton.next_power_of_2(max_depth)),
         ELEMENT_TYPE=kv_caches.element_type,
+        num_warps=2,
     )
 
 
@@ -118,6 +123,7 @@ def _compact_kv_caches_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROW_SIZE: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
+    PATH_BLOCK: tl.constexpr,
     ELEMENT_TYPE: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
@@ -133,25 +139,26 @@ def _compact_kv_caches_kernel(
     block_tables_ptr += request * block_tables_stride
     path_rows_ptr += request * path_rows_stride
     first = tl.load(first_positions_ptr + request)
-    element = tl.arange(0, ROW_BLOCK)
-    is_element = element < ROW_SIZE
+    element = tl.arange(0, ROW_BLOCK)[None, :]
 
-    # Rows on a path strictly increase, so path_rows[i] >= i. Hence
-    # - row i is overwritten after it was read, if ever it is read: path_rows[j] = i asks for j <= i;
-    # - no row is read that was written here: a later i reads path_rows[i] >= i, and only rows before i are written.
-    # The second means that no load waits for another thread's store. The first holds within a thread, since an element
-    # has the same place in the block for every i. So the moves need no barrier.
-    for i in range(1, tl.minimum(num_emitted, max_depth + 1)):
-        row = tl.load(path_rows_ptr + i)
-        if row != i:
-            source = _position_offset(block_tables_ptr, first + row, block_stride, token_stride, BLOCK_SIZE)
-            target = _position_offset(block_tables_ptr, first + i, block_stride, token_stride, BLOCK_SIZE)
-            moved = tl.load(kv_cache_ptr + source + element, mask=is_element)
-            tl.store(kv_cache_ptr + target + element, moved, mask=is_element)
+    # Rows on a path strictly increase, so path_rows[i] >= i. Of a block of the path all rows are read before any is
+    # written, and what later blocks read was not written by earlier ones: they read rows from path_rows[i] >= i on, and
+    # only rows before i have been written.
+    num_moved = tl.minimum(num_emitted, max_depth + 1)
+    for start in range(1, num_moved, PATH_BLOCK):
+        i = start + tl.arange(0, PATH_BLOCK)
+        row = tl.load(path_rows_ptr + i, mask=i < num_moved, other=0)
+        is_moved = (i < num_moved) & (row != i)
+        source = _position_offset(block_tables_ptr, first + row, is_moved, block_stride, token_stride, BLOCK_SIZE)
+        target = _position_offset(block_tables_ptr, first + i, is_moved, block_stride, token_stride, BLOCK_SIZE)
+        mask = is_moved[:, None] & (element < ROW_SIZE)
+        moved = tl.load(kv_cache_ptr + source[:, None] + element, mask=mask)
+        tl.debug_barrier()
+        tl.store(kv_cache_ptr + target[:, None] + element, moved, mask=mask)
 
 
 @triton.jit
-def _position_offset(block_table_ptr, position, block_stride, token_stride, BLOCK_SIZE: tl.constexpr):
-    """Elements from the start of a head's cache to the row of a linear position."""
-    block = tl.load(block_table_ptr + position // BLOCK_SIZE).to(tl.int64)
+def _position_offset(block_table_ptr, position, mask, block_stride, token_stride, BLOCK_SIZE: tl.constexpr):
+    """Elements from the start of a head's cache to the rows of linear positions."""
+    block = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
     return block * block_stride + (position % BLOCK_SIZE).to(tl.int64) * token_stride
