@@ -34,6 +34,7 @@ assert vllm.triton_utils.HAS_TRITON
 from vllm_longspec.attention import shared_prefix
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.shared_prefix import shared_prefix_attention, shared_prefix_parts
+from vllm_longspec.glide import window_attention as window_attention_module
 from vllm_longspec.glide.window_attention import window_attention, write_window
 from vllm_longspec.step import verify
 from vllm_longspec.step.best_children import best_children
@@ -175,7 +176,7 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
 
 def main() -> None:
     JITFunction.run = compile_launch  # type: ignore[method-assign]
-    for module in (shared_prefix, verify):
+    for module in (shared_prefix, verify, window_attention_module):
         module.num_multiprocessors = lambda _: 132  # type: ignore[attr-defined]
     for num_nodes in (1, 68):
         compile_tree_kernels(num_nodes)

@@ -73,7 +73,7 @@ class GlideSelfAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden)
         kv_size = self.num_kv_heads * self.head_size
         query, key, value = qkv.split([self.num_heads * self.head_size, kv_size, kv_size], dim=-1)
-        query, key = rotary_emb(positions, query.contiguous(), key.contiguous())
+        query, key = rotary_emb(positions, query, key)
         heads = (hidden.shape[0], -1, self.head_size)
         return query.view(heads), key.view(heads), value.reshape(heads)
 

@@ -7,9 +7,12 @@ tokens' K and V: position p is at entry p % window. The nodes of the tree being 
 and V are in a buffer of their own until the target has accepted them.
 """
 
+import math
+
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.attention.shared_prefix import num_multiprocessors
 from vllm_longspec.interpreter import interpreting
 
 
@@ -67,7 +70,10 @@ def window_attention(
         query_tile = min(num_queries, 64 // query.element_size())
         history_tile = node_tile = max(16, min(64, 16384 // (head_block * query.element_size())))
         dot_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[query.dtype]
-    _window_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(width * group, query_tile))](
+    grid = (num_reqs, num_kv_heads, triton.cdiv(width * group, query_tile))
+    # A program that has a multiprocessor for itself waits for memory most of the time: it loads further ahead.
+    is_alone = math.prod(grid) <= num_multiprocessors(query.device)
+    _window_attention_kernel[grid](
         query,
         *query.stride()[:3],
         window_kv,
@@ -93,7 +99,7 @@ def window_attention(
         NODE_TILE=node_tile,
         DOT_DTYPE=dot_dtype,
         num_warps=4,
-        num_stages=2,
+        num_stages=3 if is_alone else 2,
     )
     return output
 
