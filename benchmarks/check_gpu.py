@@ -28,6 +28,7 @@ DEFAULT_SHAPE = [4, 16, 16, 16, 16]
 KERNEL_TESTS = (
     "prefix_attention",
     "shared_prefix",
+    "hopper_prefix",
     "verify",
     "best_children",
     "order",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels of a step on one GPU, each beside the floor that the hardware sets:
 
-    python benchmarks/kernels.py [attention draft sample compact] [--out benchmarks/results/kernels.json]
+    python benchmarks/kernels.py [attention draft sample compact hopper] [--out benchmarks/results/kernels.json]
 
 Every time is that of one call within a CUDA graph of many, which use inputs in turn that the L2 cache cannot hold all
 of; the median of some replays. The floor is the larger of bytes over bandwidth and operations over rate, with each byte
@@ -12,7 +12,8 @@ attention in float32 before they are timed.
   FlashAttention 3 and with the kernel whose tiles share what they read; the tree itself; and both together;
 - draft: the head, the choice of a level's nodes, window and cross attention, the layer's matrix products;
 - sample: vLLM's sampler over all rows of a tree, and the walk;
-- compact: moving accepted K and V in all layers.
+- compact: moving accepted K and V in all layers;
+- hopper: the shared prefix once more, with the kernel that is written for Hopper.
 """
 
 import argparse
@@ -178,6 +179,16 @@ class Pool:
         return self.memory[: blocks * block_size].view(shape).transpose(1, 2)
 
 
+def make_pool(gib: float) -> Pool:
+    return Pool(int(gib * 2**30) // (QWQ.kv * 4 * HEAD_SIZE), QWQ)
+
+
+def sizes(pool: Pool) -> list[tuple[int, int]]:
+    """Contexts and batch sizes that fit the pool twice."""
+    pairs = [(context, num_reqs) for context in (4096, 16384, 65536, 131072) for num_reqs in (1, 4, 16)]
+    return [(context, num_reqs) for context, num_reqs in pairs if 2 * num_reqs * (context + 512) <= pool.num_tokens]
+
+
 @dataclass
 class Batch:
     """Requests of equal context and equally many query tokens."""
@@ -339,16 +350,19 @@ def reference(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(outputs), torch.cat(sums, dim=1)
 
 
+def check(
+    report: Report, label: str, output: torch.Tensor, lse: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    error = float((output.float() - expected[0]).norm() / expected[0].norm())
+    lse_error = float((lse - expected[1]).abs().max())
+    report.rows.append({"part": "check", "what": label, "error": error, "lse_error": lse_error})
+    if not (error < 1e-2 and lse_error < 1e-2):
+        report.fail(f"{label}: relative error {error}, of the log-sum-exp {lse_error}")
+
+
 def check_attention(pool: Pool, report: Report, tiles: Sequence[Any]) -> None:
     """Every kernel and every shape of a tile against float32, before it is timed."""
     from vllm_longspec.attention.shared_prefix import shared_prefix_attention, shared_prefix_parts
-
-    def check(label: str, output: torch.Tensor, lse: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-        error = float((output.float() - expected[0]).norm() / expected[0].norm())
-        lse_error = float((lse - expected[1]).abs().max())
-        report.rows.append({"part": "check", "what": label, "error": error, "lse_error": lse_error})
-        if not (error < 1e-2 and lse_error < 1e-2):
-            report.fail(f"{label}: relative error {error}, of the log-sum-exp {lse_error}")
 
     for block_size in (16, 128):
         for width in (4, 69):
@@ -356,17 +370,17 @@ def check_attention(pool: Pool, report: Report, tiles: Sequence[Any]) -> None:
             expected = reference(batch)
             name = f"block {block_size}, {width} queries"
             lse = flash_attention(batch, causal=False)
-            check(f"FlashAttention 3, {name}", batch.output, lse, expected)
+            check(report, f"FlashAttention 3, {name}", batch.output, lse, expected)
             merged, merged_lse = torch.full_like(batch.output, torch.nan), torch.full_like(expected[1], torch.nan)
             shared_prefix_attention(**batch.prefix_arguments, output=merged, lse=merged_lse)
-            check(f"shared prefix, {name}", merged, merged_lse, expected)
+            check(report, f"shared prefix, {name}", merged, merged_lse, expected)
             # The tree kernel must make the same of both, whatever the masks say.
             tree(batch, lse)
             from_flash_attention = batch.output.float()
             for shape in (None, *tiles):
                 tree(batch, shared_prefix_parts(**batch.prefix_arguments, tiles=shape))
                 label = f"shared prefix and tree, {name}, {shape}"
-                check(label, batch.output, expected[1], (from_flash_attention, expected[1]))
+                check(report, label, batch.output, expected[1], (from_flash_attention, expected[1]))
 
 
 def attention(report: Report, pool_gib: float) -> None:
@@ -380,7 +394,7 @@ def attention(report: Report, pool_gib: float) -> None:
         PrefixTiles(128, 128, 8, 3, 1),
         PrefixTiles(128, 32, 4, 5, 2),
     ]
-    pool = Pool(int(pool_gib * 2**30) // (QWQ.kv * 4 * HEAD_SIZE), QWQ)
+    pool = make_pool(pool_gib)
     check_attention(pool, report, tiles)
     for context, num_reqs in ((16384, 1), (16384, 4), (65536, 1)):
         for block_size in (16, 128):
@@ -403,10 +417,8 @@ def attention(report: Report, pool_gib: float) -> None:
         report.add("attention", what, calls, **keys)
     for heads in (QWQ, LLAMA):
         pool.heads = heads
-        for context in (4096, 16384, 65536, 131072):
-            for num_reqs in (1, 4, 16):
-                if 2 * num_reqs * (context + 512) <= pool.num_tokens:
-                    time_attention(report, pool, context, num_reqs)
+        for context, num_reqs in sizes(pool):
+            time_attention(report, pool, context, num_reqs)
 
 
 def prefix_keys(heads: Heads, context: int, num_reqs: int, width: int, block_size: int) -> dict[str, Any]:
@@ -467,6 +479,36 @@ def shared_pair(batch: Batch) -> None:
 
 def flash_pair(batch: Batch) -> None:
     tree(batch, flash_attention(batch, causal=False))
+
+
+def hopper(report: Report, pool_gib: float) -> None:
+    from vllm_longspec.attention.hopper_prefix import hopper_prefix_parts
+
+    def pair(batch: Batch) -> None:
+        tree(batch, hopper_prefix_parts(**batch.prefix_arguments))
+
+    pool = make_pool(pool_gib)
+    for width, block_size in ((4, 64), (69, 128)):
+        batch = make_batches(pool, CHECKED_CONTEXT, 2, width, block_size)[0]
+        tree(batch, flash_attention(batch, causal=False))
+        expected = batch.output.float()
+        pair(batch)
+        lse = torch.zeros(1)
+        check(
+            report, f"Hopper prefix and tree, block {block_size}, {width} queries", batch.output, lse, (expected, lse)
+        )
+    for heads in (QWQ, LLAMA):
+        pool.heads = heads
+        for context, num_reqs in sizes(pool):
+            for width in (16, heads.full_tile, 64, 69):
+                batches = make_batches(pool, context, num_reqs, width, 128)
+                keys = prefix_keys(heads, context, num_reqs, width, 128)
+                calls = [partial(hopper_prefix_parts, **batch.prefix_arguments) for batch in batches]
+                report.add("attention", "Hopper prefix", calls, **keys)
+                if width in (heads.full_tile, 69):
+                    calls = [partial(hopper_prefix_parts, **b.prefix_arguments, part_dtype=DTYPE) for b in batches]
+                    report.add("attention", "Hopper prefix, parts in bfloat16", calls, **keys)
+                    report.add("attention", "Hopper prefix + tree", [partial(pair, b) for b in batches], **keys)
 
 
 # Draft
@@ -626,7 +668,13 @@ def compact(report: Report) -> None:
                 report.add("compact", f"{NUM_LAYERS} layers", [call], num_bytes, **keys)
 
 
-PARTS: dict[str, Callable[..., None]] = {"attention": attention, "draft": draft, "sample": sample, "compact": compact}
+PARTS: dict[str, Callable[..., None]] = {
+    "attention": attention,
+    "draft": draft,
+    "sample": sample,
+    "compact": compact,
+    "hopper": hopper,
+}
 
 
 def summary(report: Report) -> str:
@@ -645,26 +693,7 @@ def summary(report: Report) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; without any, everything")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.json")
-    parser.add_argument("--pool-gib", type=float, default=20.0, help="memory for keys and values")
-    arguments = parser.parse_args()
-
-    started = time.perf_counter()
-    report = Report()
-    with torch.inference_mode():
-        report.bytes_per_us, report.flops_per_us = ceilings()
-        torch.cuda.empty_cache()
-        for part in arguments.parts or PARTS:
-            if part == "attention":
-                attention(report, arguments.pool_gib)
-            else:
-                PARTS[part](report)
-            torch.cuda.empty_cache()
-            print(f"-- {part} done after {time.perf_counter() - started:.0f} s", flush=True)
-
+def write(report: Report, path: Path, started: float) -> None:
     import triton
     import vllm
 
@@ -677,12 +706,31 @@ def main() -> None:
         "teraflops": round(report.flops_per_us / 1e6, 1),
         "seconds": round(time.perf_counter() - started),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("    " + json.dumps(row) for row in report.rows)
-    document = f'{{\n  "environment": {json.dumps(environment)},\n  "rows": [\n{lines}\n  ]\n}}\n'
-    arguments.out.write_text(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n  "environment": {json.dumps(environment)},\n  "rows": [\n{lines}\n  ]\n}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; without any, everything")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.json")
+    parser.add_argument("--pool-gib", type=float, default=20.0, help="memory for keys and values")
+    arguments = parser.parse_args()
+
+    started = time.perf_counter()
+    report = Report()
+    with torch.inference_mode():
+        report.bytes_per_us, report.flops_per_us = ceilings()
+        for part in arguments.parts or PARTS:
+            torch.cuda.empty_cache()
+            pool = (arguments.pool_gib,) if part in ("attention", "hopper") else ()
+            PARTS[part](report, *pool)
+            # Whatever happens to the next part.
+            write(report, arguments.out, started)
+            print(f"-- {part} done after {time.perf_counter() - started:.0f} s", flush=True)
     print(summary(report))
-    print(json.dumps(environment))
+    print(f"{report.bytes_per_us / 1e6:.2f} TB/s, {report.flops_per_us / 1e6:.0f} TFLOP/s")
     if report.failures:
         sys.exit(f"{len(report.failures)} failed:\n" + "\n".join(report.failures))
 

@@ -19,6 +19,7 @@ import triton
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction, mangle_type
 
 from vllm_longspec.interpreter import InterpreterDriver
@@ -31,7 +32,8 @@ import vllm.triton_utils
 backends.pop("cpu", None)
 assert vllm.triton_utils.HAS_TRITON
 
-from vllm_longspec.attention import shared_prefix
+from vllm_longspec.attention import hopper_prefix, shared_prefix
+from vllm_longspec.attention.hopper_prefix import hopper_prefix_parts
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.shared_prefix import shared_prefix_attention, shared_prefix_parts
 from vllm_longspec.glide import window_attention as window_attention_module
@@ -70,7 +72,13 @@ def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **k
             signature[parameter.name] = mangle_type(value)
             if isinstance(value, torch.Tensor) or (is_integer and value % 16 == 0):
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-    binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=HOPPER, options=options)
+    if kernel.is_gluon():
+        # Gluon's source knows a constant by its parameter's place.
+        constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = GluonASTSource(kernel, signature, constants, attributes)
+    else:
+        source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=HOPPER, options=options)
     assert binary.asm["cubin"]
     compiled.add(kernel.__name__)
 
@@ -163,6 +171,8 @@ def compile_shared_prefix(dtype: torch.dtype, head_size: int) -> None:
             block_table = torch.zeros(2, 1024, dtype=torch.int32)
             prefix = (query, kv_cache, block_table, lengths, starts, width, 0.1)
             shared_prefix_attention(*prefix, output, lse)
+            if block_size == 128 and head_size == 128:
+                hopper_prefix_parts(*prefix)
             parts = shared_prefix_parts(*prefix, num_parts=11)
             tree_attention(query, kv_cache, slots, starts, masks, width, 0.1, parts, output)
 
@@ -175,8 +185,8 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    JITFunction.run = compile_launch  # type: ignore[method-assign]
-    for module in (shared_prefix, verify, window_attention_module):
+    JITFunction.run = GluonJITFunction.run = compile_launch  # type: ignore[method-assign]
+    for module in (shared_prefix, hopper_prefix, verify, window_attention_module):
         module.num_multiprocessors = lambda _: 132  # type: ignore[attr-defined]
     for num_nodes in (1, 68):
         compile_tree_kernels(num_nodes)

@@ -430,15 +430,29 @@ def shared_prefix_attention(
 ) -> None:
     """The same as `prefix_attention` in `vllm_longspec/attention/prefix.py`."""
     parts = shared_prefix_parts(query, kv_cache, block_table, prefix_lens, query_start_loc, max_query_len, scale)
-    num_heads, head_size = query.shape[1:]
+    merge_prefix_parts(parts, query_start_loc, max_query_len, output, lse)
+
+
+def merge_prefix_parts(
+    parts: PrefixParts,
+    # [num_reqs + 1] int32
+    query_start_loc: torch.Tensor,
+    max_query_len: int,
+    # [num_tokens, num_heads, head_size]
+    output: torch.Tensor,
+    # [num_heads, num_tokens] float32
+    lse: torch.Tensor,
+) -> None:
+    """Writes the prefix attention that the parts amount to: 0 and -inf where the prefix is empty."""
+    num_heads, head_size = output.shape[1:]
     num_rows = max_query_len * num_heads
     rows = triton.next_power_of_2(num_rows) if interpreting() else 16
-    _merge_parts_kernel[(triton.cdiv(num_rows, rows), prefix_lens.shape[0])](
+    _merge_parts_kernel[(triton.cdiv(num_rows, rows), parts.prefix_lens.shape[0])](
         parts.outputs,
         *parts.outputs.stride()[:3],
         parts.lse,
         *parts.lse.stride()[:2],
-        prefix_lens,
+        parts.prefix_lens,
         query_start_loc,
         output,
         output.stride(0),

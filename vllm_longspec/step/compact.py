@@ -51,12 +51,14 @@ class KVCacheTable:
         self.num_layers = len(kv_caches)
         _, self.num_kv_heads, self.block_size, _ = first.shape
         # Rows are moved as they are, in the widest integers that every address is a multiple of.
-        sizes = [size * first.element_size() for size in (first.shape[3], *first.stride()[:3])]
+        row_bytes = first.shape[3] * first.element_size()
+        stride_bytes = [stride * first.element_size() for stride in first.stride()[:3]]
         addresses = [kv_cache.data_ptr() for kv_cache in kv_caches]
-        width = math.gcd(8, *sizes, *addresses)
+        width = math.gcd(8, row_bytes, *stride_bytes, *addresses)
         self.element_type: Any = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[width]
-        # In these integers: a row's length, and the strides of blocks, heads and tokens.
-        self.row_size, *self.strides = (size // width for size in sizes)
+        # In these integers; the strides are those of blocks, heads and tokens.
+        self.row_size = row_bytes // width
+        self.strides = [stride // width for stride in stride_bytes]
         self.pointers = torch.tensor(addresses, dtype=torch.int64, device=first.device)
 
 
