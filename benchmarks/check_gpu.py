@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that needs a GPU and is not a benchmark, in one command:
 
-    python benchmarks/check_gpu.py [--skip-32b] [--out benchmarks/results/gpu_check.json]
+    python benchmarks/check_gpu.py [--skip-32b] [--commit COMMIT] [--out benchmarks/results/gpu_check.json]
 
 1. every kernel, compiled, against its plain PyTorch oracle, and small engines of all kinds, token for token, against
-   plain decoding (`tests/`);
+   plain decoding (`tests/`): losslessness, every CUDA-graph mode, fp8 caches and quantised targets;
 2. the shipped pair through `LLM.generate`, greedy: in float32 the tokens of plain decoding, eagerly and with
    torch.compile, CUDA graphs and async scheduling, and in bfloat16 with FlashAttention how many tokens a step;
 3. the shipped pair through `vllm serve`, with and without `--speculative-model`;
 4. QwQ-32B-Preview's shape with dummy weights at 16k tokens of context: runs with the default tree.
 
-Nothing is timed, so what fits beside each other runs at once. Writes what it saw, with the environment, and exits with
+Nothing is timed, so everything runs at once. Writes what it saw, with the environment, and exits with
 1 if anything failed.
 """
 
@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +32,35 @@ PAIR = ROOT / "benchmarks" / "pair"
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
 KERNEL_TESTS = ["prefix_attention", "flash_attention", "verify", "best_children", "order", "walk", "compact"]
 KERNEL_TESTS += ["window_attention", "tree", "sample"]
+ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised"]
 # Of the same GPU, for each of the small engines that run at once.
 SMALL_CACHE = 2 << 30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skip-32b", action="store_true", help="leave out part 4, which needs 80 GB of GPU memory")
+    parser.add_argument("--skip-32b", action="store_true", help="leave out part 4, which needs 100 GB of GPU memory")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_check.json")
+    parser.add_argument("--commit", help="the plugin's commit, where there is no git repository")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.engine:
         run_engine(json.loads(arguments.engine))
         return
 
-    report: dict[str, Any] = {"environment": environment(None)}
+    report: dict[str, Any] = {"environment": environment(arguments.commit)}
     with ThreadPoolExecutor() as pool:
         parts = {
-            "kernels": pool.submit(run_tests, *(f"tests/unit/test_{name}.py" for name in KERNEL_TESTS)),
+            "kernels": pool.submit(run_tests, 4, *(f"tests/unit/test_{name}.py" for name in KERNEL_TESTS)),
             "pair": pool.submit(check_pair),
             "serve": pool.submit(check_serve),
+            "engines": pool.submit(run_tests, 6, *(f"tests/integration/test_{name}.py" for name in ENGINE_TESTS)),
         }
-        for name, part in parts.items():
-            record(report, name, part.result(), arguments.out)
-    record(report, "engines", run_tests("tests/integration/test_lossless.py"), arguments.out)
-    if not arguments.skip_32b:
-        record(report, "qwq_32b_shape", check_32b(), arguments.out)
+        if not arguments.skip_32b:
+            parts["qwq_32b_shape"] = pool.submit(check_32b)
+        names = {part: name for name, part in parts.items()}
+        for part in as_completed(names):
+            record(report, names[part], part.result(), arguments.out)
     failed = [name for name, part in report.items() if not part.get("passed", True)]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
@@ -70,11 +73,19 @@ def record(report: dict[str, Any], name: str, part: dict[str, Any], out: Path) -
     out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def run_tests(*tests: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "6", "-p", "no:cacheprovider", *tests]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    print(finished.stdout[-3000:] if finished.returncode else finished.stdout.splitlines()[-1])
-    return {"passed": finished.returncode == 0, "summary": finished.stdout.splitlines()[-1]}
+def run_tests(workers: int, *tests: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--maxschedchunk", "1", "--durations", "12"]
+    finished = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *tests], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    print(finished.stdout[-20000 if finished.returncode else -2000 :], flush=True)
+    failed = [line for line in finished.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return {
+        "passed": finished.returncode == 0,
+        "files": [Path(test).name for test in tests],
+        "summary": finished.stdout.splitlines()[-1].strip("= "),
+        "failed": [line[:200] for line in failed],
+    }
 
 
 def check_pair() -> dict[str, Any]:
@@ -139,6 +150,9 @@ def check_32b() -> dict[str, Any]:
             model=str(target),
             dtype="bfloat16",
             load_format="dummy",
+            # The others' engines are on this GPU too.
+            gpu_memory_utilization=0.6,
+            kv_cache_memory_bytes=8 << 30,
             max_model_len=17 * 1024,
             prompts=16 * 1024,
             max_tokens=64,

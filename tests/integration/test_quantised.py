@@ -69,3 +69,13 @@ def test_fp8_cache(tmp_path):
         none = {"num_speculative_tokens_per_batch_size": [(1, 8, 0)]}
         plain = generate(target, REQUESTS, kv_cache_dtype="fp8", **speculative(PAIR / "draft", [1], **none))
     assert_lossless_up_to_ties(plain, result, 0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no fp8 layers for CPUs")
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
+def test_fp8_target(quantization):
+    """The target's layers are fp8, the draft's are not."""
+    plain = generate(PAIR / "target", REQUESTS, dtype="bfloat16", quantization=quantization)
+    draft = speculative(PAIR / "draft", [2, 4, 4])
+    result = generate(PAIR / "target", REQUESTS, dtype="bfloat16", quantization=quantization, **draft)
+    assert_lossless_up_to_ties(plain, result, 0.5)
