@@ -35,7 +35,8 @@ if ON_CPU:
     OPTIONS += ["--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20)]
     ENVIRONMENT |= {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
 else:
-    OPTIONS += ["--gpu-memory-utilization", "0.3"]
+    # A cache of a given size, so that vLLM does not mind what others take and free of the same GPU meanwhile.
+    OPTIONS += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2 << 30)]
     ENVIRONMENT |= {"TRITON_F32_DEFAULT": "ieee"}
 
 

@@ -114,7 +114,7 @@ def test_trained_draft(pairs, family, tree_shape, least):
 def test_fewer_nodes_than_the_tree(pairs):
     """`num_speculative_tokens` cuts the list of nodes, and any prefix of it is a tree."""
     target, draft = pairs["qwen2"]
-    requests = batches(source_code(LENGTHS))
+    requests = batches(source_code((33, 200)))
     result = generate(target, requests, **speculative(draft, DEFAULT_SHAPE, num_speculative_tokens=12))
     assert_lossless(generate(target, requests), result)
     drafts = result.metrics["vllm:spec_decode_num_drafts"]

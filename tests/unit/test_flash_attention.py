@@ -24,6 +24,8 @@ TOLERANCE_FP8 = 0.04
 def test_prefix(dtype: torch.dtype, quantised: str | None, num_heads: int, num_kv_heads: int, layout: str) -> None:
     if quantised and VERSION != 3:
         pytest.skip("a quantised cache needs FlashAttention 3")
+    if quantised and dtype != torch.bfloat16:
+        pytest.skip("of a quantised cache FlashAttention 3 writes bfloat16 only, in plain vLLM too")
     batch = make_batch([33, 0, 330], [3, 2, 12], num_heads, num_kv_heads, 128, 32, dtype, layout, "cuda")
     batch.kv_cache.nan_to_num_(0.0)
     if quantised:
