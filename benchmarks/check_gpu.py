@@ -33,7 +33,8 @@ PAIR = ROOT / "benchmarks" / "pair"
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
 KERNEL_TESTS = ["prefix_attention", "flash_attention", "verify", "best_children", "order", "walk", "compact"]
 KERNEL_TESTS += ["window_attention", "tree", "sample"]
-ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised"]
+# The last one where there are two GPUs; elsewhere it skips itself.
+ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised", "tensor_parallel"]
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
             "kernels": pool.submit(run_tests, 4, *(f"tests/unit/test_{name}.py" for name in KERNEL_TESTS)),
             "pair": pool.submit(check_pair),
             "serve": pool.submit(check_serve),
-            "engines": pool.submit(run_tests, 6, *(f"tests/integration/test_{name}.py" for name in ENGINE_TESTS)),
+            "engines": pool.submit(run_tests, 8, *(f"tests/integration/test_{name}.py" for name in ENGINE_TESTS)),
         }
         if not arguments.skip_32b:
             parts["qwq_32b_shape"] = pool.submit(check_32b)

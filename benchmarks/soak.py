@@ -32,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from server import DRAFT, EXACT, ON_CPU, PROMPTS, ROOT, TARGET, Server, ServerError, exit_on_signals, serve
+from server import DRAFT, EXACT, ON_CPU, OPTIONS, PROMPTS, ROOT, TARGET, Server, ServerError, exit_on_signals, serve
 
 MAX_MODEL_LEN = 1024
 BLOCK_SIZE = 32
@@ -43,6 +43,8 @@ MAX_GROWTH = 0.1
 # Programs that add the same numbers up in different orders may be this far apart in a log-probability. Half precision
 # has no tolerance that would tell anything.
 LOGPROB_TOLERANCES = {"float32": 1e-3}
+# On a GPU as it is used there: with torch.compile, CUDA graphs and asynchronous scheduling.
+DEFAULTS = OPTIONS if ON_CPU else [option for option in OPTIONS if option != "--enforce-eager"]
 
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 NAME = {"type": "string", "maxLength": 12}
@@ -104,7 +106,8 @@ def main() -> None:
 
     print(f"{len(jobs)} requests from {arguments.clients} clients, with a GLIDE draft\n")
     shape = [str(level) for level in arguments.tree_shape]
-    with serve("soak", *common, "--speculative-model", DRAFT, "--speculative-tree-shape", *shape) as server:
+    draft = ["--speculative-model", DRAFT, "--speculative-tree-shape", *shape]
+    with serve("soak", *common, *draft, defaults=DEFAULTS) as server:
         outcomes, report = run(server, jobs, arguments.clients)
         drafts, accepted = (
             server.metric(f"vllm:spec_decode_num_{name}_total") for name in ("drafts", "accepted_tokens")
@@ -113,7 +116,7 @@ def main() -> None:
 
     finished = [i for i, outcome in enumerate(outcomes) if not outcome.hung_up and not outcome.error]
     print(f"The {len(finished)} that finished, without a draft\n")
-    with serve("soak-plain", *common) as server:
+    with serve("soak-plain", *common, defaults=DEFAULTS) as server:
         plain, _ = run(server, [Job(jobs[i].body, None) for i in finished], arguments.clients)
     tolerance = LOGPROB_TOLERANCES.get(arguments.dtype, math.inf)
     mismatches = [
