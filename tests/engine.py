@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs real vLLM engines for the tests, one process each.
-
-A process can hold only one engine at a time, and what a first engine leaves behind must not explain what a second one
-does. `generate` starts this file as a program, hands it requests as JSON and reads the tokens back.
-"""
+"""Runs real vLLM engines for the tests, one process each: they get requests and give back tokens."""
 
 import functools
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from tests.process import run_alone
 
 
 @dataclass(frozen=True)
@@ -67,30 +63,12 @@ CPU_SETTINGS = {"distributed_executor_backend": "uni"}
 
 @functools.cache
 def _generate(specification: str) -> Result:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        # On a GPU Triton rounds float32 to TF32 unless it is told not to.
-        settings = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "TRITON_F32_DEFAULT": "ieee",
-        }
-        if json.loads(specification)["settings"].get("tensor_parallel_size", 1) > 1:
-            # vLLM would give each rank a NUMA node of its own, which few machines have, and this process all threads.
-            settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-        environment = os.environ | settings
-        finished = subprocess.run(
-            [sys.executable, __file__, str(output)],
-            input=specification,
-            text=True,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        if finished.returncode != 0:
-            raise AssertionError(f"the engine stopped:\n{finished.stdout[-6000:]}")
-        return Result(**json.loads(output.read_text()))
+    environment = {}
+    if json.loads(specification)["settings"].get("tensor_parallel_size", 1) > 1:
+        # vLLM would give each rank a NUMA node of its own, which few machines have, and this process all threads.
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    result, _ = run_alone(_run_engine, specification, environment=environment)
+    return Result(**result)
 
 
 def generate(model: Path, batches: Sequence[Sequence[Request] | Path], **settings: Any) -> Result:
@@ -105,11 +83,11 @@ def generate(model: Path, batches: Sequence[Sequence[Request] | Path], **setting
     return _generate(json.dumps(specification, sort_keys=True))
 
 
-def main() -> None:
-    import torch
+def _run_engine(specification_json: str) -> dict[str, Any]:
+    """Returns what `Result` has."""
     from vllm import LLM, SamplingParams
 
-    specification = json.load(sys.stdin)
+    specification = json.loads(specification_json)
     if specification["settings"].get("async_scheduling"):
         schedule_asynchronously()
     defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
@@ -136,7 +114,7 @@ def main() -> None:
         )
         columns["acceptance_lengths"].append([_acceptance_length(completion) for completion in completions])
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    Path(sys.argv[1]).write_text(json.dumps({**columns, "metrics": metrics}))
+    return {**columns, "metrics": metrics}
 
 
 def schedule_asynchronously() -> None:
@@ -175,7 +153,3 @@ def _acceptance_length(completion: Any) -> float | None:
     if metrics is None or sum(metrics.histogram) == 0:
         return None
     return 1 + sum(length * count for length, count in enumerate(metrics.histogram)) / sum(metrics.histogram)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine whose steps the test makes, started as a program of its own: requests come while others run, some of them
+"""An engine whose steps the test makes, in a process of its own: requests come while others run, some of them
 are refused or aborted, and what was said and counted comes back as JSON.
 
 A scene is a dictionary. All of its entries may be left out:
@@ -14,44 +14,24 @@ A request is {"prompt": token ids, "sampling": keyword arguments of SamplingPara
 (so many tokens) if need be.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import torch
+
+from tests.engine import CPU_SETTINGS, SETTINGS, sampling_of, schedule_asynchronously
+from tests.process import run_alone
 
 
-def play(folder: Path, scenes: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
+def play(scenes: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
     """Plays the scenes one after the other with one engine.
 
     Returns "scenes", each with "errors" (by name, of requests that were refused), "requests" (by name, of all others),
     "beams" and "backend" (of structured outputs); "counted", vLLM's metrics at the end; "log", the lines that a user
     sees.
     """
-    output = folder / "result.json"
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        # On a GPU Triton rounds float32 to TF32 unless it is told not to.
-        "TRITON_F32_DEFAULT": "ieee",
-        "PYTHONPATH": str(ROOT),
-    }
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.stepping_engine", str(output)],
-        input=json.dumps({"settings": settings, "scenes": scenes}),
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-6000:]
-    return json.loads(output.read_text()) | {"log": finished.stdout.splitlines()}
+    result, printed = run_alone(_play, scenes, settings)
+    return result | {"log": printed.splitlines()}
 
 
 class Play:
@@ -82,8 +62,6 @@ class Play:
     def _add(self, name: str, request: dict[str, Any]) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
-
-        from tests.engine import sampling_of
 
         sampling = sampling_of(request["sampling"])
         if "output_kind" in sampling:
@@ -181,19 +159,15 @@ def _search(llm: Any, prompt: list[int], search: dict[str, Any]) -> list[dict[st
     return [{"tokens": beam.tokens, "logprob": beam.cum_logprob} for beam in found.sequences]
 
 
-def main() -> None:
-    import torch
+def _play(scenes: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
-    from tests.engine import CPU_SETTINGS, SETTINGS, schedule_asynchronously
-
-    specification = json.load(sys.stdin)
-    if specification["settings"].get("async_scheduling"):
+    if settings.get("async_scheduling"):
         schedule_asynchronously()
     defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
-    llm = LLM(**(defaults | specification["settings"]))
+    llm = LLM(**(defaults | settings))
     played = []
-    for scene in specification["scenes"]:
+    for scene in scenes:
         _set(llm, scene)
         play = Play(llm, scene)
         play.run()
@@ -205,8 +179,4 @@ def main() -> None:
         metric.name: getattr(metric, "value", None) if hasattr(metric, "value") else getattr(metric, "values", None)
         for metric in llm.llm_engine.get_metrics()
     }
-    Path(sys.argv[1]).write_text(json.dumps({"scenes": played, "counted": counted}))
-
-
-if __name__ == "__main__":
-    main()
+    return {"scenes": played, "counted": counted}

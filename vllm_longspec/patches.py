@@ -22,9 +22,17 @@ from vllm_longspec.config.draft import (
     given_config,
     glide_hf_overrides,
 )
-from vllm_longspec.config.options import DEFAULT_LEVELS, is_glide, speculates_with_glide, tree_shape_of
+from vllm_longspec.config.options import (
+    DEFAULT_LEVELS,
+    adapts_nodes,
+    is_glide,
+    speculates_with_glide,
+    tree_shape_of,
+)
 from vllm_longspec.config.sampling import needs_chain
+from vllm_longspec.config.schedule import step_cost
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.node_budget import NodeBudget
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +66,7 @@ def apply() -> None:
     _replace(EngineArgs, "create_engine_config", _create_engine_config)
     _replace(SpeculativeConfig, "compose_draft_hf_overrides", _compose_draft_hf_overrides)
     _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+    _replace(Scheduler, "__init__", _init_scheduler)
     _replace(Scheduler, "make_spec_decoding_stats", _make_spec_decoding_stats)
     _replace(Scheduler, "add_request", _add_request)
     _replace(SpecDecodingProm, "__init__", _init_prometheus_counters)
@@ -214,6 +223,17 @@ def _init_speculator(
     return GlideSpeculator(vllm_config, device, req_states)
 
 
+# The scheduler looks the number of draft tokens up by the batch's size and asks nobody.
+
+
+def _init_scheduler(original: Callable[..., None], self: Scheduler, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    if adapts_nodes(self.vllm_config):
+        assert self.dynamic_sd_lookup is not None
+        # It is read by the batch's size and nothing else.
+        self.dynamic_sd_lookup = NodeBudget(self.dynamic_sd_lookup, step_cost)  # type: ignore[assignment]
+
+
 # Metrics count a draft's tokens by their place in the list, and take its length for the most that a step accepts.
 
 
@@ -229,6 +249,8 @@ def _make_spec_decoding_stats(
     if (shape := tree_shape_of(self.vllm_config)) is not None:
         from vllm_longspec.metrics import TreeDecodingStats
 
+        if isinstance(self.dynamic_sd_lookup, NodeBudget):
+            self.dynamic_sd_lookup.observe(num_draft_tokens, num_accepted_tokens)
         spec_decoding_stats = spec_decoding_stats or TreeDecodingStats.of(shape)
         params = self.requests[request_id].sampling_params
         if params is not None and needs_chain(params):

@@ -26,7 +26,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec.attention.quantised_cache import cache_scales, quantise_query
 from vllm_longspec.attention.registry import replace_cpu_backend
-from vllm_longspec.config.options import frequent_tokens_of, tree_shape_of
+from vllm_longspec.config.options import adapts_nodes, frequent_tokens_of, tree_shape_of
 from vllm_longspec.config.sampling import CHAIN_PARAMETERS
 from vllm_longspec.config.schedule import nodes_by_batch_size
 from vllm_longspec.frequent_tokens import read_frequent_tokens
@@ -86,9 +86,10 @@ class GlideSpeculator(DraftModelSpeculator):
 
         self.window = DraftWindow(self.max_num_reqs, model, self.dtype, self.device)
         logger.info_once(
-            "GLIDE draft: tree shape %s, %d of %d nodes verified, %d of %d tokens drafted, "
+            "GLIDE draft: tree shape %s, %s%d of %d nodes verified, %d of %d tokens drafted, "
             "draft state %d bytes per request (%s GiB in all), a chain for requests with %s",
             str(list(self.shape.levels)),
+            "up to " if adapts_nodes(self.vllm_config) else "",
             self.num_speculative_steps,
             self.shape.num_nodes,
             model.draft_vocab_size,
@@ -117,7 +118,7 @@ class GlideSpeculator(DraftModelSpeculator):
             self.vllm_config,
             self.device,
             CUDAGraphMode.FULL_DECODE_ONLY if use_graphs else CUDAGraphMode.NONE,
-            nodes_by_batch_size(self.speculative_config, self.max_num_reqs),
+            nodes_by_batch_size(self.speculative_config, self.max_num_reqs, adapts_nodes(self.vllm_config)),
         )
 
     def capture(self) -> None:

@@ -188,14 +188,14 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def plain(pair, tmp_path_factory) -> dict[str, Any]:
-    return play(tmp_path_factory.mktemp("plain"), list(SCENES.values()), model=str(pair[0]), **SETTINGS)
+def plain(pair) -> dict[str, Any]:
+    return play(list(SCENES.values()), model=str(pair[0]), **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def drafted(pair, tmp_path_factory) -> dict[str, Any]:
+def drafted(pair) -> dict[str, Any]:
     options = speculative(pair[1], [2, 4]) | {"async_scheduling": True, "per_request_spec_decode_metrics": "summary"}
-    return play(tmp_path_factory.mktemp("drafted"), list(SCENES.values()), model=str(pair[0]), **SETTINGS, **options)
+    return play(list(SCENES.values()), model=str(pair[0]), **SETTINGS, **options)
 
 
 def scene(result: dict[str, Any], name: str) -> dict[str, Any]:

@@ -161,6 +161,24 @@ def test_nodes_by_batch_size(pairs):
     assert result.acceptance_length > 1.8
 
 
+def test_nodes_follow_what_is_accepted(pairs, tmp_path):
+    """A draft that nobody follows is given up, and the same option leaves a good one alone."""
+    target, draft = pairs["qwen2"]
+    useless = write_draft(tmp_path / "draft", target)
+    requests = [[request(prompt, **GREEDY, max_tokens=64, ignore_eos=True) for prompt in source_code((33,))]]
+    plain = generate(target, requests)
+    names = ("drafts", "accepted_tokens")
+    result = generate(target, requests, **speculative(useless, [2, 4, 4], adapt_nodes=True))
+    assert_lossless(plain, result)
+    drafts, accepted = (result.metrics[f"vllm:spec_decode_num_{name}"] for name in names)
+    assert accepted < drafts < 32
+    result = generate(target, requests, **speculative(draft, [2, 4, 4], adapt_nodes=True))
+    assert_lossless(plain, result)
+    drafts, accepted = (result.metrics[f"vllm:spec_decode_num_{name}"] for name in names)
+    # All but the first token and what a request's last steps may cut.
+    assert drafts + accepted >= 60
+
+
 def test_preemption(pairs):
     """A cache too small for the batch: requests lose their place, their cache and the draft's window, and come back."""
     target, draft = pairs["qwen2"]

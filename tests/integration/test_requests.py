@@ -3,7 +3,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 SHAPE = [2, 4, 4, 4]
 
 
-def run(folder: Path, **settings: object) -> dict:
+def run(**settings: object) -> dict:
     """Serves the requests below, each while others run."""
     prompts = source_code((100, 140, 60, 159, 80))
     sampled = {"max_tokens": 32, "ignore_eos": True}
@@ -61,20 +60,20 @@ def run(folder: Path, **settings: object) -> dict:
         "max_model_len": MAX_MODEL_LEN,
         **settings,
     }
-    played = play(folder, [{"running": running, "arriving": arriving}], **settings)
+    played = play([{"running": running, "arriving": arriving}], **settings)
     (scene,) = played.pop("scenes")
     return scene | played
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> dict:
-    return run(tmp_path_factory.mktemp("plain"))
+def plain() -> dict:
+    return run()
 
 
 @pytest.fixture(scope="module")
-def drafted(tmp_path_factory) -> dict:
+def drafted() -> dict:
     options = speculative(PAIR / "draft", SHAPE)
-    return run(tmp_path_factory.mktemp("drafted"), per_request_spec_decode_metrics="detailed", **options)
+    return run(per_request_spec_decode_metrics="detailed", **options)
 
 
 def test_refusals_are_vllms_own(plain, drafted):

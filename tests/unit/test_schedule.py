@@ -14,6 +14,13 @@ def config(num_nodes, schedule):
     return SimpleNamespace(num_speculative_tokens=num_nodes, num_speculative_tokens_per_batch_size=schedule)
 
 
+def limits(speculative_config, max_batch_size):
+    """The one number of every batch size from 1 on."""
+    choices = nodes_by_batch_size(speculative_config, max_batch_size, adapt=False)[1:]
+    assert all(len(numbers) == 1 for numbers in choices)
+    return [number for (number,) in choices]
+
+
 @pytest.mark.parametrize("num_nodes", [1, 4, 10, 68, 255])
 @pytest.mark.parametrize("queries_per_kv_head", [1, 4, 5, 7, 8, 128, 256])
 def test_the_default_keeps_to_both_bounds_and_ends_in_plain_decoding(num_nodes, queries_per_kv_head):
@@ -21,16 +28,16 @@ def test_the_default_keeps_to_both_bounds_and_ends_in_plain_decoding(num_nodes, 
     assert validate_and_normalize_dynamic_sd_schedule(schedule) == schedule
     # A range begins right after the one before it.
     assert [first for first, _, _ in schedule] == [1] + [1 + last for _, last, _ in schedule[:-1]]
-    nodes = nodes_by_batch_size(config(num_nodes, schedule), 1024)
-    assert all(later <= earlier for earlier, later in pairwise(nodes[1:]))
+    nodes = limits(config(num_nodes, schedule), 1024)
+    assert all(later <= earlier for earlier, later in pairwise(nodes))
     assert nodes[-1] == 0
     for batch_size in range(1, 1025):
-        kept = nodes[batch_size]
+        kept = nodes[batch_size - 1]
         assert kept <= num_nodes
         assert kept == 0 or batch_size * (1 + kept) <= BATCH_ROWS
         assert kept <= 1 or (1 + kept) * queries_per_kv_head <= PREFIX_TILE
         # Twice the batch could not have as many again.
-        assert kept == min(nodes[1], num_nodes) or 2 * batch_size * (2 + kept) > BATCH_ROWS
+        assert kept == min(nodes[0], num_nodes) or 2 * batch_size * (2 + kept) > BATCH_ROWS
 
 
 def test_a_tree_of_a_single_request_fills_a_tile():
@@ -41,5 +48,11 @@ def test_a_tree_of_a_single_request_fills_a_tile():
 
 
 def test_without_a_schedule_every_batch_verifies_all_nodes():
-    assert nodes_by_batch_size(config(68, None), 4)[1:] == [68] * 4
-    assert nodes_by_batch_size(config(24, [(1, 1, 68), (2, 2, 8)]), 4)[1:] == [24, 8, 8, 8]
+    assert limits(config(68, None), 4) == [68] * 4
+    assert limits(config(24, [(1, 1, 68), (2, 2, 8)]), 4) == [24, 8, 8, 8]
+
+
+def test_a_number_that_adapts_is_one_of_the_schedules_and_not_above_the_batchs_own():
+    schedule = [(1, 2, 24), (3, 4, 8), (5, 5, 0)]
+    choices = nodes_by_batch_size(config(24, schedule), 6, adapt=True)[1:]
+    assert choices == [[24, 8, 0], [24, 8, 0], [8, 0], [8, 0], [0], [0]]

@@ -16,6 +16,7 @@ from vllm_longspec.config import support
 from vllm_longspec.config.checkpoint import DraftCheckpoint, find_file, inspect_draft
 from vllm_longspec.config.fit import check_fit
 from vllm_longspec.config.options import (
+    ADAPT_NODES_ATTRIBUTE,
     FREQUENT_TOKENS_ATTRIBUTE,
     OPTION_NAMES,
     SHAPE_ATTRIBUTE,
@@ -53,6 +54,7 @@ class GlideDraft:
     tree_shape: TreeShape
     # None: all tokens are drafted
     frequent_tokens: str | None
+    adapt_nodes: bool
     # of vLLM's SpeculativeConfig
     options: dict[str, Any]
 
@@ -143,8 +145,14 @@ def find_glide_draft(
         vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
     tree_shape = parse_tree_shape(tree_options, vocab_size)
     num_nodes = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
-    # Triton's interpreter is for trying and testing; there is no load that the number of nodes would have to follow.
-    if options.get("num_speculative_tokens_per_batch_size") is None and current_platform.is_cuda():
+    has_schedule = options.get("num_speculative_tokens_per_batch_size") is not None
+    adapt_nodes = tree_options.get("adapt_nodes")
+    if adapt_nodes not in (None, True, False):
+        raise ValueError(f"adapt_nodes must be true or false, got {adapt_nodes!r}")
+    if adapt_nodes is None:
+        # Triton's interpreter is for trying and testing; there is no load that the number of nodes would have to follow.
+        adapt_nodes = current_platform.is_cuda() and not has_schedule
+    if not has_schedule and (adapt_nodes or current_platform.is_cuda()):
         queries_per_kv_head = target.get_num_attention_heads(parallel_config) // target.get_num_kv_heads(
             parallel_config
         )
@@ -154,7 +162,7 @@ def find_glide_draft(
     options["num_speculative_tokens"] = num_nodes
     options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
-    return GlideDraft(checkpoint, tree_shape, frequent_tokens, options)
+    return GlideDraft(checkpoint, tree_shape, frequent_tokens, adapt_nodes, options)
 
 
 def _find_frequent_tokens(option: Any, checkpoint: DraftCheckpoint, revision: str | None) -> str | None:
@@ -199,7 +207,12 @@ def glide_hf_overrides(
     if draft is None:
         return overrides
     return functools.partial(
-        _describe, draft.checkpoint.architecture, draft.tree_shape.levels, draft.frequent_tokens, overrides
+        _describe,
+        draft.checkpoint.architecture,
+        draft.tree_shape.levels,
+        draft.frequent_tokens,
+        draft.adapt_nodes,
+        overrides,
     )
 
 
@@ -207,12 +220,14 @@ def _describe(
     architecture: str,
     levels: tuple[int, ...],
     frequent_tokens: str | None,
+    adapt_nodes: bool,
     overrides: "Callable[[PretrainedConfig], PretrainedConfig]",
     hf_config: "PretrainedConfig",
 ) -> "PretrainedConfig":
     hf_config.architectures = [architecture]
     setattr(hf_config, SHAPE_ATTRIBUTE, list(levels))
     setattr(hf_config, FREQUENT_TOKENS_ATTRIBUTE, frequent_tokens)
+    setattr(hf_config, ADAPT_NODES_ATTRIBUTE, adapt_nodes)
     # A draft's config.json may be a quantised target's; its weights never are.
     vars(hf_config).pop("quantization_config", None)
     return overrides(hf_config)

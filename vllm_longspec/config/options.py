@@ -4,6 +4,7 @@
 - `tree_shape`, such as [4, 16, 16, 16, 16]: nodes at each level of the tree;
 - `gamma`, such as 5: the sequential method, which is the tree shape [1] * gamma;
 - `frequent_tokens`, a file: the tokens that are drafted, if not all (`vllm_longspec/frequent_tokens.py`);
+- `adapt_nodes`: whether the number of nodes follows what is accepted (`vllm_longspec/node_budget.py`);
 - `num_speculative_tokens`, which is vLLM's own: verify at most so many of the tree's nodes.
 """
 
@@ -18,11 +19,12 @@ DEFAULT_LEVELS = (4, 16, 16, 16, 16)
 # An ancestor mask has one bit a row, the root's included: 256 rows are 8 words of int32.
 MAX_NODES = 255
 
-OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens")
+OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens", "adapt_nodes")
 
-# Workers find the shape and the file on the draft's Hugging Face config: it travels with vLLM's configuration as it is.
+# Every process finds these on the draft's Hugging Face config: it travels with vLLM's configuration as it is.
 SHAPE_ATTRIBUTE = "longspec_tree_shape"
 FREQUENT_TOKENS_ATTRIBUTE = "longspec_frequent_tokens"
+ADAPT_NODES_ATTRIBUTE = "longspec_adapt_nodes"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,14 @@ def frequent_tokens_of(vllm_config: "VllmConfig") -> str | None:
     """The file of the tokens that the GLIDE draft of this engine draws; None when it draws any."""
     assert vllm_config.speculative_config is not None
     return getattr(vllm_config.speculative_config.draft_model_config.hf_config, FREQUENT_TOKENS_ATTRIBUTE)
+
+
+def adapts_nodes(vllm_config: "VllmConfig") -> bool:
+    """Whether this engine speculates with a GLIDE draft whose number of nodes follows what is accepted."""
+    config = vllm_config.speculative_config
+    if config is None or config.draft_model_config is None:
+        return False
+    return getattr(config.draft_model_config.hf_config, ADAPT_NODES_ATTRIBUTE, False)
 
 
 def is_glide(vllm_config: "VllmConfig") -> bool:

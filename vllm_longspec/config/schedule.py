@@ -8,7 +8,7 @@ long as reading. Two bounds follow, and the default keeps to both:
   group, and every further tile reads the whole prefix again;
 - of a batch: `BATCH_ROWS` rows in all, measured on an H200 (benchmarks/README.md).
 
-Where both leave nothing, K is 0, which is plain decoding.
+Where both leave nothing, K is 0, which is plain decoding. `step_cost` says what a step takes within these bounds.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 PREFIX_TILE = 128
 BATCH_ROWS = 128
+# A step with drafts, in steps without: what it takes for growing trees, for each row, and for each row beyond
+# `BATCH_ROWS`.
+DRAFT_COST = 0.08
+ROW_COST = 0.0012
+FURTHER_ROW_COST = 0.003
 
 
 def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int, int, int]]:
@@ -42,13 +47,31 @@ def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int
     return schedule
 
 
-def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int) -> list[int]:
-    """Nodes to verify in a batch of so many requests; entry 0 is not used."""
+def step_cost(batch_size: int, num_nodes: int) -> float:
+    """How many steps without drafts a step takes in which each of `batch_size` requests has `num_nodes` nodes.
+
+    From what an H200 takes for QwQ-32B-Preview's shape, at 1k to 31k of context (benchmarks/results/nodes.json).
+    """
+    if num_nodes == 0:
+        return 1.0
+    num_rows = batch_size * (1 + num_nodes)
+    further = max(0, num_rows - BATCH_ROWS)
+    return 1 + DRAFT_COST + ROW_COST * (num_rows - further) + FURTHER_ROW_COST * further
+
+
+def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt: bool) -> list[list[int]]:
+    """Numbers of nodes that a batch of so many requests may verify, the largest first; entry 0 is not used.
+
+    Args:
+        adapt: every number of the schedule that is not above the batch's own, not that one alone.
+    """
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
     assert config.num_speculative_tokens is not None
     if config.num_speculative_tokens_per_batch_size is None:
-        return [config.num_speculative_tokens] * (max_batch_size + 1)
-    return build_dynamic_sd_schedule_lookup(
+        return [[config.num_speculative_tokens]] * (max_batch_size + 1)
+    limits = build_dynamic_sd_schedule_lookup(
         config.num_speculative_tokens_per_batch_size, max_batch_size, config.num_speculative_tokens
     )
+    numbers = sorted(set(limits[1:]), reverse=True)
+    return [[number for number in numbers if number == limit or (adapt and number < limit)] for limit in limits]

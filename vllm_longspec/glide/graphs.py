@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import S
 class DraftGraphs(CudaGraphManager):
     """
     Args:
-        nodes_by_batch_size: nodes that are kept for a batch of so many requests; entry 0 is not used.
+        nodes_by_batch_size: numbers of nodes that may be kept for a batch of so many requests; entry 0 is not used.
     """
 
     def __init__(
@@ -26,16 +26,16 @@ class DraftGraphs(CudaGraphManager):
         vllm_config: VllmConfig,
         device: torch.device,
         cudagraph_mode: CUDAGraphMode,
-        nodes_by_batch_size: Sequence[int],
+        nodes_by_batch_size: Sequence[Sequence[int]],
     ):
         # A request is one "token" of the draft's batch.
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len=1)
         graphs: dict[SpeculatorBatchDescriptor, None] = {}
         for batch_size in range(self.max_num_reqs, 0, -1):
-            num_nodes = nodes_by_batch_size[batch_size]
             for desc in self._candidates.get((batch_size, 0), [])[:1]:
-                if num_nodes > 0:
-                    graphs[SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=num_nodes)] = None
+                for num_nodes in nodes_by_batch_size[batch_size]:
+                    if num_nodes > 0:
+                        graphs[SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=num_nodes)] = None
         # The largest come first, so that smaller ones fit into their memory.
         self._capture_descs = {CUDAGraphMode.FULL: list(graphs)} if graphs else {}
 

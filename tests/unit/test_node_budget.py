@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The number of nodes that a step verifies, against drafts of every quality."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from vllm_longspec.config.schedule import PREFIX_TILE, default_schedule, step_cost
+from vllm_longspec.node_budget import HALF_LIFE, NodeBudget, typical_acceptance
+
+QUERIES_PER_KV_HEAD = 5
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "nodes.json"
+
+
+def limits() -> list[int]:
+    numbers = [0]
+    for first, last, num_nodes in default_schedule(68, QUERIES_PER_KV_HEAD):
+        numbers += [num_nodes] * (last - first + 1)
+    return numbers
+
+
+class Draft:
+    """Accepts `quality` times what is typical, in whole tokens."""
+
+    def __init__(self, quality: float):
+        self.quality = quality
+        self.source = random.Random(0)
+
+    def tokens(self, num_nodes: int) -> float:
+        return self.quality * typical_acceptance(num_nodes)
+
+    def accept(self, num_nodes: int) -> int:
+        whole, part = divmod(self.tokens(num_nodes), 1)
+        return int(whole) + (self.source.random() < part)
+
+
+def play(budget: NodeBudget, draft: Draft, batch_size: int, num_steps: int) -> list[int]:
+    numbers = []
+    for _ in range(num_steps):
+        numbers.append(budget[batch_size])
+        # vLLM has no statistics of a step without drafts.
+        for _ in range(batch_size if numbers[-1] else 0):
+            budget.observe(numbers[-1], draft.accept(numbers[-1]))
+    return numbers
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 16, 40, 64])
+@pytest.mark.parametrize("quality", [0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 1.3])
+def test_it_is_nearly_as_good_as_the_best_number_would_be(batch_size, quality):
+    draft = Draft(quality)
+    numbers = play(NodeBudget(limits(), step_cost), draft, batch_size, 4000)
+
+    def worth(num_nodes: int) -> float:
+        return (1 + draft.tokens(num_nodes) if num_nodes else 1) / step_cost(batch_size, num_nodes)
+
+    cost = sum(step_cost(batch_size, number) for number in numbers)
+    tokens = sum(1 + draft.tokens(number) if number else 1 for number in numbers)
+    choices = {number for number in limits() if number <= limits()[batch_size]}
+    assert set(numbers) <= choices
+    assert tokens / cost >= 0.97 * max(map(worth, choices))
+
+
+def test_a_draft_that_nobody_follows_costs_next_to_nothing():
+    numbers = play(NodeBudget(limits(), step_cost), Draft(0.0), 1, 2000)
+    assert sum(step_cost(1, number) for number in numbers) < 1.02 * len(numbers)
+    # It is given up soon and tried again.
+    assert not any(numbers[20:40])
+    assert any(numbers[-4 * HALF_LIFE :])
+
+
+def test_a_draft_that_becomes_good_is_verified_again():
+    budget = NodeBudget(limits(), step_cost)
+    play(budget, Draft(0.0), 1, 1000)
+    numbers = play(budget, Draft(1.0), 1, 2 * HALF_LIFE)
+    assert all(number >= 7 for number in numbers[-HALF_LIFE:])
+
+
+def test_nodes_that_add_nothing_are_not_verified():
+    """As vLLM's synthetic acceptance has it: so many tokens a step, of however few nodes."""
+    budget = NodeBudget(limits(), step_cost)
+    for _ in range(2000):
+        number = budget[4]
+        for _ in range(4 if number else 0):
+            budget.observe(number, min(3, number))
+    assert budget[4] <= 7
+
+
+def test_an_unknown_draft_gets_a_whole_tile_alone():
+    assert [NodeBudget(limits(), step_cost)[batch_size] for batch_size in (1, 64, 65)] == [24, 1, 0]
+
+
+def test_the_same_steps_get_the_same_numbers():
+    first, second = (play(NodeBudget(limits(), step_cost), Draft(0.4), 2, 500) for _ in range(2))
+    assert first == second
+
+
+def test_costs_are_those_that_were_measured():
+    cells = json.loads(MEASURED.read_text())["cells"]
+    plain = {(cell["context"], cell["batch"]): cell["ms_per_step"] for cell in cells if cell["nodes"] == 0}
+    compared = 0
+    for cell in cells:
+        place, num_nodes = (cell["context"], cell["batch"]), cell["nodes"]
+        if place in plain and num_nodes and (1 + num_nodes) * QUERIES_PER_KV_HEAD <= PREFIX_TILE:
+            measured = cell["ms_per_step"] / plain[place]
+            assert step_cost(cell["batch"], num_nodes) == pytest.approx(measured, rel=0.12)
+            compared += 1
+    assert compared >= 10
+    # Without drafts there is nothing to pay for.
+    assert step_cost(64, 0) == 1

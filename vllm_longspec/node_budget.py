@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many nodes the next step verifies: the number that is worth most, by what has been accepted lately.
+
+A step with K nodes emits 1 + accepted(K) tokens and takes as long as cost(batch size, K) steps without drafts
+(`vllm_longspec/config/schedule.py`). `NodeBudget` chooses the K of the schedule with the best ratio, and none above the
+schedule's own for the batch. K = 0 is plain decoding: a draft that the target does not follow is not verified at all,
+and tried again once in a while.
+
+What K nodes have accepted lately is counted, and counts less with every step. It is joined with a guess, which is all
+there is of a K that has not been used: K nodes accept as much as `typical_acceptance` says, times how much better or
+worse than that the draft has been at all K. So evidence fades into hope, and nothing is given up for good. Every
+`TRIAL`-th step tries a number next to the best one, since on some texts few nodes accept as much as many.
+
+The scheduler decides, from what it has counted and not from clocks: the same requests get the same numbers.
+"""
+
+from collections.abc import Callable, Sequence
+
+# Steps after which what was seen counts half.
+HALF_LIFE = 256
+# Requests' steps that the guess counts as: on how good the draft is, and on a single K against what was seen of others.
+WEIGHT_OF_DRAFT = 2.0
+WEIGHT_OF_NUMBER = 8.0
+# Steps between trials.
+TRIAL = 32
+
+
+def typical_acceptance(num_nodes: int) -> float:
+    """Tokens that the best `num_nodes` nodes of a tree accept in a step, of the pairs of benchmarks/README.md."""
+    return 2.9 * (1 - (1 + num_nodes) ** -0.5)
+
+
+class NodeBudget:
+    """Stands in the place of the scheduler's table: `budget[batch size]` is the K of the next step.
+
+    Args:
+        limits: the most nodes for a batch of so many requests; entry 0 is not used. Only numbers in it are chosen.
+        cost: of a step in steps without drafts, by requests and nodes of each.
+    """
+
+    def __init__(self, limits: Sequence[int], cost: Callable[[int, int], float]):
+        self.limits = limits
+        self.cost = cost
+        # By K: requests' steps, and the tokens that they accepted.
+        self.steps = {num_nodes: 0.0 for num_nodes in sorted(set(limits[1:])) if num_nodes > 0}
+        self.accepted = dict.fromkeys(self.steps, 0.0)
+        self.num_lookups = 0
+
+    def __getitem__(self, batch_size: int) -> int:
+        fading = 0.5 ** (1 / HALF_LIFE)
+        for num_nodes in self.steps:
+            self.steps[num_nodes] *= fading
+            self.accepted[num_nodes] *= fading
+        choices = [0, *(num_nodes for num_nodes in self.steps if num_nodes <= self.limits[batch_size])]
+        best = max(range(len(choices)), key=lambda index: self._worth(batch_size, choices[index]))
+        self.num_lookups += 1
+        if self.num_lookups % TRIAL == 0:
+            # The next lower and the next higher one by turns. Without nodes there is nothing to see.
+            tried = best + (1 if self.num_lookups % (2 * TRIAL) == 0 else -1)
+            if 0 < tried < len(choices):
+                return choices[tried]
+        return choices[best]
+
+    def observe(self, num_nodes: int, num_accepted: int) -> None:
+        """A request's step had `num_nodes` nodes, of which `num_accepted` were accepted."""
+        if num_nodes in self.steps:
+            self.steps[num_nodes] += 1
+            self.accepted[num_nodes] += num_accepted
+
+    def acceptance(self, num_nodes: int) -> float:
+        """Tokens that a request's step with `num_nodes` nodes is expected to accept."""
+        if num_nodes == 0:
+            return 0.0
+        typical = sum(steps * typical_acceptance(number) for number, steps in self.steps.items())
+        quality = (WEIGHT_OF_DRAFT + sum(self.accepted.values())) / (WEIGHT_OF_DRAFT + typical)
+        guess = WEIGHT_OF_NUMBER * quality * typical_acceptance(num_nodes)
+        return (guess + self.accepted[num_nodes]) / (WEIGHT_OF_NUMBER + self.steps[num_nodes])
+
+    def _worth(self, batch_size: int, num_nodes: int) -> float:
+        """Tokens of a request in the time of a step without drafts."""
+        return (1 + self.acceptance(num_nodes)) / self.cost(batch_size, num_nodes)
