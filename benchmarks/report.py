@@ -107,6 +107,11 @@ def speedup_table(comparison: Comparison) -> str:
     rows = [["context", "batch", "plain, ms a token", *others]]
     notes: dict[str, None] = {}
     for place in comparison.places:
+        found = [cells[place] for cells in comparison.cells.values() if place in cells]
+        if not any(map(is_measured, found)):
+            reason = found[0]["skipped"]
+            notes[f"Skipped by every system: context {place[0]:,}, batch {place[1]} ({reason})."] = None
+            continue
         plain = comparison.cells.get("plain", {}).get(place)
         row = [f"{place[0]:,}", str(place[1]), f"{plain['ms_per_token']:.2f}" if plain and is_measured(plain) else ""]
         for system in others:

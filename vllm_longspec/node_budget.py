@@ -2,7 +2,7 @@
 """How many nodes the next step verifies: the number that is worth most, by what has been accepted lately.
 
 A step with K nodes emits 1 + accepted(K) tokens and takes as long as cost(batch size, K) steps without drafts
-(`vllm_longspec/config/schedule.py`). `NodeBudget` chooses the K of the schedule with the best ratio, and none above the
+(`vllm_longspec/config/cost.py`). `NodeBudget` chooses the K of the schedule with the best ratio, and none above the
 schedule's own for the batch. K = 0 is plain decoding: a draft that the target does not follow is not verified at all,
 and tried again once in a while.
 

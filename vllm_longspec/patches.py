@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_longspec.compatibility import unsupported_version
 from vllm_longspec.config import support
 from vllm_longspec.config.checkpoint import inspect_draft
+from vllm_longspec.config.cost import StepCost
 from vllm_longspec.config.draft import (
     building,
     choose_attention_backend,
@@ -30,7 +31,6 @@ from vllm_longspec.config.options import (
     tree_shape_of,
 )
 from vllm_longspec.config.sampling import needs_chain
-from vllm_longspec.config.schedule import step_cost
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.node_budget import NodeBudget
 
@@ -231,7 +231,7 @@ def _init_scheduler(original: Callable[..., None], self: Scheduler, *args: Any, 
     if adapts_nodes(self.vllm_config):
         assert self.dynamic_sd_lookup is not None
         # It is read by the batch's size and nothing else.
-        self.dynamic_sd_lookup = NodeBudget(self.dynamic_sd_lookup, step_cost)  # type: ignore[assignment]
+        self.dynamic_sd_lookup = NodeBudget(self.dynamic_sd_lookup, StepCost.of(self.vllm_config))  # type: ignore[assignment]
 
 
 # Metrics count a draft's tokens by their place in the list, and take its length for the most that a step accepts.

@@ -9,6 +9,7 @@ import torch
 
 from tests.engine import generate, request
 from tests.integration.test_lossless import DEFAULT_SHAPE, LENGTHS, PAIR, assert_lossless, source_code, speculative
+from tests.models import write_draft
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there are no CUDA graphs without a GPU")
 
@@ -33,6 +34,18 @@ def test_graph_mode(mode):
     result = generate(PAIR / "target", REQUESTS, **settings_of(mode), **speculative(PAIR / "draft", DEFAULT_SHAPE))
     assert_lossless(plain, result)
     assert result.acceptance_length > 2
+
+
+def test_nodes_follow_what_is_accepted(tmp_path):
+    """A draft that nobody follows: from one step to the next batches of the same size have other numbers of nodes."""
+    mode = settings_of("FULL_AND_PIECEWISE")
+    plain = generate(PAIR / "target", REQUESTS, **mode)
+    draft = write_draft(tmp_path / "draft", PAIR / "target")
+    result = generate(PAIR / "target", REQUESTS, **mode, **speculative(draft, DEFAULT_SHAPE, adapt_nodes=True))
+    assert_lossless(plain, result)
+    # Fewer than half of the tokens came from steps with drafts.
+    drafts, accepted = (result.metrics[f"vllm:spec_decode_num_{name}"] for name in ("drafts", "accepted_tokens"))
+    assert drafts + accepted < sum(len(tokens) for batch in plain.tokens for tokens in batch) / 2
 
 
 def test_nothing_waits_for_the_gpu(monkeypatch):

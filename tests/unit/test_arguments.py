@@ -216,6 +216,7 @@ def test_configuration_survives_a_spawned_process(target, draft):
         ({"tree_shape": [65]}, "65 nodes at level 1"),
         ({"tree_shape": [1, 1], "gamma": 2}, "mutually exclusive"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a positive integer"),
+        ({"adapt_nodes": "yes"}, "adapt_nodes must be true or false"),
         ({"method": "eagle3"}, "speculative method 'eagle3'"),
         ({"draft_sample_method": "probabilistic"}, "draft_sample_method='probabilistic'"),
     ],

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The number of nodes that a step verifies, against drafts of every quality."""
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 
-from vllm_longspec.config.schedule import PREFIX_TILE, default_schedule, step_cost
+from vllm_longspec.config.cost import StepCost
+from vllm_longspec.config.schedule import default_schedule
 from vllm_longspec.node_budget import HALF_LIFE, NodeBudget, typical_acceptance
 
 QUERIES_PER_KV_HEAD = 5
-MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "nodes.json"
+# Of a draft whose layers are one in 50 of the target's.
+COST = StepCost(level=0.02, max_depth=5)
 
 
 def limits() -> list[int]:
@@ -50,12 +50,12 @@ def play(budget: NodeBudget, draft: Draft, batch_size: int, num_steps: int) -> l
 @pytest.mark.parametrize("quality", [0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 1.3])
 def test_it_is_nearly_as_good_as_the_best_number_would_be(batch_size, quality):
     draft = Draft(quality)
-    numbers = play(NodeBudget(limits(), step_cost), draft, batch_size, 4000)
+    numbers = play(NodeBudget(limits(), COST), draft, batch_size, 4000)
 
     def worth(num_nodes: int) -> float:
-        return (1 + draft.tokens(num_nodes) if num_nodes else 1) / step_cost(batch_size, num_nodes)
+        return (1 + draft.tokens(num_nodes) if num_nodes else 1) / COST(batch_size, num_nodes)
 
-    cost = sum(step_cost(batch_size, number) for number in numbers)
+    cost = sum(COST(batch_size, number) for number in numbers)
     tokens = sum(1 + draft.tokens(number) if number else 1 for number in numbers)
     choices = {number for number in limits() if number <= limits()[batch_size]}
     assert set(numbers) <= choices
@@ -63,15 +63,15 @@ def test_it_is_nearly_as_good_as_the_best_number_would_be(batch_size, quality):
 
 
 def test_a_draft_that_nobody_follows_costs_next_to_nothing():
-    numbers = play(NodeBudget(limits(), step_cost), Draft(0.0), 1, 2000)
-    assert sum(step_cost(1, number) for number in numbers) < 1.02 * len(numbers)
+    numbers = play(NodeBudget(limits(), COST), Draft(0.0), 1, 2000)
+    assert sum(COST(1, number) for number in numbers) < 1.02 * len(numbers)
     # It is given up soon and tried again.
-    assert not any(numbers[20:40])
+    assert 0 < sum(number > 0 for number in numbers[50:250]) < 20
     assert any(numbers[-4 * HALF_LIFE :])
 
 
 def test_a_draft_that_becomes_good_is_verified_again():
-    budget = NodeBudget(limits(), step_cost)
+    budget = NodeBudget(limits(), COST)
     play(budget, Draft(0.0), 1, 1000)
     numbers = play(budget, Draft(1.0), 1, 2 * HALF_LIFE)
     assert all(number >= 7 for number in numbers[-HALF_LIFE:])
@@ -79,7 +79,7 @@ def test_a_draft_that_becomes_good_is_verified_again():
 
 def test_nodes_that_add_nothing_are_not_verified():
     """As vLLM's synthetic acceptance has it: so many tokens a step, of however few nodes."""
-    budget = NodeBudget(limits(), step_cost)
+    budget = NodeBudget(limits(), COST)
     for _ in range(2000):
         number = budget[4]
         for _ in range(4 if number else 0):
@@ -88,24 +88,9 @@ def test_nodes_that_add_nothing_are_not_verified():
 
 
 def test_an_unknown_draft_gets_a_whole_tile_alone():
-    assert [NodeBudget(limits(), step_cost)[batch_size] for batch_size in (1, 64, 65)] == [24, 1, 0]
+    assert [NodeBudget(limits(), COST)[batch_size] for batch_size in (1, 64, 65)] == [24, 1, 0]
 
 
 def test_the_same_steps_get_the_same_numbers():
-    first, second = (play(NodeBudget(limits(), step_cost), Draft(0.4), 2, 500) for _ in range(2))
+    first, second = (play(NodeBudget(limits(), COST), Draft(0.4), 2, 500) for _ in range(2))
     assert first == second
-
-
-def test_costs_are_those_that_were_measured():
-    cells = json.loads(MEASURED.read_text())["cells"]
-    plain = {(cell["context"], cell["batch"]): cell["ms_per_step"] for cell in cells if cell["nodes"] == 0}
-    compared = 0
-    for cell in cells:
-        place, num_nodes = (cell["context"], cell["batch"]), cell["nodes"]
-        if place in plain and num_nodes and (1 + num_nodes) * QUERIES_PER_KV_HEAD <= PREFIX_TILE:
-            measured = cell["ms_per_step"] / plain[place]
-            assert step_cost(cell["batch"], num_nodes) == pytest.approx(measured, rel=0.12)
-            compared += 1
-    assert compared >= 10
-    # Without drafts there is nothing to pay for.
-    assert step_cost(64, 0) == 1

@@ -56,6 +56,7 @@ RESULTS = [
         **cell("eagle3", 16384, 64, 0.0),
         "skipped": "the KV cache lacks 5 tokens",
     },
+    *({**cell(system, 16384, 256, 0.0), "skipped": "too large"} for system in ("plain", "eagle3")),
     # Measured again, and in a run of its own.
     cell("default", 1024, 1, 99.0, run="sunday"),
     cell("default", 1024, 1, 5.0, run="tuesday"),
@@ -85,6 +86,8 @@ def test_tables(results):
     assert "|16,384|1|22.00|2.75x|4.00x|" in found
     assert "|16,384|64|40.00|skipped||" in found
     assert "eagle3 at context 16,384, batch 64: the KV cache lacks 5 tokens." in text
+    assert "Skipped by every system: context 16,384, batch 256 (too large)." in text
+    assert not any(row.startswith("|16,384|256|") for row in found)
     assert "Plain decoding was measured in another run." in text
     # A step in plain steps.
     assert "|16,384|1|default|5.50|4.00|22.00|1.00|" in found

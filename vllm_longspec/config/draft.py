@@ -145,14 +145,12 @@ def find_glide_draft(
         vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
     tree_shape = parse_tree_shape(tree_options, vocab_size)
     num_nodes = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
-    has_schedule = options.get("num_speculative_tokens_per_batch_size") is not None
     adapt_nodes = tree_options.get("adapt_nodes")
-    if adapt_nodes not in (None, True, False):
+    adapt_nodes = False if adapt_nodes is None else adapt_nodes
+    if not isinstance(adapt_nodes, bool):
         raise ValueError(f"adapt_nodes must be true or false, got {adapt_nodes!r}")
-    if adapt_nodes is None:
-        # Triton's interpreter is for trying and testing; there is no load that the number of nodes would have to follow.
-        adapt_nodes = current_platform.is_cuda() and not has_schedule
-    if not has_schedule and (adapt_nodes or current_platform.is_cuda()):
+    # Triton's interpreter is for trying and testing; there the number of nodes has no load to follow.
+    if options.get("num_speculative_tokens_per_batch_size") is None and (adapt_nodes or current_platform.is_cuda()):
         queries_per_kv_head = target.get_num_attention_heads(parallel_config) // target.get_num_kv_heads(
             parallel_config
         )

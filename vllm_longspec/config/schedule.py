@@ -8,7 +8,7 @@ long as reading. Two bounds follow, and the default keeps to both:
   group, and every further tile reads the whole prefix again;
 - of a batch: `BATCH_ROWS` rows in all, measured on an H200 (benchmarks/README.md).
 
-Where both leave nothing, K is 0, which is plain decoding. `step_cost` says what a step takes within these bounds.
+Where both leave nothing, K is 0, which is plain decoding.
 """
 
 from typing import TYPE_CHECKING
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 PREFIX_TILE = 128
 BATCH_ROWS = 128
-# A step with drafts, in steps without: what it takes for growing trees, for each row, and for each row beyond
-# `BATCH_ROWS`.
-DRAFT_COST = 0.08
-ROW_COST = 0.0012
-FURTHER_ROW_COST = 0.003
 
 
 def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int, int, int]]:
@@ -45,18 +40,6 @@ def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int
         schedule.append((first, last, nodes))
         first, last = last + 1, 2 * last
     return schedule
-
-
-def step_cost(batch_size: int, num_nodes: int) -> float:
-    """How many steps without drafts a step takes in which each of `batch_size` requests has `num_nodes` nodes.
-
-    From what an H200 takes for QwQ-32B-Preview's shape, at 1k to 31k of context (benchmarks/results/nodes.json).
-    """
-    if num_nodes == 0:
-        return 1.0
-    num_rows = batch_size * (1 + num_nodes)
-    further = max(0, num_rows - BATCH_ROWS)
-    return 1 + DRAFT_COST + ROW_COST * (num_rows - further) + FURTHER_ROW_COST * further
 
 
 def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt: bool) -> list[list[int]]:
