@@ -26,7 +26,7 @@ TRIAL = 32
 
 
 def typical_acceptance(num_nodes: int) -> float:
-    """Tokens that the best `num_nodes` nodes of a tree accept in a step, of the pairs of benchmarks/README.md."""
+    """Tokens that the best `num_nodes` nodes of a tree accept in a step; fits what benchmarks/README.md measured."""
     return 2.9 * (1 - (1 + num_nodes) ** -0.5)
 
 
