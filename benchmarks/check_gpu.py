@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "benchmarks" / "pair"
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
 KERNEL_TESTS = ["prefix_attention", "flash_attention", "verify", "best_children", "order", "walk", "compact"]
-KERNEL_TESTS += ["window_attention", "tree", "sample"]
+KERNEL_TESTS += ["window_attention", "growing_trees", "tree", "sample"]
 # The last one where there are two GPUs; elsewhere it skips itself.
 ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised", "tensor_parallel"]
 

@@ -34,6 +34,7 @@ assert vllm.triton_utils.HAS_TRITON
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.quantised_cache import CacheScales
 from vllm_longspec.glide.best_children import best_children
+from vllm_longspec.glide.growing_trees import GrowingTrees
 from vllm_longspec.glide.window_attention import window_attention, write_window
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.step.order import order_tree
@@ -158,10 +159,20 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
         best_children(logits, torch.zeros(num_reqs, width), num_children)
 
 
+def compile_level_kernel(levels: tuple[int, ...]) -> None:
+    trees = GrowingTrees(levels, torch.zeros(2, dtype=torch.int64), torch.zeros(2, 512, 2, 1, 64))
+    for depth, width in enumerate(levels, start=1):
+        parents, log_probs = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width)
+        for token_ids in (None, torch.zeros(10, dtype=torch.int64)):
+            trees.add_level(depth, parents, parents, log_probs, token_ids, 100)
+
+
 def main() -> None:
     JITFunction.run = compile_launch  # type: ignore[method-assign]
     for num_nodes in (1, 68):
         compile_tree_kernels(num_nodes)
+    for levels in ((1,), (4, 16, 16, 16, 16)):
+        compile_level_kernel(levels)
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
         compile_attention_kernels(dtype, head_size)
         compile_draft_kernels(dtype)

@@ -29,11 +29,12 @@ from tests.models import write_draft, write_target
 from tests.oracles import tree as tree_oracle
 from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
+from vllm_longspec.glide.growing_trees import GrowingTrees
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window import MAX_REBUILD_REQS, DraftWindow
 from vllm_longspec.model_state import TreeModelState
 from vllm_longspec.speculator import GlideSpeculator
-from vllm_longspec.step.draft import CrossAttention, DraftedTree, grow_trees
+from vllm_longspec.step.draft import CrossAttention, grow_trees
 from vllm_longspec.step.order import order_tree
 from vllm_longspec.tree import NO_TOKEN
 
@@ -225,7 +226,7 @@ class Batch:
         return attend
 
     @torch.inference_mode()
-    def grow(self, draft: GlideForCausalLM, levels: tuple[int, ...], window: DraftWindow) -> DraftedTree:
+    def grow(self, draft: GlideForCausalLM, levels: tuple[int, ...], window: DraftWindow) -> GrowingTrees:
         return grow_trees(
             draft,
             levels,

@@ -140,6 +140,8 @@ READS = {
     f"{GPU}.attn_utils.build_attn_metadata": ["get_extra_attn_kwargs(", "**attn_metadata_extra_kwargs"],
     "vllm.v1.worker.utils.AttentionGroup.build_metadata": ["**kwargs"],
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": ["self.make_spec_decoding_stats("],
+    # Looked up once a step, by the size of the batch.
+    "vllm.v1.core.sched.scheduler.Scheduler.schedule": ["self.dynamic_sd_lookup["],
     "vllm.v1.spec_decode.metrics.SpecDecodingProm.__init__": ["speculative_config.num_speculative_tokens"],
     "vllm.sampling_params.SamplingParams.verify": ["self._validate_spec_decode("],
     "vllm.config.SpeculativeConfig.__post_init__": ["compose_draft_hf_overrides("],

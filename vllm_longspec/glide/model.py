@@ -241,12 +241,6 @@ class GlideForCausalLM(nn.Module):
         """How many tokens the draft chooses from."""
         return self.logits_processor.org_vocab_size
 
-    def to_token_ids(
-        self,
-        choices: torch.Tensor,  # int64, any shape, below draft_vocab_size
-    ) -> torch.Tensor:
-        return choices if self.token_ids is None else self.token_ids[choices]
-
     @property
     def rotate(self) -> Rotation:
         return self.rotary_emb.forward_cuda if current_platform.is_cuda() else self.rotary_emb

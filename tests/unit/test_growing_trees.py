@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a level of drawn nodes leaves behind, against trees that are described node by node."""
+
+import pytest
+import torch
+
+from tests.oracles.tree import describe_tree, mask_to_rows
+from vllm_longspec.glide.growing_trees import GrowingTrees
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MAX_POSITION = 105
+VOCAB_SIZE = 50
+
+
+@pytest.mark.parametrize("has_token_ids", [False, True])
+@pytest.mark.parametrize("num_reqs", [1, 3])
+@pytest.mark.parametrize("levels", [(1,), (1, 1, 1, 1), (2, 4, 4), (4, 16, 16, 16, 16), (3, 31, 40, 5)])
+def test_levels(levels: tuple[int, ...], num_reqs: int, has_token_ids: bool) -> None:
+    generator = torch.Generator().manual_seed(len(levels) + num_reqs)
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=generator).to(DEVICE)
+
+    root_positions = torch.tensor([0, 102, 104])[:num_reqs].to(DEVICE)
+    token_ids = integers(1000, VOCAB_SIZE) if has_token_ids else None
+    trees = GrowingTrees(levels, root_positions, torch.empty(num_reqs, 8, 2, 1, 16, device=DEVICE))
+    tokens: list[list[int]] = [[] for _ in range(num_reqs)]
+    log_probs: list[list[float]] = [[] for _ in range(num_reqs)]
+    parents: list[list[int]] = [[] for _ in range(num_reqs)]
+    first_row = 0
+    for depth, width in enumerate(levels, start=1):
+        width_above = trees.width(depth - 1)
+        drawn_parents, choices = integers(width_above, num_reqs, width), integers(VOCAB_SIZE, num_reqs, width)
+        drawn_log_probs = -torch.rand(num_reqs, width, generator=generator).to(DEVICE)
+        level_tokens, positions = trees.add_level(
+            depth, drawn_parents, choices, drawn_log_probs, token_ids, MAX_POSITION
+        )
+        expected_tokens = choices if token_ids is None else token_ids[choices]
+        assert level_tokens.tolist() == expected_tokens.flatten().tolist()
+        expected = (root_positions + depth).clamp(max=MAX_POSITION)
+        assert positions.tolist() == expected.repeat_interleave(width).tolist()
+        for request in range(num_reqs):
+            tokens[request] += expected_tokens[request].tolist()
+            log_probs[request] += drawn_log_probs[request].tolist()
+            parents[request] += (first_row + drawn_parents[request] - 1).tolist()
+        first_row += width_above
+        assert trees.first_row(depth) == first_row
+
+    assert trees.tokens.tolist() == tokens
+    assert trees.log_probs.tolist() == log_probs
+    assert trees.parents.tolist() == parents
+    num_rows = trees.masks.shape[1]
+    assert num_rows == trees.node_kv.shape[1] == 1 + sum(levels[:-1])
+    for request in range(num_reqs):
+        _, _, ancestors = describe_tree(list(range(len(parents[request]))), parents[request])
+        assert [mask_to_rows(words) for words in trees.masks[request].tolist()] == ancestors[:num_rows]
+
+
+def test_keys_and_values_stand_in_the_nodes_rows() -> None:
+    trees = GrowingTrees((2, 3, 1), torch.tensor([5, 9], device=DEVICE), torch.empty(2, 8, 2, 2, 16, device=DEVICE))
+    kept = []
+    for depth, width in enumerate((1, 2, 3)):
+        key, value = torch.randn(2, 2 * width, 2, 16, device=DEVICE)
+        trees.add_keys_values(depth, key, value)
+        kept.append(torch.stack([key.view(2, width, 2, 16), value.view(2, width, 2, 16)], dim=2))
+    assert torch.equal(trees.node_kv, torch.cat(kept, dim=1))
