@@ -19,8 +19,10 @@ from torch import nn
 from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.config.quantization import QuantizationConfigArgs, QuantSpec
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -350,6 +352,27 @@ def test_a_restricted_head_drafts_the_best_of_its_tokens(tmp_path, name):
         tokens, parents = drafted.tokens[request].tolist(), drafted.parents[request].tolist()
         assert set(tokens) <= set(kept)
         check_tree(plain, batch, request, levels, tokens, parents, drafted.log_probs[request].tolist())  # type: ignore[arg-type]
+
+
+def test_a_restricted_head_is_quantised_with_its_draft(tmp_path):
+    """vLLM quantises the draft's layer while loading it; the head is made later, of rows that are the target's."""
+    target, draft = write_pair(tmp_path, "llama")
+    pair = load(target, draft)
+    # Sizes that fp8 matrix products take on any device.
+    kept = torch.arange(48, device=DEVICE)
+    pair.draft.quant_config = OnlineQuantizationConfig(
+        QuantizationConfigArgs(linear=QuantSpec("fp8_per_channel_static"))
+    )
+    pair.target.to(torch.bfloat16)
+    with set_current_vllm_config(pair.speculator.vllm_config):
+        pair.draft.restrict_head(kept)
+    hidden = torch.randn(5, pair.draft.lm_head.weight.shape[1], device=DEVICE).to(torch.bfloat16)
+    expected = nn.functional.linear(hidden, pair.draft.lm_head.weight[kept]).float()
+    logits = pair.draft.compute_logits(hidden).float()
+    assert logits.shape == (5, 48)
+    assert 0 < (logits - expected).norm() / expected.norm() < 0.06
+    # It is not the target's head that was changed.
+    assert pair.target.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_drafts_up_to_the_last_position(tmp_path):

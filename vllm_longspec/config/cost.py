@@ -65,7 +65,7 @@ def level_cost(target: "PretrainedConfig", *, vocab_size: int, draft_vocab_size:
     """Weights that drafting a level reads, over those that a step of plain decoding reads.
 
     Args:
-        is_quantised: the draft's layer has one byte a weight, where the target has two.
+        is_quantised: the draft's layer has one byte a weight, where the target has two. Its head counts in full.
     """
     hidden, intermediate, heads, kv_heads, head_size = (
         size_of(target, name)

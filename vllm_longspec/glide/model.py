@@ -25,6 +25,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
@@ -34,6 +35,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 # (positions, query, key or None) -> rotated query and key
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]
@@ -173,7 +175,7 @@ class GlideForCausalLM(nn.Module):
         model_config = vllm_config.model_config
         config = model_config.hf_config
         # Of the draft alone: one that vLLM quantises as it loads it.
-        quant_config = vllm_config.quant_config
+        self.quant_config = quant_config = vllm_config.quant_config
         hidden_size = config.hidden_size
         head_size = model_config.get_head_size()
         num_heads = config.num_attention_heads
@@ -216,7 +218,7 @@ class GlideForCausalLM(nn.Module):
         self,
         token_ids: torch.Tensor,  # int64 [num_tokens]
     ) -> None:
-        """Lets the draft draw these tokens only, with their rows of the target's head.
+        """Lets the draft draw these tokens only, with their rows of the target's head, quantised if the draft is.
 
         Raises:
             ValueError: the target's head is quantised, so it has no rows.
@@ -227,7 +229,21 @@ class GlideForCausalLM(nn.Module):
                 "target that leaves its head as it is"
             )
         self.token_ids = token_ids
-        self.head_weight = self.lm_head.weight[token_ids]
+        weight = self.lm_head.weight[token_ids]
+        if self.quant_config is None:
+            self.head_weight = weight
+        else:
+            with set_default_torch_dtype(weight.dtype), weight.device:
+                self.quantised_head = ReplicatedLinear(
+                    weight.shape[1],
+                    weight.shape[0],
+                    bias=False,
+                    quant_config=self.quant_config,
+                    prefix="frequent_head",
+                    return_bias=False,
+                )
+                # vLLM quantises a layer as soon as all of its weight has come through its loader.
+                self.quantised_head.weight.weight_loader(self.quantised_head.weight, weight)
         # What the target's processor does to logits, without its head.
         self.logits_processor = LogitsProcessor(
             len(token_ids),
@@ -288,7 +304,11 @@ class GlideForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [num_tokens, draft_vocab_size]
         if self.token_ids is None:
             return self.logits_processor(self.lm_head, hidden_states)
-        return self.logits_processor(None, nn.functional.linear(hidden_states, self.head_weight))
+        if self.quant_config is None:
+            logits = nn.functional.linear(hidden_states, self.head_weight)
+        else:
+            logits = self.quantised_head(hidden_states)
+        return self.logits_processor(None, logits)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         # A checkpoint without biases is the same layer with biases of zero.
