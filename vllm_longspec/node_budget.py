@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 
 # Steps after which what was seen counts half.
 HALF_LIFE = 256
-# Requests' steps that the guess counts as: on how good the draft is, and on a single K against what was seen of others.
+# What a guess weighs: that the draft is a typical one, in tokens accepted; and what a K accepts, by what was seen of all,
+# in requests' steps with that K.
 WEIGHT_OF_DRAFT = 2.0
 WEIGHT_OF_NUMBER = 8.0
 # Steps between trials.

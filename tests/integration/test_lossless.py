@@ -168,7 +168,8 @@ def test_nodes_follow_what_is_accepted(pairs, tmp_path):
     requests = [[request(prompt, **GREEDY, max_tokens=64, ignore_eos=True) for prompt in source_code((33,))]]
     plain = generate(target, requests)
     names = ("drafts", "accepted_tokens")
-    result = generate(target, requests, **speculative(useless, [2, 4, 4], adapt_nodes=True))
+    options = speculative(useless, [2, 4, 4], adapt_nodes=True)
+    result = generate(target, requests, **options, async_scheduling=True)
     assert_lossless(plain, result)
     drafts, accepted = (result.metrics[f"vllm:spec_decode_num_{name}"] for name in names)
     assert accepted < drafts < 32
