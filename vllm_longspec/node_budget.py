@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 
 # Steps after which what was seen counts half.
 HALF_LIFE = 256
-# What a guess weighs: that the draft is a typical one, in tokens accepted; and what a K accepts, by what was seen of all,
-# in requests' steps with that K.
+# What a guess weighs: that the draft is a typical one, in accepted tokens; and that a K accepts in proportion to the
+# others, in requests' steps.
 WEIGHT_OF_DRAFT = 2.0
 WEIGHT_OF_NUMBER = 8.0
 # Steps between trials.
