@@ -14,8 +14,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
 from vllm_longspec import patches, plugin
+from vllm_longspec.config.cost import StepCost
 from vllm_longspec.config.options import SHAPE_ATTRIBUTE
 from vllm_longspec.metrics import TreeDecodingStats
+from vllm_longspec.node_budget import NodeBudget
 
 # (nodes verified, tokens accepted) of three requests: a whole tree, one cut by the token budget, one all rejected.
 STEPS = [(68, 5), (24, 2), (68, 0)]
@@ -41,6 +43,7 @@ def stats_of(speculative_config, steps, num_invalid=None, **sampling):
         vllm_config=SimpleNamespace(speculative_config=speculative_config),
         log_stats=True,
         num_spec_tokens=68,
+        dynamic_sd_lookup=None,
         requests={"0": SimpleNamespace(sampling_params=SamplingParams(**sampling))},
     )
     stats = None
@@ -87,10 +90,22 @@ def test_another_draft_is_counted_as_ever():
 
 
 def test_nothing_is_counted_where_nobody_asked_for_statistics():
-    requests = {"0": SimpleNamespace(sampling_params=SamplingParams())}
-    vllm_config = SimpleNamespace(speculative_config=TREE)
-    scheduler = SimpleNamespace(vllm_config=vllm_config, log_stats=False, requests=requests)
-    assert Scheduler.make_spec_decoding_stats(scheduler, None, 68, 3, None, "0") is None
+    """But the number of nodes follows what is accepted all the same, of a request that takes a chain too."""
+    budget = NodeBudget([0, 24, 8], StepCost(level=0.02, max_depth=5))
+    scheduler = SimpleNamespace(
+        vllm_config=SimpleNamespace(speculative_config=TREE),
+        log_stats=False,
+        dynamic_sd_lookup=budget,
+        requests={
+            "tree": SimpleNamespace(sampling_params=SamplingParams()),
+            "chain": SimpleNamespace(sampling_params=SamplingParams(presence_penalty=1.0)),
+        },
+    )
+    for verified, accepted, request in ((24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree")):
+        assert Scheduler.make_spec_decoding_stats(scheduler, None, verified, accepted, None, request) is None
+    # One with a number that is not the schedule's was cut, and says nothing about any.
+    assert budget.steps == {8: 1, 24: 2}
+    assert budget.accepted == {8: 1, 24: 5}
 
 
 @pytest.mark.parametrize(("speculative_config", "num_positions"), [(TREE, 5), (CHAIN_OF_ANOTHER_KIND, 68)])
