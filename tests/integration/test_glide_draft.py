@@ -363,7 +363,8 @@ def test_a_restricted_head_is_quantised_with_its_draft(tmp_path):
     pair.draft.quant_config = OnlineQuantizationConfig(
         QuantizationConfigArgs(linear=QuantSpec("fp8_per_channel_static"))
     )
-    pair.target.to(torch.bfloat16)
+    # Not all of the target: models in a process share their rotary embeddings.
+    pair.draft.lm_head.to(torch.bfloat16)
     with set_current_vllm_config(pair.speculator.vllm_config):
         pair.draft.restrict_head(kept)
     hidden = torch.randn(5, pair.draft.lm_head.weight.shape[1], device=DEVICE).to(torch.bfloat16)

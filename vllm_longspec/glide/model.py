@@ -243,7 +243,8 @@ class GlideForCausalLM(nn.Module):
                     return_bias=False,
                 )
                 # vLLM quantises a layer as soon as all of its weight has come through its loader.
-                self.quantised_head.weight.weight_loader(self.quantised_head.weight, weight)
+                parameter: Any = self.quantised_head.get_parameter("weight")
+                parameter.weight_loader(parameter, weight)
         # What the target's processor does to logits, without its head.
         self.logits_processor = LogitsProcessor(
             len(token_ids),
