@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times of the kernels that a step adds to plain decoding, on one GPU:
+
+    python benchmarks/kernels.py [attention sample compact] [--out benchmarks/results/kernels.json]
+
+- attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
+  prefix of a tree; the tree itself; and both together, which is what verifying costs;
+- sample: vLLM's sampler over all rows of a tree, and the walk;
+- compact: moving accepted K and V in all layers.
+
+Every time is that of one call within a CUDA graph of many, which use inputs in turn that the L2 cache cannot hold all
+of; the median of some replays. What no graph can hold is the sum of its kernels. Random numbers in bfloat16, heads of
+128.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from records import environment
+from shapes import LLAMA_3_8B_262K, QWQ_32B
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device("cuda")
+DTYPE = torch.bfloat16
+# More than twice the L2 cache of an H200.
+COLD_BYTES = 160 << 20
+HEAD_SIZE = 128
+BLOCK_SIZE = 16
+# K and V to read from.
+CACHE_BYTES = 20 << 30
+MODELS = {"qwq-32b": QWQ_32B, "llama-3-8b-262k": LLAMA_3_8B_262K}
+CONTEXTS = (4096, 16384, 65536, 131072)
+BATCHES = (1, 4, 16)
+# The bound on splits that vLLM gives FlashAttention for plain decoding within CUDA graphs.
+GRAPH_SPLITS = 32
+# Rows of a tile of FlashAttention 3.
+TILE = 128
+DEFAULT_ROWS = 69
+MAX_DEPTH = 5
+
+Call = Callable[[], Any]
+Row = dict[str, Any]
+
+
+def measure(calls: Sequence[Call], target_us: float = 2500.0, replays: int = 7) -> float:
+    """Microseconds of one of `calls`, which do the same to different inputs."""
+    for call in calls:
+        call()  # compiles, on the first
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for call in calls:
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    estimate = 1000 * start.elapsed_time(end) / len(calls)
+    rounds = max(1, min(round(200 / len(calls)), round(target_us / estimate / len(calls))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    times = []
+    for replay in range(replays + 2):
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if replay >= 2:
+            times.append(1000 * start.elapsed_time(end) / (rounds * len(calls)))
+    return round(statistics.median(times), 2)
+
+
+def measure_without_graph(call: Call, num_calls: int = 10) -> float:
+    """Microseconds that the GPU works for one call."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(num_calls):
+            call()
+        torch.cuda.synchronize()
+    return round(sum(event.self_device_time_total for event in profile.key_averages()) / num_calls, 2)
+
+
+@dataclass
+class Batch:
+    """Requests of equal context and equally many rows."""
+
+    query: torch.Tensor  # [num_reqs * width, num_heads, HEAD_SIZE]
+    kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * HEAD_SIZE]
+    block_table: torch.Tensor  # int32 [num_reqs, max_blocks]
+    prefix_lens: torch.Tensor  # int32 [num_reqs]
+    query_starts: torch.Tensor  # int32 [num_reqs + 1]
+    slots: torch.Tensor  # int64 [num_reqs * width]
+    masks: torch.Tensor  # int32 [num_reqs, width, num_words]
+    output: torch.Tensor  # as the query
+    context: int
+    width: int
+
+    def schedule(self, causal: bool, num_splits: int) -> torch.Tensor:
+        """What FlashAttention 3 would otherwise work out in every layer."""
+        from vllm.v1.attention.backends.fa_utils import get_scheduler_metadata
+
+        return get_scheduler_metadata(
+            batch_size=self.prefix_lens.shape[0],
+            max_seqlen_q=self.width,
+            max_seqlen_k=self.context,
+            num_heads_q=self.query.shape[1],
+            num_heads_kv=self.kv_cache.shape[1],
+            headdim=HEAD_SIZE,
+            cache_seqlens=self.prefix_lens,
+            qkv_dtype=DTYPE,
+            cu_seqlens_q=self.query_starts,
+            page_size=BLOCK_SIZE,
+            causal=causal,
+            num_splits=num_splits,
+        )
+
+    def prefix_attention(self, causal: bool = False, num_splits: int = 0) -> Callable[[], torch.Tensor]:
+        """FlashAttention 3 over the cache, scheduled once for all layers; returns the log-sum-exps."""
+        return partial(self._attend_prefix, causal, num_splits, self.schedule(causal, num_splits))
+
+    def _attend_prefix(self, causal: bool, num_splits: int, schedule: torch.Tensor) -> torch.Tensor:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        keys, values = self.kv_cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
+        _, lse = flash_attn_varlen_func(
+            q=self.query,
+            k=keys,
+            v=values,
+            out=self.output,
+            cu_seqlens_q=self.query_starts,
+            max_seqlen_q=self.width,
+            seqused_k=self.prefix_lens,
+            max_seqlen_k=self.context,
+            softmax_scale=HEAD_SIZE**-0.5,
+            causal=causal,
+            block_table=self.block_table,
+            return_softmax_lse=True,
+            scheduler_metadata=schedule,
+            num_splits=num_splits,
+            fa_version=3,
+        )
+        return lse
+
+    def attend_tree(self, prefix_lse: torch.Tensor) -> None:
+        from vllm_longspec.step.verify import tree_attention
+
+        tree_attention(
+            self.query,
+            self.kv_cache,
+            self.slots,
+            self.query_starts,
+            self.masks,
+            self.width,
+            HEAD_SIZE**-0.5,
+            prefix_lse,
+            self.output,
+        )
+
+    def verification(self) -> Call:
+        prefix = self.prefix_attention()
+        return lambda: self.attend_tree(prefix())
+
+
+def make_batches(kv_cache: torch.Tensor, num_heads: int, context: int, num_reqs: int, width: int) -> list[Batch]:
+    """As many batches as the L2 cache needs to forget one before it comes again."""
+    num_blocks, num_kv_heads = kv_cache.shape[:2]
+    # A length that no tile divides.
+    prefix_len = context - 27
+    blocks = -(-(context + TILE) // BLOCK_SIZE)
+    count = max(2, min(8, -(-COLD_BYTES // (context * num_reqs * num_kv_heads * 4 * HEAD_SIZE))))
+    order = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32)
+    positions = prefix_len + torch.arange(width, device=DEVICE)
+    batches = []
+    for index in range(count):
+        first = index * num_reqs * blocks % (num_blocks - num_reqs * blocks + 1)
+        block_table = order[first : first + num_reqs * blocks].view(num_reqs, blocks).contiguous()
+        slots = block_table[:, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        query = torch.randn(num_reqs * width, num_heads, HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+        masks = torch.randint(-(2**31), 2**31 - 1, (num_reqs, width, -(-width // 32)), device=DEVICE, dtype=torch.int32)
+        batches.append(
+            Batch(
+                query,
+                kv_cache,
+                block_table,
+                torch.full((num_reqs,), prefix_len, device=DEVICE, dtype=torch.int32),
+                torch.arange(num_reqs + 1, device=DEVICE, dtype=torch.int32) * width,
+                slots.flatten(),
+                masks,
+                torch.empty_like(query),
+                context,
+                width,
+            )
+        )
+    return batches
+
+
+def attention() -> Iterator[Row]:
+    for model, config in MODELS.items():
+        num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        # As vLLM lays them out by default: tokens first.
+        num_blocks = CACHE_BYTES // (BLOCK_SIZE * num_kv_heads * 4 * HEAD_SIZE)
+        memory = torch.empty(num_blocks, BLOCK_SIZE, num_kv_heads, 2 * HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+        for chunk in memory.split(1 << 14):
+            chunk.normal_()
+        kv_cache = memory.transpose(1, 2)
+        full_tile = TILE // (num_heads // num_kv_heads)
+        for context in CONTEXTS:
+            for num_reqs in BATCHES:
+                if 2 * num_reqs * (context + TILE) > num_blocks * BLOCK_SIZE:
+                    continue
+                batches = make_batches(kv_cache, num_heads, context, num_reqs, 1)
+                one_query = measure([batch.prefix_attention(causal=True, num_splits=GRAPH_SPLITS) for batch in batches])
+                for width in (8, full_tile, DEFAULT_ROWS):
+                    batches = make_batches(kv_cache, num_heads, context, num_reqs, width)
+                    lse = torch.zeros(num_heads, num_reqs * width, device=DEVICE)
+                    both = measure([batch.verification() for batch in batches])
+                    yield {
+                        "model": model,
+                        "context": context,
+                        "batch": num_reqs,
+                        "rows": width,
+                        "FA3, one query": one_query,
+                        "FA3, prefix": measure([batch.prefix_attention() for batch in batches]),
+                        "tree": measure([partial(batch.attend_tree, lse) for batch in batches]),
+                        "FA3 + tree": both,
+                        "times one query": round(both / one_query, 2),
+                    }
+
+
+def sample() -> Iterator[Row]:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+    from vllm.v1.worker.gpu.states import RequestState
+
+    from vllm_longspec.step.sample import TreeSampler
+    from vllm_longspec.tree import TreeState
+
+    vocab_size = QWQ_32B["vocab_size"]
+    samplings = {
+        "greedy": SamplingParams(temperature=0.0),
+        "temperature": SamplingParams(temperature=0.7, seed=1),
+        "top-k and top-p": SamplingParams(temperature=0.7, top_k=20, top_p=0.95, seed=1),
+    }
+    for num_rows in (25, DEFAULT_ROWS):
+        for num_reqs in (1, 4):
+            state = RequestState(num_reqs, 32768, 4096, num_rows - 1, vocab_size, DEVICE)
+            trees = TreeState.allocate(num_reqs, num_rows - 1, MAX_DEPTH, DEVICE)
+            trees.parent_rows[:, 1:] = torch.arange(num_rows - 1, device=DEVICE, dtype=torch.int32) // 4
+            batch: Any = sampled_batch(num_reqs, num_rows, vocab_size)
+            logits = torch.randn(num_reqs * num_rows, vocab_size, device=DEVICE, dtype=DTYPE)
+            for name, params in samplings.items():
+                sampler = Sampler(VllmConfig(), num_reqs, vocab_size, DEVICE, state, num_speculative_tokens=num_rows)
+                for slot in range(num_reqs):
+                    sampler.add_request(slot, params)
+                sampler.apply_staged_writes()
+                took = measure_without_graph(partial(TreeSampler(sampler, trees, MAX_DEPTH), logits, batch))
+                yield {"batch": num_reqs, "rows": num_rows, "sampling": name, "sampler and walk": took}
+
+
+def sampled_batch(num_reqs: int, num_rows: int, vocab_size: int) -> SimpleNamespace:
+    """What the sampler reads of vLLM's `InputBatch`."""
+    slots = np.arange(num_reqs)
+    starts = (np.arange(num_reqs + 1) * num_rows).astype(np.int32)
+    row = torch.arange(num_rows, device=DEVICE).repeat(num_reqs)
+    seq_lens = torch.full((num_reqs,), 16384 + num_rows, dtype=torch.int32)
+    return SimpleNamespace(
+        num_reqs=num_reqs,
+        idx_mapping=torch.from_numpy(slots).to(DEVICE),
+        idx_mapping_np=slots,
+        expanded_idx_mapping=torch.from_numpy(slots.repeat(num_rows)).to(DEVICE),
+        expanded_local_pos=row,
+        logits_indices=torch.arange(len(row), device=DEVICE),
+        input_ids=torch.randint(0, vocab_size, row.shape, device=DEVICE, dtype=torch.int32),
+        positions=16384 + row,
+        cu_num_logits=torch.from_numpy(starts).to(DEVICE),
+        cu_num_logits_np=starts,
+        seq_lens=seq_lens.to(DEVICE),
+        seq_lens_cpu_upper_bound=seq_lens,
+    )
+
+
+def compact() -> Iterator[Row]:
+    from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
+
+    num_layers, num_kv_heads = QWQ_32B["num_hidden_layers"], QWQ_32B["num_key_value_heads"]
+    for num_reqs in BATCHES:
+        num_blocks = num_reqs * (1 + TILE // BLOCK_SIZE)
+        shape = (num_blocks, BLOCK_SIZE, num_kv_heads, 2 * HEAD_SIZE)
+        layers = [torch.randn(shape, device=DEVICE, dtype=DTYPE).transpose(1, 2) for _ in range(num_layers)]
+        table = KVCacheTable(layers)
+        blocks = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32).view(num_reqs, -1)
+        prefix_lens = torch.full((num_reqs,), 5, device=DEVICE, dtype=torch.int32)
+        path = torch.tensor([0, 3, 9, 21, 40, 68], device=DEVICE, dtype=torch.int32).repeat(num_reqs, 1)
+        for emitted in (1, 4, 6):
+            num_emitted = torch.full((num_reqs,), emitted, device=DEVICE, dtype=torch.int32)
+            call = partial(compact_kv_caches, table, blocks, prefix_lens, path, num_emitted, MAX_DEPTH)
+            yield {"layers": num_layers, "batch": num_reqs, "emitted tokens": emitted, "compaction": measure([call])}
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {"attention": attention, "sample": sample, "compact": compact}
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; without any, everything")
+    parser.add_argument("--commit", help="the plugin's commit, where there is no git repository")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.json")
+    arguments = parser.parse_args()
+
+    report: dict[str, Any] = {"environment": environment(arguments.commit), "unit": "microseconds"}
+    with torch.inference_mode():
+        for part in arguments.parts or PARTS:
+            report[part] = list(PARTS[part]())
+            print(f"{part}, microseconds\n\n{table(report[part])}\n", flush=True)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/kernels.py calls the kernels as they are; times are a GPU's business, and FlashAttention's part too."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.test_sample import without_a_gpu  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import kernels
+
+SMALL = kernels.QWQ_32B | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 50}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(calls: Sequence[Callable[[], Any]]) -> float:
+        for call in calls:
+            call()
+        return 2.0
+
+    def prefix_attention(batch: kernels.Batch, **_: Any) -> Callable[[], torch.Tensor]:
+        return lambda: torch.zeros(batch.query.shape[1], batch.query.shape[0], device=batch.query.device)
+
+    monkeypatch.setattr(kernels, "DEVICE", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    monkeypatch.setattr(kernels, "QWQ_32B", SMALL)
+    monkeypatch.setattr(kernels, "MODELS", {"small": SMALL})
+    monkeypatch.setattr(kernels, "CACHE_BYTES", 1 << 22)
+    monkeypatch.setattr(kernels, "COLD_BYTES", 1)
+    monkeypatch.setattr(kernels, "CONTEXTS", (64, 1 << 20))
+    monkeypatch.setattr(kernels, "BATCHES", (1, 2))
+    monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels, "measure_without_graph", lambda call: measure([call]))
+    monkeypatch.setattr(kernels.Batch, "prefix_attention", prefix_attention)
+
+
+def test_attention() -> None:
+    """Contexts that do not fit the cache are left out."""
+    rows = list(kernels.attention())
+    assert [(row["context"], row["batch"], row["rows"]) for row in rows] == [
+        (64, batch, rows) for batch in (1, 2) for rows in (8, 64, 12)
+    ]
+    assert {row["times one query"] for row in rows} == {1.0}
+    assert kernels.table(rows).splitlines()[0].startswith("| model | context | batch | rows | FA3, one query |")
+
+
+def test_sample() -> None:
+    rows = list(kernels.sample())
+    assert [(row["batch"], row["rows"]) for row in rows[::3]] == [(1, 25), (4, 25), (1, 12), (4, 12)]
+
+
+def test_compact() -> None:
+    assert [(row["batch"], row["emitted tokens"]) for row in kernels.compact()] == [
+        (batch, emitted) for batch in (1, 2) for emitted in (1, 4, 6)
+    ]
