@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Milliseconds a token of plain vLLM, vLLM's EAGLE-3 and n-gram drafts, and this plugin, on one GPU in one invocation.
 
-    python benchmarks/speed.py --models qwq-32b --systems plain,eagle3,default,tuned --contexts 1024,16384 --batches 1,4
+    python benchmarks/speed.py [--models qwq-32b] [--systems plain,eagle3,tuned] [--contexts 1024,16384] [--batches 1,4]
 
 Full-size models have random weights, and as many tokens a step as `--acceptances` says: a step's cost does not depend
 on what is accepted. A folder with a trained target/, draft/ and prompts.jsonl, or `pair` for the one that ships, is
 measured as it is. Every cell (system, context, batch) becomes a line of `--out` as soon as it is measured; what is
 there already is left out, so an interrupted run goes on where it stopped. `report.py` makes tables and plots of it.
 
-One engine runs for each system and acceptance. Cells whose KV cache does not fit are recorded as skipped.
+One engine runs for each system and acceptance. Cells that are longer than the model's positions, or whose KV cache does
+not fit, are recorded as skipped.
 """
 
 import argparse
@@ -29,9 +30,10 @@ from records import Record, append, environment, identity, read
 from server import ENVIRONMENT, ON_CPU, exit_on_signals
 from systems import ROOT, SYSTEMS, Decoding, Model, NotMeasurable, check_system, prepare, target_folder
 
-MODELS = ["qwq-32b"]
-CONTEXTS = [1024, 16384, 31744]
+MODELS = ["qwq-32b", "llama-3-8b-262k", "pair"]
+CONTEXTS = [1024, 16384, 31744, 131072]
 BATCHES = [1, 4, 16, 64]
+ACCEPTANCES = [2.5, 3.2, 3.82]
 # vLLM may run past the last token by a tree and a step.
 SLACK = 512
 SMOKE = {
@@ -39,6 +41,7 @@ SMOKE = {
     "systems": ["plain", "eagle3", "default", "gamma4", "tuned"],
     "contexts": [96, 160],
     "batches": [1, 2],
+    "acceptances": [3.82],
     "tokens": 8,
     "repeats": 1,
 }
@@ -50,6 +53,10 @@ CPU_SETTINGS = {
     "gpu_memory_utilization": 0.1,
     "distributed_executor_backend": "uni",
 }
+
+
+class EngineFailed(NotMeasurable):
+    """What should have run."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,8 @@ def main() -> None:
                         start_seconds = max(start_seconds, took)
                     except NotMeasurable as reason:
                         print(f"{model.name} {system}: {reason}")
-                        failures.append(system)
+                        if isinstance(reason, EngineFailed):
+                            failures.append(system)
         if arguments.cross_check:
             system, context, batch = arguments.cross_check
             check(plan, Model.find(arguments.models[0]), system, int(context), int(batch), arguments, Path(folder))
@@ -122,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--systems", type=listed(check_system), default=list(SYSTEMS), help=f"{', '.join(SYSTEMS)}, default@K, gammaN")
     add("--contexts", type=listed(int), default=CONTEXTS, help="tokens of a prompt")
     add("--batches", type=listed(int), default=BATCHES, help="requests that decode together")
-    add("--acceptances", type=listed(float), default=[3.82], help="tokens a step, for random weights")
+    add("--acceptances", type=listed(float), default=ACCEPTANCES, help="tokens a step, for random weights")
     add("--temperatures", type=listed(float), default=[0.0])
     add("--tokens", type=int, default=128, help="tokens to decode for each request")
     add("--repeats", type=int, default=3, help="times that a batch is decoded; trained weights decode every prompt")
@@ -150,7 +158,8 @@ def run(
     """Measures the cells of one engine that are still to be measured. Returns how long it took to start.
 
     Raises:
-        NotMeasurable: the system cannot decode the model, or the engine failed.
+        NotMeasurable: the system cannot decode the model.
+        EngineFailed: it can, and did not.
     """
     decoding = prepare(model, system, acceptance, tuned, folder)
     base = record_of(plan, model, decoding)
@@ -162,11 +171,19 @@ def run(
         for batch in plan.batches
         if identity(base | (cell := {"temperature": temperature, "context": context, "batch": batch})) not in known
     ]
-    if not cells:
+    measurable = []
+    for cell in cells:
+        if (needed := cell["context"] + most_tokens(plan.tokens)) <= model.num_positions:
+            measurable.append(cell)
+            continue
+        skipped = base | cell | {"skipped": f"{needed} positions are needed, the model has {model.num_positions}"}
+        append(plan.out, skipped)
+        print(f"  {describe(skipped)}", flush=True)
+    if not measurable:
         return 0.0
     job = {
         "record": base,
-        "cells": cells,
+        "cells": measurable,
         "tokens": plan.tokens,
         "repeats": plan.repeats,
         "deadline": plan.deadline,
@@ -176,7 +193,7 @@ def run(
         "llm": engine_settings(plan, model, decoding, folder),
     }
     name = "-".join([model.name, system, *([str(acceptance)] if decoding.acceptance else [])])
-    print(f"{name}: {len(cells)} cells", flush=True)
+    print(f"{name}: {len(measurable)} cells", flush=True)
     measured_before = len(read([plan.out]))
     log = plan.out.with_suffix(".logs") / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +211,7 @@ def run(
     for record in measured:
         print(f"  {describe(record)}", flush=True)
     if finished.returncode != 0:
-        raise NotMeasurable(f"the engine failed, see {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
+        raise EngineFailed(f"the engine failed, see {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
     return max((record["start_seconds"] for record in measured), default=0.0)
 
 
@@ -234,11 +251,10 @@ def record_of(plan: Plan, model: Model, decoding: Decoding) -> Record:
 
 def engine_settings(plan: Plan, model: Model, decoding: Decoding, folder: Path) -> dict[str, Any]:
     """Arguments of vLLM's LLM: vLLM's defaults, but no more requests and positions than are measured."""
-    longest = max(plan.contexts) + most_tokens(plan.tokens)
+    needed = [context + most_tokens(plan.tokens) for context in plan.contexts]
+    longest = max(length for length in needed if length <= model.num_positions)
     # The same for every system and for most choices of contexts, since kernels look at it too.
     max_model_len = min(model.num_positions, 1 << (longest + SLACK - 1).bit_length())
-    if longest > max_model_len:
-        raise NotMeasurable(f"{model.name} has {max_model_len} positions, {longest} are needed")
     dtype = "float32" if ON_CPU else "bfloat16"
     settings: dict[str, Any] = {
         "model": str(target_folder(model, folder)),
