@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The proposer that vLLM's V2 runner calls after every step: bring the window up to date, draft, order."""
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, replace, set_current_vllm_config
-from vllm.config.compilation import CUDAGraphMode
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
@@ -71,6 +72,11 @@ class GlideSpeculator(DraftModelSpeculator):
                 speculative_config.draft_parallel_config, rank=self.vllm_config.parallel_config.rank
             ),
         )
+        # A CUDA graph runs the draft whole, without vLLM's compiler. So its operations are vLLM's own kernels, whatever
+        # the target's are.
+        draft_vllm_config.compilation_config = compilation_config = copy(self.vllm_config.compilation_config)
+        compilation_config.mode = CompilationMode.NONE
+        compilation_config.custom_ops = ["all"]
         with set_model_tag("glide_draft"):
             model = get_model(vllm_config=draft_vllm_config, prefix="glide")
         model.share_with(target_model)

@@ -101,7 +101,11 @@ class Pair:
 
 
 def load(
-    target: Path, draft: Path, tree_shape: tuple[int, ...] = (1,), weights: dict[str, torch.Tensor] | None = None
+    target: Path,
+    draft: Path,
+    tree_shape: tuple[int, ...] = (1,),
+    weights: dict[str, torch.Tensor] | None = None,
+    **settings: Any,
 ) -> Pair:
     """Loads both checkpoints as vLLM's model runner does; the twin gets `weights`, or else the draft's."""
     vllm_config = EngineArgs(
@@ -113,6 +117,7 @@ def load(
         max_num_seqs=NUM_SLOTS,
         block_size=BLOCK_SIZE,
         enforce_eager=True,
+        **settings,
     ).create_engine_config()
     # `propose` below fills it in.
     request_state = SimpleNamespace()
@@ -374,6 +379,15 @@ def test_a_restricted_head_is_quantised_with_its_draft(tmp_path):
     assert 0 < (logits - expected).norm() / expected.norm() < 0.06
     # It is not the target's head that was changed.
     assert pair.target.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_draft_runs_vllms_kernels_where_the_target_is_left_to_the_compiler(tmp_path):
+    pair = load(*write_pair(tmp_path, "llama"), compilation_config={"custom_ops": ["none"]})
+    of_target, of_draft = pair.target.model.layers[0].mlp.act_fn, pair.draft.mlp.act_fn
+    assert of_target._forward_method == of_target.forward_native
+    assert of_draft._forward_method in (of_draft.forward_cpu, of_draft.forward_cuda)
+    # What the target is compiled with is its own.
+    assert pair.speculator.vllm_config.compilation_config.custom_ops == ["none"]
 
 
 def test_drafts_up_to_the_last_position(tmp_path):
