@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from records import environment
+from report import markdown
 from shapes import LLAMA_3_8B_262K, QWQ_32B
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -314,8 +315,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {"attention": attention, "sample
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
 
 
 def main() -> None:

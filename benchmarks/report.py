@@ -128,7 +128,7 @@ def speedup_table(comparison: Comparison) -> str:
                 if not baseline[1]:
                     notes["\\* Plain decoding was measured in another run."] = None
         rows.append(row)
-    return _markdown(rows) + "".join(f"\n{note}\n" for note in notes)
+    return markdown(rows) + "".join(f"\n{note}\n" for note in notes)
 
 
 def detail_table(comparison: Comparison) -> str:
@@ -146,7 +146,7 @@ def detail_table(comparison: Comparison) -> str:
             row += [f"{cell['tokens_per_step']:.2f}", f"{cell['ms_per_step']:.2f}"]
             row.append(f"{cell['ms_per_step'] / baseline[0]['ms_per_step']:.2f}" if baseline else "")
             rows.append([*row, f"{cell['looping']:.0%}"] if looping else row)
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def memory_table(records: Iterable[Record]) -> str | None:
@@ -164,7 +164,7 @@ def memory_table(records: Iterable[Record]) -> str | None:
             seen.add(row)
             at_contexts = [f"{(per_request + per_token * context) / 2**20:.1f} MiB" for context in DRAFT_CONTEXTS]
             rows.append([record["model"], kind, f"{per_request:,}", f"{per_token:,}", *at_contexts])
-    return _markdown(rows) if seen else None
+    return markdown(rows) if seen else None
 
 
 def cross_check_table(records: Iterable[Record]) -> str | None:
@@ -176,7 +176,7 @@ def cross_check_table(records: Iterable[Record]) -> str | None:
             rows.append(
                 [f"vllm bench {record['benchmark']}", cell, f"{theirs}", f"{ours}", f"{theirs / ours - 1:+.1%}"]
             )
-    return _markdown(rows) if len(rows) > 1 else None
+    return markdown(rows) if len(rows) > 1 else None
 
 
 def environment_table(records: Iterable[Record]) -> str:
@@ -185,7 +185,7 @@ def environment_table(records: Iterable[Record]) -> str:
     for record in records:
         names = list(record["environment"])
         environments[tuple(record["environment"].values())] = None
-    return _markdown([names, *map(list, environments)])
+    return markdown([names, *map(list, environments)])
 
 
 def report(records: list[Record]) -> str:
@@ -235,7 +235,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _markdown(rows: list[list[Any]]) -> str:
+def markdown(rows: list[list[Any]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
     return "\n".join(lines) + "\n"

@@ -164,7 +164,7 @@ def run(
     decoding = prepare(model, system, acceptance, tuned, folder)
     base = record_of(plan, model, decoding)
     known = set() if plan.again else {identity(record) for record in read([plan.out])}
-    cells = [
+    cells: list[dict[str, Any]] = [
         cell
         for temperature in plan.temperatures
         for context in plan.contexts
@@ -172,11 +172,11 @@ def run(
         if identity(base | (cell := {"temperature": temperature, "context": context, "batch": batch})) not in known
     ]
     measurable = []
-    for cell in cells:
-        if (needed := cell["context"] + most_tokens(plan.tokens)) <= model.num_positions:
-            measurable.append(cell)
+    for wanted in cells:
+        if (needed := positions_for(plan, wanted["context"])) <= model.num_positions:
+            measurable.append(wanted)
             continue
-        skipped = base | cell | {"skipped": f"{needed} positions are needed, the model has {model.num_positions}"}
+        skipped = base | wanted | {"skipped": f"{needed} positions are needed, the model has {model.num_positions}"}
         append(plan.out, skipped)
         print(f"  {describe(skipped)}", flush=True)
     if not measurable:
@@ -249,9 +249,14 @@ def record_of(plan: Plan, model: Model, decoding: Decoding) -> Record:
     }
 
 
+def positions_for(plan: Plan, context: int) -> int:
+    """What the luckiest request needs."""
+    return context + most_tokens(plan.tokens)
+
+
 def engine_settings(plan: Plan, model: Model, decoding: Decoding, folder: Path) -> dict[str, Any]:
     """Arguments of vLLM's LLM: vLLM's defaults, but no more requests and positions than are measured."""
-    needed = [context + most_tokens(plan.tokens) for context in plan.contexts]
+    needed = [positions_for(plan, context) for context in plan.contexts]
     longest = max(length for length in needed if length <= model.num_positions)
     # The same for every system and for most choices of contexts, since kernels look at it too.
     max_model_len = min(model.num_positions, 1 << (longest + SLACK - 1).bit_length())

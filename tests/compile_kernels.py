@@ -33,6 +33,7 @@ assert vllm.triton_utils.HAS_TRITON
 
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.quantised_cache import CacheScales
+from vllm_longspec.config.options import TreeShape
 from vllm_longspec.glide.best_children import best_children
 from vllm_longspec.glide.growing_trees import GrowingTrees
 from vllm_longspec.glide.window_attention import window_attention, write_window
@@ -160,7 +161,7 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
 
 
 def compile_level_kernel(levels: tuple[int, ...]) -> None:
-    trees = GrowingTrees(levels, torch.zeros(2, dtype=torch.int64), torch.zeros(2, 512, 2, 1, 64))
+    trees = GrowingTrees(TreeShape(levels), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 512, 2, 1, 64))
     for depth, width in enumerate(levels, start=1):
         parents, log_probs = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width)
         for token_ids in (None, torch.zeros(10, dtype=torch.int64)):

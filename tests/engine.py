@@ -85,13 +85,10 @@ def generate(model: Path, batches: Sequence[Sequence[Request] | Path], **setting
 
 def _run_engine(specification_json: str) -> dict[str, Any]:
     """Returns what `Result` has."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     specification = json.loads(specification_json)
-    if specification["settings"].get("async_scheduling"):
-        schedule_asynchronously()
-    defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
-    llm = LLM(**(defaults | specification["settings"]))
+    llm = start(specification["settings"])
     columns: dict[str, list] = {field.name: [] for field in fields(Result) if field.name != "metrics"}
     for batch in specification["batches"]:
         if isinstance(batch, str):
@@ -117,7 +114,17 @@ def _run_engine(specification_json: str) -> dict[str, Any]:
     return {**columns, "metrics": metrics}
 
 
-def schedule_asynchronously() -> None:
+def start(settings: dict[str, Any]) -> Any:
+    """vLLM's LLM with these settings on top of those of all tests."""
+    from vllm import LLM
+
+    if settings.get("async_scheduling"):
+        _schedule_asynchronously()
+    defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
+    return LLM(**(defaults | settings))
+
+
+def _schedule_asynchronously() -> None:
     """vLLM's CPU platform turns asynchronous scheduling off whatever the user says; its runner can do it."""
     from vllm.platforms import current_platform
 

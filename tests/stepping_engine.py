@@ -17,9 +17,7 @@ A request is {"prompt": token ids, "sampling": keyword arguments of SamplingPara
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from tests.engine import CPU_SETTINGS, SETTINGS, sampling_of, schedule_asynchronously
+from tests.engine import sampling_of, start
 from tests.process import run_alone
 
 
@@ -160,12 +158,7 @@ def _search(llm: Any, prompt: list[int], search: dict[str, Any]) -> list[dict[st
 
 
 def _play(scenes: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM
-
-    if settings.get("async_scheduling"):
-        schedule_asynchronously()
-    defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
-    llm = LLM(**(defaults | settings))
+    llm = start(settings)
     played = []
     for scene in scenes:
         _set(llm, scene)

@@ -16,8 +16,11 @@ The scheduler decides, from what it has counted and not from clocks: the same re
 
 from collections.abc import Callable, Sequence
 
+from vllm_longspec.config.schedule import numbers_up_to
+
 # Steps after which what was seen counts half.
 HALF_LIFE = 256
+FADING = 0.5 ** (1 / HALF_LIFE)
 # What a guess weighs: that the draft is a typical one, in accepted tokens; and that a K accepts in proportion to the
 # others, in requests' steps.
 WEIGHT_OF_DRAFT = 2.0
@@ -40,7 +43,8 @@ class NodeBudget:
     """
 
     def __init__(self, limits: Sequence[int], cost: Callable[[int, int], float]):
-        self.limits = limits
+        # By batch size, the least first.
+        self.choices = [numbers[::-1] for numbers in numbers_up_to(limits)]
         self.cost = cost
         # By K: requests' steps, and the tokens that they accepted.
         self.steps = {num_nodes: 0.0 for num_nodes in sorted(set(limits[1:])) if num_nodes > 0}
@@ -48,12 +52,17 @@ class NodeBudget:
         self.num_lookups = 0
 
     def __getitem__(self, batch_size: int) -> int:
-        fading = 0.5 ** (1 / HALF_LIFE)
         for num_nodes in self.steps:
-            self.steps[num_nodes] *= fading
-            self.accepted[num_nodes] *= fading
-        choices = [0, *(num_nodes for num_nodes in self.steps if num_nodes <= self.limits[batch_size])]
-        best = max(range(len(choices)), key=lambda index: self._worth(batch_size, choices[index]))
+            self.steps[num_nodes] *= FADING
+            self.accepted[num_nodes] *= FADING
+        choices, quality = self.choices[batch_size], self._quality()
+
+        def worth(index: int) -> float:
+            """Tokens of a request in the time of a step without drafts."""
+            num_nodes = choices[index]
+            return (1 + self._acceptance(num_nodes, quality)) / self.cost(batch_size, num_nodes)
+
+        best = max(range(len(choices)), key=worth)
         self.num_lookups += 1
         if self.num_lookups % TRIAL == 0:
             # The next lower and the next higher one by turns. Without nodes there is nothing to see.
@@ -68,15 +77,14 @@ class NodeBudget:
             self.steps[num_nodes] += 1
             self.accepted[num_nodes] += num_accepted
 
-    def acceptance(self, num_nodes: int) -> float:
+    def _quality(self) -> float:
+        """How much more than a typical draft's nodes this one's have been accepted."""
+        typical = sum(steps * typical_acceptance(number) for number, steps in self.steps.items())
+        return (WEIGHT_OF_DRAFT + sum(self.accepted.values())) / (WEIGHT_OF_DRAFT + typical)
+
+    def _acceptance(self, num_nodes: int, quality: float) -> float:
         """Tokens that a request's step with `num_nodes` nodes is expected to accept."""
         if num_nodes == 0:
             return 0.0
-        typical = sum(steps * typical_acceptance(number) for number, steps in self.steps.items())
-        quality = (WEIGHT_OF_DRAFT + sum(self.accepted.values())) / (WEIGHT_OF_DRAFT + typical)
         guess = WEIGHT_OF_NUMBER * quality * typical_acceptance(num_nodes)
         return (guess + self.accepted[num_nodes]) / (WEIGHT_OF_NUMBER + self.steps[num_nodes])
-
-    def _worth(self, batch_size: int, num_nodes: int) -> float:
-        """Tokens of a request in the time of a step without drafts."""
-        return (1 + self.acceptance(num_nodes)) / self.cost(batch_size, num_nodes)

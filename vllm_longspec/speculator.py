@@ -248,7 +248,7 @@ class GlideSpeculator(DraftModelSpeculator):
         root_positions = self._root_positions(slots)
         drafted = grow_trees(
             self.model,
-            shape.levels,
+            shape,
             torch.where(slots < 0, 0, self.req_states.last_sampled_tokens[slots, 0]),
             root_positions,
             slots,
@@ -304,7 +304,7 @@ class GlideSpeculator(DraftModelSpeculator):
         zeros = torch.zeros_like(slots)
         grow_trees(
             self.model,
-            self.shape.levels,
+            self.shape,
             zeros,
             zeros,
             slots,

@@ -31,6 +31,7 @@ from tests.models import write_draft, write_target
 from tests.oracles import tree as tree_oracle
 from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
+from vllm_longspec.config.options import TreeShape
 from vllm_longspec.glide.growing_trees import GrowingTrees
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.window import MAX_REBUILD_REQS, DraftWindow
@@ -236,7 +237,7 @@ class Batch:
     def grow(self, draft: GlideForCausalLM, levels: tuple[int, ...], window: DraftWindow) -> GrowingTrees:
         return grow_trees(
             draft,
-            levels,
+            TreeShape(levels),
             self.root_tokens,
             self.root_positions,
             self.idx_mapping,

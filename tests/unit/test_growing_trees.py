@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.oracles.tree import describe_tree, mask_to_rows
+from vllm_longspec.config.options import TreeShape
 from vllm_longspec.glide.growing_trees import GrowingTrees
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,13 +24,13 @@ def test_levels(levels: tuple[int, ...], num_reqs: int, has_token_ids: bool) -> 
 
     root_positions = torch.tensor([0, 102, 104])[:num_reqs].to(DEVICE)
     token_ids = integers(1000, VOCAB_SIZE) if has_token_ids else None
-    trees = GrowingTrees(levels, root_positions, torch.empty(num_reqs, 8, 2, 1, 16, device=DEVICE))
+    trees = GrowingTrees(TreeShape(levels), root_positions, torch.empty(num_reqs, 8, 2, 1, 16, device=DEVICE))
     tokens: list[list[int]] = [[] for _ in range(num_reqs)]
     log_probs: list[list[float]] = [[] for _ in range(num_reqs)]
     parents: list[list[int]] = [[] for _ in range(num_reqs)]
     first_row = 0
     for depth, width in enumerate(levels, start=1):
-        width_above = trees.width(depth - 1)
+        width_above = trees.shape.width(depth - 1)
         drawn_parents, choices = integers(width_above, num_reqs, width), integers(VOCAB_SIZE, num_reqs, width)
         drawn_log_probs = -torch.rand(num_reqs, width, generator=generator).to(DEVICE)
         level_tokens, positions = trees.add_level(
@@ -57,7 +58,9 @@ def test_levels(levels: tuple[int, ...], num_reqs: int, has_token_ids: bool) -> 
 
 
 def test_keys_and_values_stand_in_the_nodes_rows() -> None:
-    trees = GrowingTrees((2, 3, 1), torch.tensor([5, 9], device=DEVICE), torch.empty(2, 8, 2, 2, 16, device=DEVICE))
+    trees = GrowingTrees(
+        TreeShape((2, 3, 1)), torch.tensor([5, 9], device=DEVICE), torch.empty(2, 8, 2, 2, 16, device=DEVICE)
+    )
     kept = []
     for depth, width in enumerate((1, 2, 3)):
         key, value = torch.randn(2, 2 * width, 2, 16, device=DEVICE)

@@ -10,7 +10,7 @@ difference between 1k and 31k.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_longspec.config.fit import size_of
+from vllm_longspec.config.fit import layer_sizes
 from vllm_longspec.config.options import frequent_tokens_of, tree_shape_of
 from vllm_longspec.config.schedule import BATCH_ROWS
 from vllm_longspec.frequent_tokens import read_frequent_tokens
@@ -67,10 +67,7 @@ def level_cost(target: "PretrainedConfig", *, vocab_size: int, draft_vocab_size:
     Args:
         is_quantised: the draft's layer has one byte a weight, where the target has two. Its head counts in full.
     """
-    hidden, intermediate, heads, kv_heads, head_size = (
-        size_of(target, name)
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target)
     query = hidden * heads * head_size
     layer = 2 * query + 2 * hidden * kv_heads * head_size + 3 * hidden * intermediate
     # Two attentions, of which one has no keys and values of its own.

@@ -59,12 +59,12 @@ def check_fit(draft: DraftCheckpoint, target: "ModelConfig") -> None:
             "use its target's config.json"
         ) from None
     for name in _SIZES:
-        _compare(draft, target, name, size_of(draft_config, name))
+        _compare(draft, target, name, _size(draft_config, name))
     _check_shapes(draft, target)
 
 
 def _compare(draft: DraftCheckpoint, target: "ModelConfig", name: str, in_draft: Any) -> None:
-    in_target = size_of(target.hf_text_config, name)
+    in_target = _size(target.hf_text_config, name)
     if in_draft != in_target:
         raise ValueError(
             f"draft {draft.model} does not fit target {target.model}: {name} is {in_draft} in the draft, "
@@ -73,10 +73,7 @@ def _compare(draft: DraftCheckpoint, target: "ModelConfig", name: str, in_draft:
 
 
 def _check_shapes(draft: DraftCheckpoint, target: "ModelConfig") -> None:
-    hidden, intermediate, heads, kv_heads, head_size = (
-        size_of(target.hf_text_config, name)
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target.hf_text_config)
     # Output and input features of each projection.
     projections = {
         "q_proj": (heads * head_size, hidden),
@@ -98,7 +95,13 @@ def _check_shapes(draft: DraftCheckpoint, target: "ModelConfig") -> None:
             )
 
 
-def size_of(config: Any, name: str) -> Any:
+def layer_sizes(config: Any) -> list[int]:
+    """Hidden and intermediate size, heads, KV heads and head size of a layer of the Llama or Qwen2 family."""
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return [_size(config, name) for name in names]
+
+
+def _size(config: Any, name: str) -> Any:
     value = getattr(config, name, None)
     if value is None and name == "num_key_value_heads":
         return config.num_attention_heads

@@ -9,22 +9,22 @@ here (`add_keys_values`).
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.config.options import TreeShape
 from vllm_longspec.tree import MASK_BITS
 
 
 class GrowingTrees:
     """
     Args:
-        levels: nodes at each depth, from 1 on.
         root_positions: int64 [num_reqs].
         window_kv: [max_num_reqs, window, K or V, num_kv_heads, head_size], for its dtype and sizes.
     """
 
-    def __init__(self, levels: tuple[int, ...], root_positions: torch.Tensor, window_kv: torch.Tensor):
-        num_reqs, num_nodes, device = root_positions.shape[0], sum(levels), root_positions.device
+    def __init__(self, shape: TreeShape, root_positions: torch.Tensor, window_kv: torch.Tensor):
+        num_reqs, num_nodes, device = root_positions.shape[0], shape.num_nodes, root_positions.device
         # The last level's nodes are only ever drawn, never run through the layer.
-        max_rows = 1 + num_nodes - levels[-1]
-        self.levels = levels
+        max_rows = shape.num_rows - shape.levels[-1]
+        self.shape = shape
         self.root_positions = root_positions
         # [num_reqs, num_nodes] token, cumulative log-probability, and number of the parent node, -1 for the root
         self.tokens = torch.empty(num_reqs, num_nodes, dtype=torch.int64, device=device)
@@ -37,13 +37,9 @@ class GrowingTrees:
         self.masks = torch.zeros(num_reqs, max_rows, num_words, dtype=torch.int32, device=device)
         self.masks[:, 0, 0] = 1
 
-    def width(self, depth: int) -> int:
-        """Nodes at `depth`; the root is the only one at depth 0."""
-        return self.levels[depth - 1] if depth else 1
-
     def first_row(self, depth: int) -> int:
         """Row of the first node at `depth`."""
-        return 1 + sum(self.levels[: depth - 1]) if depth else 0
+        return sum(map(self.shape.width, range(depth)))
 
     def add_keys_values(
         self,
@@ -53,7 +49,7 @@ class GrowingTrees:
     ) -> None:
         """Keeps what the nodes at `depth`, or the root, were projected to."""
         first_row = self.first_row(depth)
-        rows = self.node_kv[:, first_row : first_row + self.width(depth)]
+        rows = self.node_kv[:, first_row : first_row + self.shape.width(depth)]
         rows[:, :, 0] = key.view(rows[:, :, 0].shape)
         rows[:, :, 1] = value.view(rows[:, :, 1].shape)
 
@@ -98,7 +94,7 @@ class GrowingTrees:
             depth,
             max_position,
             # Rows of the last level have no mask.
-            WRITES_MASKS=depth < len(self.levels),
+            WRITES_MASKS=depth < self.shape.max_depth,
             NUM_WORDS=self.masks.shape[2],
             WIDTH_BLOCK=triton.next_power_of_2(width),
             num_warps=1,

@@ -14,6 +14,7 @@ restricted to some tokens is a copy of their rows. One class serves every family
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -231,10 +232,10 @@ class GlideForCausalLM(nn.Module):
         self.token_ids = token_ids
         weight = self.lm_head.weight[token_ids]
         if self.quant_config is None:
-            self.head_weight = weight
+            self.frequent_head: Callable[[torch.Tensor], torch.Tensor] = partial(nn.functional.linear, weight=weight)
         else:
             with set_default_torch_dtype(weight.dtype), weight.device:
-                self.quantised_head = ReplicatedLinear(
+                self.frequent_head = ReplicatedLinear(
                     weight.shape[1],
                     weight.shape[0],
                     bias=False,
@@ -243,7 +244,7 @@ class GlideForCausalLM(nn.Module):
                     return_bias=False,
                 )
                 # vLLM quantises a layer as soon as all of its weight has come through its loader.
-                parameter: Any = self.quantised_head.get_parameter("weight")
+                parameter: Any = self.frequent_head.get_parameter("weight")
                 parameter.weight_loader(parameter, weight)
         # What the target's processor does to logits, without its head.
         self.logits_processor = LogitsProcessor(
@@ -305,11 +306,7 @@ class GlideForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [num_tokens, draft_vocab_size]
         if self.token_ids is None:
             return self.logits_processor(self.lm_head, hidden_states)
-        if self.quant_config is None:
-            logits = nn.functional.linear(hidden_states, self.head_weight)
-        else:
-            logits = self.quantised_head(hidden_states)
-        return self.logits_processor(None, logits)
+        return self.logits_processor(None, self.frequent_head(hidden_states))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         # A checkpoint without biases is the same layer with biases of zero.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
+from vllm_longspec.config.options import TreeShape
 from vllm_longspec.glide.best_children import best_children, best_children_in_pytorch
 from vllm_longspec.glide.growing_trees import GrowingTrees
 from vllm_longspec.glide.model import GlideForCausalLM
@@ -34,7 +35,7 @@ class _LevelAttention:
     ):
         self.trees = trees
         self.depth = depth
-        self.width = trees.width(depth)
+        self.width = trees.shape.width(depth)
         self.window_kv = window_kv
         self.slots = slots
         self._cross_attention = cross_attention
@@ -59,7 +60,7 @@ class _LevelAttention:
 
 def grow_trees(
     model: GlideForCausalLM,
-    levels: tuple[int, ...],
+    shape: TreeShape,
     root_tokens: torch.Tensor,  # int64 [num_reqs]
     root_positions: torch.Tensor,  # int64 [num_reqs]
     slots: torch.Tensor,  # int64 [num_reqs]
@@ -67,11 +68,11 @@ def grow_trees(
     cross_attention: CrossAttention,
     max_position: int,  # the rotary embedding knows none beyond
 ) -> GrowingTrees:
-    """Drafts a tree of shape `levels` for every request."""
-    trees = GrowingTrees(levels, root_positions, window_kv)
+    """Drafts a tree of this shape for every request."""
+    trees = GrowingTrees(shape, root_positions, window_kv)
     tokens, positions = root_tokens, root_positions.clamp(max=max_position)
     log_probs = torch.zeros(root_tokens.shape[0], 1, dtype=torch.float32, device=slots.device)
-    for depth, width in enumerate(levels, start=1):
+    for depth, width in enumerate(shape.levels, start=1):
         attention = _LevelAttention(trees, depth - 1, window_kv, slots, cross_attention)
         hidden = model(tokens, positions, attention)
         parents, choices, log_probs = _best_children(model, hidden, log_probs, width)
