@@ -41,6 +41,8 @@ def main() -> None:
         if time.time() >= job["deadline"]:
             break
         measured = record | cell
+        if cell["acceptance"] is not None:
+            engine.llm.collective_rpc(set_acceptance, args=(cell["acceptance"],))
         batches = list(prompts.batches(cell["context"], cell["batch"], job["repeats"]))
         if not batches:
             measured["skipped"] = f"there are fewer than {cell['batch']} prompts of {cell['context']} tokens"
@@ -157,14 +159,14 @@ class Engine:
         while (last := step()) < first + len(prompts) * self.tokens:
             pass
         seconds = time.perf_counter() - start
-        drafts, accepted, preempted = (now - then for now, then in zip(self._counters(), before, strict=True))
+        drafts, drafted, accepted, preempted = (now - then for now, then in zip(self._counters(), before, strict=True))
         if preempted:
             raise RuntimeError(f"{preempted} requests were preempted")
         engine.abort_request(list(requests))
         while engine.has_unfinished_requests():
             engine.step()
-        counts = {"seconds": seconds, "emitted": last - first, "drafts": drafts, "accepted": accepted}
-        return counts, list(outputs.values())
+        counts = {"seconds": seconds, "emitted": last - first, "drafts": drafts, "drafted": drafted}
+        return counts | {"accepted": accepted}, list(outputs.values())
 
     def _generate(
         self, prompts: list[list[int]], temperature: float, number: int, max_tokens: int
@@ -190,12 +192,12 @@ class Engine:
             for request in range(batch)
         ]
 
-    def _counters(self) -> tuple[int, int, int]:
-        """Drafts, accepted tokens, preemptions since the engine started."""
+    def _counters(self) -> tuple[int, int, int, int]:
+        """Drafts, their tokens, accepted tokens, preemptions since the engine started."""
         values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
-        names = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens", "num_preemptions")
-        drafts, accepted, preempted = (int(values.get(f"vllm:{name}", 0)) for name in names)
-        return drafts, accepted, preempted
+        names = ("drafts", "draft_tokens", "accepted_tokens")
+        drafts, drafted, accepted = (int(values.get(f"vllm:spec_decode_num_{name}", 0)) for name in names)
+        return drafts, drafted, accepted, int(values.get("vllm:num_preemptions", 0))
 
 
 def most_tokens(tokens: int) -> int:
@@ -204,7 +206,7 @@ def most_tokens(tokens: int) -> int:
 
 
 def summary(rounds: list[dict[str, Any]], batch: int, tokens: int, same_work: bool) -> Record:
-    """Milliseconds a token of a request and milliseconds a step, and tokens a step over all rounds.
+    """Milliseconds a token of a request and milliseconds a step, and tokens and drafted ones a step over all rounds.
 
     With a draft, vLLM counts a draft for every request and step. A step without any, as where the batch is too large
     for speculation to pay, emits one token.
@@ -217,12 +219,14 @@ def summary(rounds: list[dict[str, Any]], batch: int, tokens: int, same_work: bo
         steps = (each["drafts"] + max(0, each["emitted"] - each["drafts"] - each["accepted"])) / batch
         each["ms_per_token"] = 1000 * each["seconds"] * batch / each["emitted"]
         each["ms_per_step"] = 1000 * each["seconds"] / steps
-    drafts, accepted = (sum(each[name] for each in rounds) for name in ("drafts", "accepted"))
+    drafts, drafted, accepted = (sum(each[name] for each in rounds) for name in ("drafts", "drafted", "accepted"))
     return {
         "tokens": tokens,
         "ms_per_token": round(typical([each["ms_per_token"] for each in rounds]), 4),
         "ms_per_step": round(typical([each["ms_per_step"] for each in rounds]), 4),
         "tokens_per_step": round(1 + accepted / drafts, 3) if drafts else 1.0,
+        # Verified: of a tree its nodes.
+        "drafted_per_step": round(drafted / drafts, 1) if drafts else 0.0,
     }
 
 
@@ -246,6 +250,22 @@ def peak_memory(worker: Any) -> int:
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return peak
+
+
+def set_acceptance(worker: Any, length: float) -> None:
+    """Synthetic acceptance of `length` tokens a step from now on, as if the engine had been started with it."""
+    import torch
+    from vllm.config import SpeculativeConfig
+    from vllm.v1.spec_decode.utils import unconditional_to_conditional_rates
+
+    runner = worker.model_runner
+    # On the device. Of this plugin for every depth of a tree, of vLLM for every draft token.
+    rates = runner.rejection_sampler.synthetic_conditional_rates
+    depth = min(len(rates), runner.num_speculative_steps)
+    conditional = unconditional_to_conditional_rates(
+        SpeculativeConfig._resolve_synthetic_acceptance_rates(depth, None, length)
+    )
+    rates[:depth].copy_(torch.tensor(conditional))
 
 
 def draft_memory(worker: Any) -> dict[str, int]:

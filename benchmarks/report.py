@@ -133,7 +133,7 @@ def speedup_table(comparison: Comparison) -> str:
 
 def detail_table(comparison: Comparison) -> str:
     """Every cell: times, tokens a step as they were seen, and how many plain steps a step costs."""
-    columns = ["context", "batch", "system", "ms a token", "tokens a step", "ms a step", "in plain steps"]
+    columns = ["context", "batch", "system", "ms a token", "verified", "tokens a step", "ms a step", "in plain steps"]
     looping = any(cell.get("looping") for cells in comparison.cells.values() for cell in cells.values())
     rows = [[*columns, "tokens in loops"] if looping else columns]
     for place in comparison.places:
@@ -143,6 +143,8 @@ def detail_table(comparison: Comparison) -> str:
                 continue
             baseline = comparison.baseline(cell)
             row = [f"{place[0]:,}", str(place[1]), system, f"{cell['ms_per_token']:.2f}"]
+            # Draft tokens that a step verifies; older measurements do not say.
+            row.append(f"{cell['drafted_per_step']:g}" if "drafted_per_step" in cell else "")
             row += [f"{cell['tokens_per_step']:.2f}", f"{cell['ms_per_step']:.2f}"]
             row.append(f"{cell['ms_per_step'] / baseline[0]['ms_per_step']:.2f}" if baseline else "")
             rows.append([*row, f"{cell['looping']:.0%}"] if looping else row)

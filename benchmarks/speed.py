@@ -8,7 +8,7 @@ on what is accepted. A folder with a trained target/, draft/ and prompts.jsonl, 
 measured as it is. Every cell (system, context, batch) becomes a line of `--out` as soon as it is measured; what is
 there already is left out, so an interrupted run goes on where it stopped. `report.py` makes tables and plots of it.
 
-One engine runs for each system and acceptance. Cells that are longer than the model's positions, or whose KV cache does
+One engine runs for each system. Cells that are longer than the model's positions, or whose KV cache does
 not fit, are recorded as skipped.
 """
 
@@ -65,6 +65,7 @@ class Plan:
 
     contexts: list[int]
     batches: list[int]
+    acceptances: list[float]
     temperatures: list[float]
     tokens: int
     repeats: int
@@ -83,6 +84,7 @@ def main() -> None:
     plan = Plan(
         contexts=sorted(arguments.contexts),
         batches=sorted(arguments.batches),
+        acceptances=arguments.acceptances,
         temperatures=arguments.temperatures,
         tokens=arguments.tokens,
         repeats=arguments.repeats,
@@ -101,20 +103,19 @@ def main() -> None:
         for name in arguments.models:
             model = Model.find(name)
             for system in arguments.systems:
-                # Plain decoding has no acceptance, and trained weights have their own.
-                for acceptance in arguments.acceptances if system != "plain" and not model.trained else [None]:
-                    if time.time() + start_seconds >= plan.deadline:
-                        continue
-                    try:
-                        took = run(plan, model, system, acceptance, arguments.tuned, Path(folder))
-                        start_seconds = max(start_seconds, took)
-                    except NotMeasurable as reason:
-                        print(f"{model.name} {system}: {reason}")
-                        if isinstance(reason, EngineFailed):
-                            failures.append(system)
+                if time.time() + start_seconds >= plan.deadline:
+                    continue
+                try:
+                    took = run(plan, model, system, arguments.tuned, Path(folder))
+                    start_seconds = max(start_seconds, took)
+                except NotMeasurable as reason:
+                    print(f"{model.name} {system}: {reason}")
+                    if isinstance(reason, EngineFailed):
+                        failures.append(system)
         if arguments.cross_check:
             system, context, batch = arguments.cross_check
-            check(plan, Model.find(arguments.models[0]), system, int(context), int(batch), arguments, Path(folder))
+            model = Model.find(arguments.models[0])
+            check(plan, model, system, arguments.tuned, int(context), int(batch), Path(folder))
     if time.time() + start_seconds >= plan.deadline:
         print("The time is up; the same command goes on where this one stopped.")
     sys.exit(f"failed: {', '.join(failures)}" if failures else 0)
@@ -152,24 +153,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(
-    plan: Plan, model: Model, system: str, acceptance: float | None, tuned: dict[str, Any] | None, folder: Path
-) -> float:
+def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, folder: Path) -> float:
     """Measures the cells of one engine that are still to be measured. Returns how long it took to start.
 
     Raises:
         NotMeasurable: the system cannot decode the model.
         EngineFailed: it can, and did not.
     """
-    decoding = prepare(model, system, acceptance, tuned, folder)
+    decoding = prepare(model, system, plan.acceptances[0], tuned, folder)
     base = record_of(plan, model, decoding)
     known = set() if plan.again else {identity(record) for record in read([plan.out])}
     cells: list[dict[str, Any]] = [
         cell
+        # Plain decoding has no acceptance, and trained weights have their own.
+        for acceptance in (plan.acceptances if decoding.acceptance is not None else [None])
         for temperature in plan.temperatures
         for context in plan.contexts
         for batch in plan.batches
-        if identity(base | (cell := {"temperature": temperature, "context": context, "batch": batch})) not in known
+        if identity(base | (cell := cell_of(acceptance, temperature, context, batch))) not in known
     ]
     measurable = []
     for wanted in cells:
@@ -192,7 +193,7 @@ def run(
         "vocab_size": model.config["vocab_size"],
         "llm": engine_settings(plan, model, decoding, folder),
     }
-    name = "-".join([model.name, system, *([str(acceptance)] if decoding.acceptance else [])])
+    name = f"{model.name}-{system}"
     print(f"{name}: {len(measurable)} cells", flush=True)
     measured_before = len(read([plan.out]))
     log = plan.out.with_suffix(".logs") / f"{name}.log"
@@ -216,16 +217,15 @@ def run(
 
 
 def check(
-    plan: Plan, model: Model, system: str, context: int, batch: int, arguments: argparse.Namespace, folder: Path
+    plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, context: int, batch: int, folder: Path
 ) -> None:
-    """Runs vLLM's own benchmarks on a cell that has been measured.
+    """Runs vLLM's own benchmarks on a cell that has been measured, at the first acceptance.
 
     Raises:
         NotMeasurable: the cell has not been measured.
     """
-    acceptance = None if system == "plain" or model.trained else arguments.acceptances[0]
-    decoding = prepare(model, check_system(system), acceptance, arguments.tuned, folder)
-    base = record_of(plan, model, decoding) | {"temperature": 0.0, "context": context, "batch": batch}
+    decoding = prepare(model, check_system(system), plan.acceptances[0], tuned, folder)
+    base = record_of(plan, model, decoding) | cell_of(decoding.acceptance, 0.0, context, batch)
     measured = {identity(record): record for record in read([plan.out])}.get(identity(base))
     if measured is None or "skipped" in measured:
         raise NotMeasurable(f"{model.name} {system} has not been measured at context {context} and batch {batch}")
@@ -241,12 +241,15 @@ def record_of(plan: Plan, model: Model, decoding: Decoding) -> Record:
         "kind": "cell",
         "model": model.name,
         "system": decoding.system,
-        "acceptance": decoding.acceptance,
         "options": decoding.options,
         "engine": plan.engine,
         "run": plan.started,
         "environment": plan.machine,
     }
+
+
+def cell_of(acceptance: float | None, temperature: float, context: int, batch: int) -> dict[str, Any]:
+    return {"acceptance": acceptance, "temperature": temperature, "context": context, "batch": batch}
 
 
 def positions_for(plan: Plan, context: int) -> int:
@@ -287,11 +290,13 @@ def process_environment() -> dict[str, str]:
 
 def describe(record: Record) -> str:
     place = f"context {record['context']:>6}  batch {record['batch']:>2}"
+    if record["acceptance"] is not None:
+        place += f"  acceptance {record['acceptance']:g}"
     if "skipped" in record:
         return f"{place}  skipped: {record['skipped']}"
     return (
         f"{place}  {record['ms_per_token']:8.3f} ms a token  {record['ms_per_step']:8.3f} ms a step  "
-        f"{record['tokens_per_step']:.2f} tokens a step"
+        f"{record['tokens_per_step']:.2f} tokens a step  {record['drafted_per_step']:.1f} drafted"
     )
 
 

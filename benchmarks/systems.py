@@ -95,11 +95,11 @@ class Decoding:
     """A system, ready for an engine."""
 
     system: str
-    # Tokens a step that are asked for of random weights; None for plain decoding and trained weights.
+    # Tokens a step that random weights start with; None for plain decoding and trained weights.
     acceptance: float | None
     # What to tell vLLM; None for plain decoding.
     speculative_config: dict[str, Any] | None
-    # The same without paths, for the record.
+    # The same without paths and acceptance, for the record.
     options: dict[str, Any]
 
 
@@ -114,12 +114,11 @@ def prepare(
     if system == "plain":
         return Decoding(system, None, None, {})
     options = _options(model, system, tuned)
+    speculative_config = dict(options)
     if model.trained is None:
-        options |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": acceptance}
+        speculative_config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": acceptance}
     else:
         acceptance = None
-
-    speculative_config = dict(options)
     if (size := options.get("frequent_tokens")) is not None:
         path = folder / f"{model.name}-frequent-{size}.json"
         speculative_config["frequent_tokens"] = str(write_frequent_tokens(path, size, model.config["vocab_size"]))

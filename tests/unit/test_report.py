@@ -132,11 +132,13 @@ def test_what_is_the_same_measurement():
 
 
 def test_summary_of_rounds():
-    plain = [{"seconds": seconds, "emitted": 400, "drafts": 0, "accepted": 0} for seconds in (1.0, 1.2, 9.0)]
+    plain = [
+        {"seconds": seconds, "emitted": 400, "drafts": 0, "drafted": 0, "accepted": 0} for seconds in (1.0, 1.2, 9.0)
+    ]
     numbers = summary(plain, batch=4, tokens=100, same_work=True)
     assert (numbers["ms_per_token"], numbers["ms_per_step"], numbers["tokens_per_step"]) == (12.0, 12.0, 1.0)
     # 4 requests, 25 steps each, 3 tokens accepted in each step.
-    drafted = [{"seconds": 0.5, "emitted": 400, "drafts": 100, "accepted": 300}]
+    drafted = [{"seconds": 0.5, "emitted": 400, "drafts": 100, "drafted": 700, "accepted": 300}]
     numbers = summary(drafted, batch=4, tokens=100, same_work=True)
     assert (numbers["ms_per_token"], numbers["ms_per_step"], numbers["tokens_per_step"]) == (5.0, 20.0, 4.0)
     # Of different work, the mean.

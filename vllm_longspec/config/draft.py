@@ -145,12 +145,14 @@ def find_glide_draft(
         vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
     tree_shape = parse_tree_shape(tree_options, vocab_size)
     num_nodes = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
+    needs_schedule = options.get("num_speculative_tokens_per_batch_size") is None
+    # Triton's interpreter is for trying and testing; there the number of nodes has no load to follow.
+    follows_load = needs_schedule and current_platform.is_cuda()
     adapt_nodes = tree_options.get("adapt_nodes")
-    adapt_nodes = False if adapt_nodes is None else adapt_nodes
+    adapt_nodes = follows_load if adapt_nodes is None else adapt_nodes
     if not isinstance(adapt_nodes, bool):
         raise ValueError(f"adapt_nodes must be true or false, got {adapt_nodes!r}")
-    # Triton's interpreter is for trying and testing; there the number of nodes has no load to follow.
-    if options.get("num_speculative_tokens_per_batch_size") is None and (adapt_nodes or current_platform.is_cuda()):
+    if follows_load or (needs_schedule and adapt_nodes):
         queries_per_kv_head = target.get_num_attention_heads(parallel_config) // target.get_num_kv_heads(
             parallel_config
         )

@@ -34,12 +34,12 @@ class TreeSampler:
         sampler: Sampler,
         tree: TreeState,
         max_depth: int,
-        synthetic_rates: torch.Tensor | None = None,  # float32 [max_depth], None: the target decides
+        synthetic_conditional_rates: torch.Tensor | None = None,  # float32 [max_depth], None: the target decides
     ):
         self.sampler = sampler
         self.tree = tree
         self.max_depth = max_depth
-        self.synthetic_rates = synthetic_rates
+        self.synthetic_conditional_rates = synthetic_conditional_rates
 
     def __call__(
         self,
@@ -129,12 +129,12 @@ class TreeSampler:
             num_emitted[start:end],
             path_rows,
         )
-        if self.synthetic_rates is None:
+        if self.synthetic_conditional_rates is None:
             walk_tree(*walked, self.max_depth)
         else:
             positions = input_batch.positions[logits_indices]
             seeds = self.sampler.sampling_states.seeds.gpu
-            walk_synthetically(self.synthetic_rates, seeds, positions, self.tree.depths, *walked)
+            walk_synthetically(self.synthetic_conditional_rates, seeds, positions, self.tree.depths, *walked)
         if logprobs_dims is None:
             return None
         num_logprobs, num_named_tokens = logprobs_dims
