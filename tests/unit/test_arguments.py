@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import vllm.platforms
 from vllm import SamplingParams
+from vllm.config import ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -17,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.models import write_draft, write_target
 from tests.quantised_models import write_cache_scales, write_gptq
 from vllm_longspec.attention.registry import FLASH_BACKEND, attention_backend
-from vllm_longspec.config.draft import choose_attention_backend
+from vllm_longspec.config.draft import choose_attention_backend, find_glide_draft
 from vllm_longspec.config.options import TreeShape, frequent_tokens_of, is_glide, speculates_with_glide, tree_shape_of
 
 
@@ -225,6 +226,33 @@ def test_wrong_options_are_refused_in_one_line(target, draft, options, said):
     with pytest.raises(ValueError) as error:
         create(target, speculative_config={"model": draft, **options})
     assert said in refused(error)
+
+
+SCHEDULE = [(1, 8, 4)]
+DEFAULT_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 0)]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "options", "adapts", "schedule"),
+    [
+        (True, {}, True, DEFAULT_SCHEDULE),
+        (True, {"adapt_nodes": False}, False, DEFAULT_SCHEDULE),
+        # What the user says is what is done.
+        (True, {"num_speculative_tokens_per_batch_size": SCHEDULE}, False, SCHEDULE),
+        (True, {"num_speculative_tokens_per_batch_size": SCHEDULE, "adapt_nodes": True}, True, SCHEDULE),
+        # Triton's interpreter verifies all nodes unless it is told otherwise.
+        (False, {}, False, None),
+        (False, {"adapt_nodes": True}, True, DEFAULT_SCHEDULE),
+    ],
+)
+def test_how_many_nodes_are_verified(monkeypatch, target, draft, on_gpu, options, adapts, schedule):
+    given = {"model": draft, "tree_shape": [2, 4, 4], **options}
+    arguments = EngineArgs(model=target, dtype="float32", skip_tokenizer_init=True, speculative_config=given)
+    model_config = arguments.create_model_config()
+    monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cuda", lambda self: on_gpu)
+    found = find_glide_draft(arguments, model_config, ParallelConfig())
+    assert found.adapt_nodes is adapts
+    assert found.options.get("num_speculative_tokens_per_batch_size") == schedule
 
 
 @pytest.mark.parametrize("options", [{"tree_shape": [2, 4]}, {"gamma": 3}])

@@ -60,7 +60,14 @@ RESULTS = [
     # Measured again, and in a run of its own.
     cell("default", 1024, 1, 99.0, run="sunday"),
     cell("default", 1024, 1, 5.0, run="tuesday"),
-    cell("default", 16384, 1, 5.5, draft_memory={"bytes_per_request": 2 << 20, "bytes_per_token": 0}),
+    cell(
+        "default",
+        16384,
+        1,
+        5.5,
+        drafted_per_step=24.0,
+        draft_memory={"bytes_per_request": 2 << 20, "bytes_per_token": 0},
+    ),
     cell("default", 1024, 1, 10.0)
     | {"kind": "cross_check", "benchmark": "serve", "benchmark_ms": 5.5, "measured_ms": 5},
 ]
@@ -90,8 +97,9 @@ def test_tables(results):
     assert not any(row.startswith("|16,384|256|") for row in found)
     assert "Plain decoding was measured in another run." in text
     # A step in plain steps.
-    assert "|16,384|1|default|5.50|4.00|22.00|1.00|" in found
-    assert "|16,384|1|eagle3|8.00|4.00|32.00|1.45|" in found
+    assert "|16,384|1|default|5.50|24|4.00|22.00|1.00|" in found
+    # Of an older measurement without the number that was verified.
+    assert "|16,384|1|eagle3|8.00||4.00|32.00|1.45|" in found
     # What a draft keeps grows with the context or does not.
     assert "|a-model|EAGLE-3|0|4,096|64.0MiB|512.0MiB|1024.0MiB|" in found
     assert "|a-model|GLIDE|2,097,152|0|2.0MiB|2.0MiB|2.0MiB|" in found
