@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from records import environment
-from server import SMALL_CACHE
+from server import ENVIRONMENT, SMALL_CACHE
 from shapes import QWQ_32B, write_glide_draft, write_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +131,7 @@ def check_serve() -> dict[str, Any]:
     finished = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "demo.py")],
         cwd=ROOT,
-        env={**os.environ, **EXACT_FLOAT32},
+        env=ENVIRONMENT | os.environ,
         capture_output=True,
         text=True,
         check=False,
@@ -166,19 +166,12 @@ def check_32b() -> dict[str, Any]:
     }
 
 
-# vLLM's Triton attention multiplies float32 matrices in TF32 unless Triton is told otherwise; exactness is about the
-# method, not about that rounding.
-EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}
-
-
 def engine(**settings: Any) -> dict[str, Any]:
     """Runs one engine in a process of its own, see `run_engine`."""
     with tempfile.NamedTemporaryFile() as output:
         settings["output"] = output.name
         command = [sys.executable, __file__, "--engine", json.dumps(settings)]
-        finished = subprocess.run(
-            command, env={**os.environ, **EXACT_FLOAT32}, capture_output=True, text=True, check=False
-        )
+        finished = subprocess.run(command, env=ENVIRONMENT | os.environ, capture_output=True, text=True, check=False)
         if finished.returncode != 0:
             sys.exit(f"{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}\nan engine stopped: {settings}")
         return json.loads(Path(output.name).read_text())

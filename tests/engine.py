@@ -40,8 +40,20 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
+    def num_drafts(self) -> float:
+        return self.metrics["vllm:spec_decode_num_drafts"]
+
+    @property
+    def num_draft_tokens(self) -> float:
+        return self.metrics["vllm:spec_decode_num_draft_tokens"]
+
+    @property
+    def num_accepted_tokens(self) -> float:
+        return self.metrics["vllm:spec_decode_num_accepted_tokens"]
+
+    @property
     def acceptance_length(self) -> float:
-        return 1 + self.metrics["vllm:spec_decode_num_accepted_tokens"] / self.metrics["vllm:spec_decode_num_drafts"]
+        return 1 + self.num_accepted_tokens / self.num_drafts
 
 
 SETTINGS = {

@@ -44,8 +44,8 @@ def test_nodes_follow_what_is_accepted(tmp_path):
     result = generate(PAIR / "target", REQUESTS, **mode, **speculative(draft, DEFAULT_SHAPE, adapt_nodes=True))
     assert_lossless(plain, result)
     # Fewer than half of the tokens came from steps with drafts.
-    drafts, accepted = (result.metrics[f"vllm:spec_decode_num_{name}"] for name in ("drafts", "accepted_tokens"))
-    assert drafts + accepted < sum(len(tokens) for batch in plain.tokens for tokens in batch) / 2
+    drafted = result.num_drafts + result.num_accepted_tokens
+    assert drafted < sum(len(tokens) for batch in plain.tokens for tokens in batch) / 2
 
 
 def test_nothing_waits_for_the_gpu(monkeypatch):
