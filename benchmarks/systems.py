@@ -159,5 +159,5 @@ def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[st
         # Whatever the size of the batch.
         return {"num_speculative_tokens_per_batch_size": [[1, MOST_REQUESTS, int(nodes)]]}
     # Random weights accept as much of few nodes as of many, which is nothing to adapt to.
-    options: dict[str, Any] = {} if model.trained else {"adapt_nodes": False}
-    return options | ({"gamma": int(system.removeprefix("gamma"))} if system.startswith("gamma") else {})
+    adapt: dict[str, Any] = {} if model.trained else {"adapt_nodes": False}
+    return adapt | ({"gamma": int(system.removeprefix("gamma"))} if system.startswith("gamma") else {})
