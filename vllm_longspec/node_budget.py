@@ -86,5 +86,6 @@ class NodeBudget:
         """Tokens that a request's step with `num_nodes` nodes is expected to accept."""
         if num_nodes == 0:
             return 0.0
-        guess = WEIGHT_OF_NUMBER * quality * typical_acceptance(num_nodes)
+        # No more than all of them.
+        guess = WEIGHT_OF_NUMBER * min(num_nodes, quality * typical_acceptance(num_nodes))
         return (guess + self.accepted[num_nodes]) / (WEIGHT_OF_NUMBER + self.steps[num_nodes])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step with drafts costs, in steps of plain decoding.
 
-A step takes about as long as reading the weights. Growing a tree reads the draft's layer and the head once more for
-each level; verifying it reads nothing more, but every row takes a little time, and more once arithmetic takes longer
-than reading. The constants are an H200's (benchmarks/results/speed.jsonl and nodes.json), where the context made no
-difference between 1k and 31k.
+A step takes about as long as reading the weights, and some time besides. Growing a tree reads the draft's layer and the
+head once more for each level; verifying it reads nothing more, but every row takes a little time, and more once
+arithmetic takes longer than reading. The constants are an H200's (benchmarks/results/speed.jsonl and nodes.json), where
+the context made no difference between 1k and 31k.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import VllmConfig
 
+# What a step and a level take besides reading weights, in weights of the target that could be read meanwhile: 0.4 ms,
+# as plain decoding of two sizes tells, and 0.04 ms, in which the kernels of a level start.
+STEP = 0.75e9
+LEVEL = 75e6
 # Of each row of a batch up to `BATCH_ROWS`, and of each beyond.
 ROW = 0.001
 FURTHER_ROW = 0.003
@@ -62,14 +66,16 @@ class StepCost:
 
 
 def level_cost(target: "PretrainedConfig", *, vocab_size: int, draft_vocab_size: int, is_quantised: bool) -> float:
-    """Weights that drafting a level reads, over those that a step of plain decoding reads.
+    """What drafting a level takes, over what a step of plain decoding takes.
 
     Args:
-        is_quantised: the draft's layer has one byte a weight, where the target has two. Its head counts in full.
+        is_quantised: the draft's weights have one byte, where the target's have two. A head that is the target's own
+            keeps two.
     """
     hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target)
     query = hidden * heads * head_size
     layer = 2 * query + 2 * hidden * kv_heads * head_size + 3 * hidden * intermediate
     # Two attentions, of which one has no keys and values of its own.
     draft_layer = (layer + 2 * query) * (0.5 if is_quantised else 1.0)
-    return (draft_layer + draft_vocab_size * hidden) / (target.num_hidden_layers * layer + vocab_size * hidden)
+    draft_head = draft_vocab_size * hidden * (0.5 if is_quantised and draft_vocab_size < vocab_size else 1.0)
+    return (LEVEL + draft_layer + draft_head) / (STEP + target.num_hidden_layers * layer + vocab_size * hidden)
