@@ -154,10 +154,8 @@ def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[st
         if model.trained and "frequent_tokens" in options:
             raise NotMeasurable(f"{model.name} is trained: random frequent tokens would change its acceptance")
         return dict(options)
+    if system.startswith("gamma"):
+        return {"gamma": int(system.removeprefix("gamma"))}
     _, _, nodes = system.partition("@")
-    if nodes:
-        # Whatever the size of the batch.
-        return {"num_speculative_tokens_per_batch_size": [[1, MOST_REQUESTS, int(nodes)]]}
-    # Random weights accept as much of few nodes as of many, which is nothing to adapt to.
-    adapt: dict[str, Any] = {} if model.trained else {"adapt_nodes": False}
-    return adapt | ({"gamma": int(system.removeprefix("gamma"))} if system.startswith("gamma") else {})
+    # Whatever the size of the batch.
+    return {"num_speculative_tokens_per_batch_size": [[1, MOST_REQUESTS, int(nodes)]]} if nodes else {}

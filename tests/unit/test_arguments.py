@@ -229,6 +229,7 @@ def test_wrong_options_are_refused_in_one_line(target, draft, options, said):
 
 
 SCHEDULE = [(1, 8, 4)]
+SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
 DEFAULT_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 0)]
 
 
@@ -237,6 +238,8 @@ DEFAULT_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 
     [
         (True, {}, True, DEFAULT_SCHEDULE),
         (True, {"adapt_nodes": False}, False, DEFAULT_SCHEDULE),
+        # Accepted is what was asked for, of however few nodes.
+        (True, SYNTHETIC, False, DEFAULT_SCHEDULE),
         # What the user says is what is done.
         (True, {"num_speculative_tokens_per_batch_size": SCHEDULE}, False, SCHEDULE),
         (True, {"num_speculative_tokens_per_batch_size": SCHEDULE, "adapt_nodes": True}, True, SCHEDULE),

@@ -149,7 +149,9 @@ def find_glide_draft(
     # Triton's interpreter is for trying and testing; there the number of nodes has no load to follow.
     follows_load = needs_schedule and current_platform.is_cuda()
     adapt_nodes = tree_options.get("adapt_nodes")
-    adapt_nodes = follows_load if adapt_nodes is None else adapt_nodes
+    if adapt_nodes is None:
+        # Synthetic acceptance is the same of few nodes as of many, so there is nothing to adapt to.
+        adapt_nodes = follows_load and options.get("rejection_sample_method") != "synthetic"
     if not isinstance(adapt_nodes, bool):
         raise ValueError(f"adapt_nodes must be true or false, got {adapt_nodes!r}")
     if follows_load or (needs_schedule and adapt_nodes):
