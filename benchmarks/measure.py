@@ -208,25 +208,26 @@ def most_tokens(tokens: int) -> int:
 def summary(rounds: list[dict[str, Any]], batch: int, tokens: int, same_work: bool) -> Record:
     """Milliseconds a token of a request and milliseconds a step, and tokens and drafted ones a step over all rounds.
 
-    With a draft, vLLM counts a draft for every request and step. A step without any, as where the batch is too large
-    for speculation to pay, emits one token.
+    With a draft, vLLM counts a draft for every request and step. A step without any, as where speculation does not pay,
+    emits one token.
 
     Args:
         same_work: the rounds decode the same batch, so the median of them is typical; otherwise their mean is.
     """
     typical = statistics.median if same_work else statistics.fmean
-    for each in rounds:
-        steps = (each["drafts"] + max(0, each["emitted"] - each["drafts"] - each["accepted"])) / batch
+    # Of every request on its own.
+    steps = [each["drafts"] + max(0, each["emitted"] - each["drafts"] - each["accepted"]) for each in rounds]
+    for each, each_steps in zip(rounds, steps, strict=True):
         each["ms_per_token"] = 1000 * each["seconds"] * batch / each["emitted"]
-        each["ms_per_step"] = 1000 * each["seconds"] / steps
-    drafts, drafted, accepted = (sum(each[name] for each in rounds) for name in ("drafts", "drafted", "accepted"))
+        each["ms_per_step"] = 1000 * each["seconds"] * batch / each_steps
+    drafted, accepted = (sum(each[name] for each in rounds) for name in ("drafted", "accepted"))
     return {
         "tokens": tokens,
         "ms_per_token": round(typical([each["ms_per_token"] for each in rounds]), 4),
         "ms_per_step": round(typical([each["ms_per_step"] for each in rounds]), 4),
-        "tokens_per_step": round(1 + accepted / drafts, 3) if drafts else 1.0,
+        "tokens_per_step": round(1 + accepted / sum(steps), 3),
         # Verified: of a tree its nodes.
-        "drafted_per_step": round(drafted / drafts, 1) if drafts else 0.0,
+        "drafted_per_step": round(drafted / sum(steps), 1),
     }
 
 

@@ -8,8 +8,8 @@ on what is accepted. A folder with a trained target/, draft/ and prompts.jsonl, 
 measured as it is. Every cell (system, context, batch) becomes a line of `--out` as soon as it is measured; what is
 there already is left out, so an interrupted run goes on where it stopped. `report.py` makes tables and plots of it.
 
-One engine runs for each system. Cells that are longer than the model's positions, or whose KV cache does
-not fit, are recorded as skipped.
+One engine runs for each system, and what adapts to acceptance has adapted to the cells before. Cells that are longer
+than the model's positions, or whose KV cache does not fit, are recorded as skipped.
 """
 
 import argparse

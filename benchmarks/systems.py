@@ -155,7 +155,8 @@ def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[st
             raise NotMeasurable(f"{model.name} is trained: random frequent tokens would change its acceptance")
         return dict(options)
     if system.startswith("gamma"):
-        return {"gamma": int(system.removeprefix("gamma"))}
+        # As many as it says, whatever is accepted.
+        return {"gamma": int(system.removeprefix("gamma")), "adapt_nodes": False}
     _, _, nodes = system.partition("@")
     # Whatever the size of the batch.
     return {"num_speculative_tokens_per_batch_size": [[1, MOST_REQUESTS, int(nodes)]]} if nodes else {}

@@ -2,9 +2,9 @@
 """How many nodes the next step verifies: the number that is worth most, by what has been accepted lately.
 
 A step with K nodes emits 1 + accepted(K) tokens and takes as long as cost(batch size, K) steps without drafts
-(`vllm_longspec/config/cost.py`). `NodeBudget` chooses the K of the schedule with the best ratio, and none above the
-schedule's own for the batch. K = 0 is plain decoding: a draft that the target does not follow is not verified at all,
-and tried again once in a while.
+(`vllm_longspec/config/cost.py`). `NodeBudget` chooses the K of the schedule with the best ratio, none above the
+schedule's own for the batch, or K = 0. That is plain decoding: a draft that the target does not follow is not verified
+at all, and tried again once in a while.
 
 What K nodes have accepted lately is counted, and counts less with every step. It is joined with a guess, which is all
 there is of a K that has not been used: K nodes accept as much as `typical_acceptance` says, times how much better or
@@ -15,8 +15,6 @@ The scheduler decides, from what it has counted and not from clocks: the same re
 """
 
 from collections.abc import Callable, Sequence
-
-from vllm_longspec.config.schedule import numbers_up_to
 
 # Steps after which what was seen counts half.
 HALF_LIFE = 256
@@ -38,16 +36,16 @@ class NodeBudget:
     """Stands in the place of the scheduler's table: `budget[batch size]` is the K of the next step.
 
     Args:
-        limits: the most nodes for a batch of so many requests; entry 0 is not used. Only numbers in it are chosen.
+        choices: numbers of nodes that a batch of so many requests may verify; entry 0 is not used.
         cost: of a step in steps without drafts, by requests and nodes of each.
     """
 
-    def __init__(self, limits: Sequence[int], cost: Callable[[int, int], float]):
+    def __init__(self, choices: Sequence[Sequence[int]], cost: Callable[[int, int], float]):
         # By batch size, the least first.
-        self.choices = [numbers[::-1] for numbers in numbers_up_to(limits)]
+        self.choices = [sorted(numbers) for numbers in choices]
         self.cost = cost
         # By K: requests' steps, and the tokens that they accepted.
-        self.steps = {num_nodes: 0.0 for num_nodes in sorted(set(limits[1:])) if num_nodes > 0}
+        self.steps = {num_nodes: 0.0 for num_nodes in sorted(set().union(*self.choices[1:])) if num_nodes > 0}
         self.accepted = dict.fromkeys(self.steps, 0.0)
         self.num_lookups = 0
 

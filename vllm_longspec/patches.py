@@ -31,6 +31,7 @@ from vllm_longspec.config.options import (
     tree_shape_of,
 )
 from vllm_longspec.config.sampling import needs_chain
+from vllm_longspec.config.schedule import nodes_by_batch_size, numbers_of_nodes
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.node_budget import NodeBudget
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
     from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
     from vllm.v1.worker.gpu.states import RequestState
 
 _HELP_GROUP = "LongSpec"
@@ -54,11 +56,12 @@ _HELP_SUMMARY = (
 def apply() -> None:
     """Replaces what has to be replaced in a supported version of vLLM; calling it again changes nothing."""
     import vllm.v1.worker.gpu.spec_decode as spec_decode
-    from vllm.config import SpeculativeConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
     _replace(EngineArgs, "add_cli_args", _add_cli_args)
     _replace(EngineArgs, "from_cli_args", _from_cli_args)
@@ -69,6 +72,8 @@ def apply() -> None:
     _replace(Scheduler, "__init__", _init_scheduler)
     _replace(Scheduler, "make_spec_decoding_stats", _make_spec_decoding_stats)
     _replace(Scheduler, "add_request", _add_request)
+    _replace(CudaGraphManager, "_init_candidates", _init_candidates)
+    _replace(VllmConfig, "_maybe_disable_dynamic_sd_for_data_parallel", _maybe_disable_dynamic_sd_for_data_parallel)
     _replace(SpecDecodingProm, "__init__", _init_prometheus_counters)
     _replace(spec_decode, "init_speculator", _init_speculator)
     # The model runner imports it by name, usually later than this.
@@ -229,9 +234,52 @@ def _init_speculator(
 def _init_scheduler(original: Callable[..., None], self: Scheduler, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     if adapts_nodes(self.vllm_config):
-        assert self.dynamic_sd_lookup is not None
+        assert self.dynamic_sd_lookup is not None and self.vllm_config.speculative_config is not None
+        max_batch_size = len(self.dynamic_sd_lookup) - 1
+        choices = nodes_by_batch_size(self.vllm_config.speculative_config, max_batch_size, adapt=True)
         # It is read by the batch's size and nothing else.
-        self.dynamic_sd_lookup = NodeBudget(self.dynamic_sd_lookup, StepCost.of(self.vllm_config))  # type: ignore[assignment]
+        self.dynamic_sd_lookup = NodeBudget(choices, StepCost.of(self.vllm_config))  # type: ignore[assignment]
+
+
+# The graphs of verification cover the numbers in the scheduler's table and no others. And where there are several, for
+# a batch between two captured sizes vLLM looks at the graphs of the next size alone, which may be of other numbers.
+
+
+def _init_candidates(original: Callable[..., None], self: CudaGraphManager) -> None:
+    config = self.vllm_config.speculative_config
+    if config is None or not config.uses_dynamic_speculative_decoding() or not is_glide(self.vllm_config):
+        original(self)
+        return
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    build_lookup = cudagraph_utils.build_dynamic_sd_schedule_lookup
+    if adapts_nodes(self.vllm_config):
+        numbers = numbers_of_nodes(config)
+        # All that is read of the table is which numbers it has, behind entry 0.
+        cudagraph_utils.build_dynamic_sd_schedule_lookup = lambda *_, **__: [0, *numbers]
+    try:
+        original(self)
+    finally:
+        cudagraph_utils.build_dynamic_sd_schedule_lookup = build_lookup
+
+    uniform = [desc for descs in self._capture_descs.values() for desc in descs if desc.uniform_token_count is not None]
+    uniform.sort(key=lambda desc: desc.num_tokens)
+    for (num_tokens, num_active_loras), candidates in self._candidates.items():
+        smallest: dict[int | None, BatchExecutionDescriptor] = {}
+        for desc in uniform:
+            if desc.num_tokens >= num_tokens and desc.num_active_loras == num_active_loras:
+                smallest.setdefault(desc.uniform_token_count, desc)
+        # The first that fits a batch is taken, and those of any number of tokens come last.
+        candidates[:0] = [desc for desc in smallest.values() if desc not in candidates]
+
+
+# Numbers by batch size are dropped with data parallelism, since the ranks of a mixture of experts run in step. The
+# targets of a GLIDE draft are dense, and each of their ranks is an engine of its own.
+
+
+def _maybe_disable_dynamic_sd_for_data_parallel(original: Callable[..., None], self: VllmConfig) -> None:
+    if not is_glide(self):
+        original(self)
 
 
 # Metrics count a draft's tokens by their place in the list, and take its length for the most that a step accepts.
@@ -249,7 +297,8 @@ def _make_spec_decoding_stats(
     if (shape := tree_shape_of(self.vllm_config)) is not None:
         from vllm_longspec.metrics import TreeDecodingStats
 
-        if isinstance(self.dynamic_sd_lookup, NodeBudget):
+        # What a grammar has cut from a list says nothing about lists of that length.
+        if isinstance(self.dynamic_sd_lookup, NodeBudget) and not self.requests[request_id].use_structured_output:
             self.dynamic_sd_lookup.observe(num_draft_tokens, num_accepted_tokens)
         spec_decoding_stats = spec_decoding_stats or TreeDecodingStats.of(shape)
         params = self.requests[request_id].sampling_params

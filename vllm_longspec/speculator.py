@@ -185,7 +185,7 @@ class GlideSpeculator(DraftModelSpeculator):
             self._rebuild_windows(slots, leaves_prompt, input_batch.prefill_len_np[decodes_next])
         num_nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         if num_nodes == 0:
-            # The batch is too large for speculation to pay; the windows are kept for when it is not.
+            # Speculation does not pay now; the windows are kept for when it does.
             self._extend_windows(num_drafts)
             return self._no_drafts(num_reqs)
         if (graph := self.graphs.find(num_reqs, num_nodes)) is not None:
@@ -219,7 +219,7 @@ class GlideSpeculator(DraftModelSpeculator):
         )
 
     # What follows reads and writes nothing but tensors that live as long as the engine, and its shapes depend on the
-    # number of requests alone, as a CUDA graph needs it. A request with slot -1 only pads the batch.
+    # numbers of requests and nodes alone, as a CUDA graph needs it. A request with slot -1 only pads the batch.
 
     def _root_positions(self, slots: torch.Tensor) -> torch.Tensor:
         positions = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)

@@ -248,7 +248,7 @@ DEFAULT_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 
         (False, {"adapt_nodes": True}, True, DEFAULT_SCHEDULE),
     ],
 )
-def test_how_many_nodes_are_verified(monkeypatch, target, draft, on_gpu, options, adapts, schedule):
+def test_how_many_nodes_are_verified_by_default(monkeypatch, target, draft, on_gpu, options, adapts, schedule):
     given = {"model": draft, "tree_shape": [2, 4, 4], **options}
     arguments = EngineArgs(model=target, dtype="float32", skip_tokenizer_init=True, speculative_config=given)
     model_config = arguments.create_model_config()
@@ -256,6 +256,38 @@ def test_how_many_nodes_are_verified(monkeypatch, target, draft, on_gpu, options
     found = find_glide_draft(arguments, model_config, ParallelConfig())
     assert found.adapt_nodes is adapts
     assert found.options.get("num_speculative_tokens_per_batch_size") == schedule
+
+
+def test_a_quantised_target_has_no_cost_to_adapt_to(monkeypatch, tmp_path, target, draft):
+    quantised = str(write_gptq(tmp_path / "target", Path(target)))
+
+    def find(**options):
+        given = {"model": draft, "tree_shape": [2, 4, 4], **options}
+        arguments = EngineArgs(model=quantised, dtype="float16", skip_tokenizer_init=True, speculative_config=given)
+        model_config = arguments.create_model_config()
+        monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cuda", lambda self: True)
+        try:
+            return find_glide_draft(arguments, model_config, ParallelConfig())
+        finally:
+            monkeypatch.undo()
+
+    found = find()
+    assert found.adapt_nodes is False
+    assert found.options["num_speculative_tokens_per_batch_size"] == DEFAULT_SCHEDULE
+    with pytest.raises(ValueError, match="adapt_nodes is not supported with a target of quantization='") as error:
+        find(adapt_nodes=True)
+    refused(error)
+
+
+def test_numbers_by_batch_size_stay_with_data_parallelism(target, draft, ordinary_draft):
+    """vLLM drops them for every draft; each engine of a GLIDE draft's target is independent of the others."""
+    given = {"num_speculative_tokens_per_batch_size": SCHEDULE}
+    parallel = {"data_parallel_size": 2, "distributed_executor_backend": "mp"}
+    glide = create(target, speculative_config={"model": draft, "tree_shape": [2, 4], **given}, **parallel)
+    assert [tuple(each) for each in glide.speculative_config.num_speculative_tokens_per_batch_size] == SCHEDULE
+    others = {"model": ordinary_draft, "method": "draft_model", "num_speculative_tokens": 4, **given}
+    other = create(target, speculative_config=others, **parallel)
+    assert other.speculative_config.num_speculative_tokens_per_batch_size is None
 
 
 @pytest.mark.parametrize("options", [{"tree_shape": [2, 4]}, {"gamma": 3}])
@@ -306,13 +338,14 @@ def test_wrong_frequent_tokens_are_refused(target, draft, value, said):
 def test_frequent_tokens_need_one_process(tmp_path, target, draft):
     path = tmp_path / "tokens.json"
     path.write_text("[1, 2, 3, 4]")
-    with pytest.raises(ValueError, match="frequent_tokens is not supported with tensor_parallel_size=2: give false"):
+    with pytest.raises(ValueError, match=r"is not supported with tensor_parallel_size=2: leave it out, or") as error:
         create(
             target,
             tensor_parallel_size=2,
             distributed_executor_backend="mp",
             speculative_config={"model": draft, "frequent_tokens": str(path)},
         )
+    assert f"frequent_tokens ({path})" in refused(error)
 
 
 def test_the_same_option_in_two_places_is_refused(target, draft):

@@ -38,13 +38,19 @@ def registered():
     plugin.register()
 
 
+def request(sampling_params=None, use_structured_output=False):
+    return SimpleNamespace(
+        sampling_params=sampling_params or SamplingParams(), use_structured_output=use_structured_output
+    )
+
+
 def stats_of(speculative_config, steps, num_invalid=None, **sampling):
     scheduler = SimpleNamespace(
         vllm_config=SimpleNamespace(speculative_config=speculative_config),
         log_stats=True,
         num_spec_tokens=68,
         dynamic_sd_lookup=None,
-        requests={"0": SimpleNamespace(sampling_params=SamplingParams(**sampling))},
+        requests={"0": request(sampling_params=SamplingParams(**sampling))},
     )
     stats = None
     for verified, accepted in steps:
@@ -91,19 +97,21 @@ def test_another_draft_is_counted_as_ever():
 
 def test_nothing_is_counted_where_nobody_asked_for_statistics():
     """But the number of nodes follows what is accepted all the same, of a request that takes a chain too."""
-    budget = NodeBudget([0, 24, 8], StepCost(level=0.02, max_depth=5))
+    budget = NodeBudget([[], [24, 8, 0], [8, 0]], StepCost(level=0.02, max_depth=5))
     scheduler = SimpleNamespace(
         vllm_config=SimpleNamespace(speculative_config=TREE),
         log_stats=False,
         dynamic_sd_lookup=budget,
         requests={
-            "tree": SimpleNamespace(sampling_params=SamplingParams()),
-            "chain": SimpleNamespace(sampling_params=SamplingParams(presence_penalty=1.0)),
+            "tree": request(),
+            "chain": request(sampling_params=SamplingParams(presence_penalty=1.0)),
+            "grammar": request(use_structured_output=True),
         },
     )
-    for verified, accepted, request in ((24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree")):
-        assert Scheduler.make_spec_decoding_stats(scheduler, None, verified, accepted, None, request) is None
-    # One with a number that is not the schedule's was cut, and says nothing about any.
+    steps = [(24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree"), (8, 8, "grammar")]
+    for verified, accepted, request_id in steps:
+        assert Scheduler.make_spec_decoding_stats(scheduler, None, verified, accepted, None, request_id) is None
+    # One with a number that is not the schedule's was cut, and says nothing about any. A grammar cuts as it likes.
     assert budget.steps == {8: 1, 24: 2}
     assert budget.accepted == {8: 1, 24: 5}
 

@@ -2,11 +2,13 @@
 """The number of nodes that a step verifies, against drafts of every quality."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from vllm_longspec.config.cost import StepCost
-from vllm_longspec.config.schedule import default_schedule
+from vllm_longspec.config.schedule import default_schedule, nodes_by_batch_size
 from vllm_longspec.node_budget import HALF_LIFE, NodeBudget, typical_acceptance
 
 QUERIES_PER_KV_HEAD = 5
@@ -14,11 +16,11 @@ QUERIES_PER_KV_HEAD = 5
 COST = StepCost(level=0.02, max_depth=5)
 
 
-def limits() -> list[int]:
-    numbers = [0]
-    for first, last, num_nodes in default_schedule(68, QUERIES_PER_KV_HEAD):
-        numbers += [num_nodes] * (last - first + 1)
-    return numbers
+def choices(max_batch_size: int = 256) -> list[list[int]]:
+    config: Any = SimpleNamespace(
+        num_speculative_tokens=24, num_speculative_tokens_per_batch_size=default_schedule(68, QUERIES_PER_KV_HEAD)
+    )
+    return nodes_by_batch_size(config, max_batch_size, adapt=True)
 
 
 class Draft:
@@ -50,20 +52,19 @@ def play(budget: NodeBudget, draft: Draft, batch_size: int, num_steps: int) -> l
 @pytest.mark.parametrize("quality", [0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 1.3])
 def test_it_is_nearly_as_good_as_the_best_number_would_be(batch_size, quality):
     draft = Draft(quality)
-    numbers = play(NodeBudget(limits(), COST), draft, batch_size, 4000)
+    numbers = play(NodeBudget(choices(), COST), draft, batch_size, 4000)
 
     def worth(num_nodes: int) -> float:
         return (1 + draft.tokens(num_nodes) if num_nodes else 1) / COST(batch_size, num_nodes)
 
     cost = sum(COST(batch_size, number) for number in numbers)
     tokens = sum(1 + draft.tokens(number) if number else 1 for number in numbers)
-    choices = {number for number in limits() if number <= limits()[batch_size]}
-    assert set(numbers) <= choices
-    assert tokens / cost >= 0.97 * max(map(worth, choices))
+    assert set(numbers) <= set(choices()[batch_size])
+    assert tokens / cost >= 0.97 * max(map(worth, choices()[batch_size]))
 
 
 def test_a_draft_that_nobody_follows_costs_next_to_nothing():
-    numbers = play(NodeBudget(limits(), COST), Draft(0.0), 1, 2000)
+    numbers = play(NodeBudget(choices(), COST), Draft(0.0), 1, 2000)
     assert sum(COST(1, number) for number in numbers) < 1.02 * len(numbers)
     # It is given up soon and tried again.
     assert 0 < sum(number > 0 for number in numbers[50:250]) < 20
@@ -71,15 +72,15 @@ def test_a_draft_that_nobody_follows_costs_next_to_nothing():
 
 
 def test_a_draft_that_becomes_good_is_verified_again():
-    budget = NodeBudget(limits(), COST)
+    budget = NodeBudget(choices(), COST)
     play(budget, Draft(0.0), 1, 1000)
     numbers = play(budget, Draft(1.0), 1, 2 * HALF_LIFE)
     assert all(number >= 7 for number in numbers[-HALF_LIFE:])
 
 
 def test_nodes_that_add_nothing_are_not_verified():
-    """As vLLM's synthetic acceptance has it: so many tokens a step, of however few nodes."""
-    budget = NodeBudget(limits(), COST)
+    """So many tokens a step, of however few nodes."""
+    budget = NodeBudget(choices(), COST)
     for _ in range(2000):
         number = budget[4]
         for _ in range(4 if number else 0):
@@ -88,9 +89,15 @@ def test_nodes_that_add_nothing_are_not_verified():
 
 
 def test_an_unknown_draft_gets_a_whole_tile_alone():
-    assert [NodeBudget(limits(), COST)[batch_size] for batch_size in (1, 64, 65)] == [24, 1, 0]
+    assert [NodeBudget(choices(), COST)[batch_size] for batch_size in (1, 64, 65)] == [24, 1, 0]
 
 
 def test_the_same_steps_get_the_same_numbers():
-    first, second = (play(NodeBudget(limits(), COST), Draft(0.4), 2, 500) for _ in range(2))
+    first, second = (play(NodeBudget(choices(), COST), Draft(0.4), 2, 500) for _ in range(2))
     assert first == second
+
+
+def test_a_server_of_few_requests_has_the_same_numbers_to_choose_from():
+    budget = NodeBudget(choices(max_batch_size=2), COST)
+    assert budget.choices[1] == budget.choices[2] == [0, 1, 3, 7, 15, 24]
+    assert sum(COST(1, number) for number in play(budget, Draft(0.0), 1, 2000)) < 1.02 * 2000

@@ -75,7 +75,7 @@ def test_wrong_number_of_verified_nodes_is_refused(given):
 
 
 @pytest.mark.parametrize(
-    ("levels", "num_nodes", "narrowest"),
+    ("levels", "num_nodes", "narrower"),
     [
         ((4, 16, 16, 16, 16), 68, (4, 16, 16, 16, 16)),
         ((4, 16, 16, 16, 16), 16, (4, 16, 16, 16, 16)),
@@ -85,7 +85,7 @@ def test_wrong_number_of_verified_nodes_is_refused(given):
         ((1, 1, 1, 1), 3, (1, 1, 1)),
     ],
 )
-def test_narrowest_shape_for_the_best_nodes(levels, num_nodes, narrowest):
+def test_shape_for_the_best_nodes(levels, num_nodes, narrower):
     shape = TreeShape(levels).for_best(num_nodes)
-    assert shape.levels == narrowest
+    assert shape.levels == narrower
     assert shape.num_nodes >= num_nodes

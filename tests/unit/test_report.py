@@ -149,5 +149,10 @@ def test_summary_of_rounds():
     drafted = [{"seconds": 0.5, "emitted": 400, "drafts": 100, "drafted": 700, "accepted": 300}]
     numbers = summary(drafted, batch=4, tokens=100, same_work=True)
     assert (numbers["ms_per_token"], numbers["ms_per_step"], numbers["tokens_per_step"]) == (5.0, 20.0, 4.0)
+    # A number of nodes that adapts: half as many steps with drafts as without.
+    mixed = [{"seconds": 1.0, "emitted": 200, "drafts": 50, "drafted": 1200, "accepted": 50}]
+    numbers = summary(mixed, batch=1, tokens=200, same_work=False)
+    assert (numbers["tokens_per_step"], numbers["drafted_per_step"]) == (1.333, 8.0)
+    assert numbers["tokens_per_step"] * numbers["ms_per_token"] == pytest.approx(numbers["ms_per_step"], rel=1e-3)
     # Of different work, the mean.
     assert summary(plain, batch=4, tokens=100, same_work=False)["ms_per_token"] == pytest.approx(11.2e3 / 300, abs=1e-3)

@@ -56,3 +56,6 @@ def test_a_number_that_adapts_is_one_of_the_schedules_and_not_above_the_batchs_o
     schedule = [(1, 2, 24), (3, 4, 8), (5, 5, 0)]
     choices = nodes_by_batch_size(config(24, schedule), 6, adapt=True)[1:]
     assert choices == [[24, 8, 0], [24, 8, 0], [8, 0], [8, 0], [0], [0]]
+    # Numbers of larger batches than there may be are numbers, too, and so is 0.
+    assert nodes_by_batch_size(config(24, schedule), 1, adapt=True)[1] == [24, 8, 0]
+    assert nodes_by_batch_size(config(8, [(1, 1, 24), (2, 2, 4)]), 1, adapt=True)[1] == [8, 4, 0]

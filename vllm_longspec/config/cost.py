@@ -52,6 +52,7 @@ class StepCost:
             vocab_size=vocab_size,
             draft_vocab_size=len(read_frequent_tokens(path, vocab_size)) if path else vocab_size,
             is_quantised=speculative_config.quantization is not None,
+            num_ranks=vllm_config.parallel_config.tensor_parallel_size,
         )
         return cls(level, shape.max_depth)
 
@@ -65,12 +66,15 @@ class StepCost:
         return 1 + drafting + ROW * (num_rows - further) + FURTHER_ROW * further
 
 
-def level_cost(target: "PretrainedConfig", *, vocab_size: int, draft_vocab_size: int, is_quantised: bool) -> float:
+def level_cost(
+    target: "PretrainedConfig", *, vocab_size: int, draft_vocab_size: int, is_quantised: bool, num_ranks: int = 1
+) -> float:
     """What drafting a level takes, over what a step of plain decoding takes.
 
     Args:
         is_quantised: the draft's weights have one byte, where the target's have two. A head that is the target's own
             keeps two.
+        num_ranks: GPUs that the weights are split over.
     """
     hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target)
     query = hidden * heads * head_size
@@ -78,4 +82,5 @@ def level_cost(target: "PretrainedConfig", *, vocab_size: int, draft_vocab_size:
     # Two attentions, of which one has no keys and values of its own.
     draft_layer = (layer + 2 * query) * (0.5 if is_quantised else 1.0)
     draft_head = draft_vocab_size * hidden * (0.5 if is_quantised and draft_vocab_size < vocab_size else 1.0)
-    return (LEVEL + draft_layer + draft_head) / (STEP + target.num_hidden_layers * layer + vocab_size * hidden)
+    level, step = draft_layer + draft_head, target.num_hidden_layers * layer + vocab_size * hidden
+    return (LEVEL + level / num_ranks) / (STEP + step / num_ranks)

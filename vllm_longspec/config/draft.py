@@ -139,8 +139,9 @@ def find_glide_draft(
     if frequent_tokens is not None:
         if parallel_config.tensor_parallel_size > 1:
             raise ValueError(
-                f"frequent_tokens is not supported with tensor_parallel_size={parallel_config.tensor_parallel_size}: "
-                "give false to draft all tokens"
+                f"frequent_tokens ({frequent_tokens}) is not supported with "
+                f"tensor_parallel_size={parallel_config.tensor_parallel_size}: leave it out, or where it comes with "
+                """the draft give --speculative-config '{"frequent_tokens": false}' to draft all tokens"""
             )
         vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
     tree_shape = parse_tree_shape(tree_options, vocab_size)
@@ -151,9 +152,16 @@ def find_glide_draft(
     adapt_nodes = tree_options.get("adapt_nodes")
     if adapt_nodes is None:
         # Synthetic acceptance is the same of few nodes as of many, so there is nothing to adapt to.
-        adapt_nodes = follows_load and options.get("rejection_sample_method") != "synthetic"
+        is_synthetic = options.get("rejection_sample_method") == "synthetic"
+        adapt_nodes = follows_load and not is_synthetic and target.quantization is None
     if not isinstance(adapt_nodes, bool):
         raise ValueError(f"adapt_nodes must be true or false, got {adapt_nodes!r}")
+    if adapt_nodes and target.quantization is not None:
+        # `vllm_longspec/config/cost.py` knows weights of two bytes.
+        raise ValueError(
+            f"adapt_nodes is not supported with a target of quantization={target.quantization!r}: leave it out, or "
+            "serve a target that is not quantised"
+        )
     if follows_load or (needs_schedule and adapt_nodes):
         queries_per_kv_head = target.get_num_attention_heads(parallel_config) // target.get_num_kv_heads(
             parallel_config

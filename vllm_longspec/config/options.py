@@ -53,10 +53,11 @@ class TreeShape:
         return max(self.levels)
 
     def for_best(self, num_nodes: int) -> "TreeShape":
-        """The narrowest shape whose tree has the same `num_nodes` likeliest nodes.
+        """A narrower shape whose tree has the same `num_nodes` likeliest nodes.
 
         With a node come all its ancestors, which are as likely or likelier. So none of these nodes is deeper than there
-        are nodes, and each is one of the `num_nodes` likeliest children of a level that has its parent.
+        are nodes, and each is one of the `num_nodes` likeliest children of a level that has its parent. Deep levels
+        could do with fewer still, but every width is one more shape to compile kernels for.
         """
         return TreeShape(tuple(min(level, num_nodes) for level in self.levels[:num_nodes]))
 

@@ -11,7 +11,6 @@ long as reading. Two bounds follow, and the default keeps to both:
 Where both leave nothing, K is 0, which is plain decoding.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt:
     """Numbers of nodes that a batch of so many requests may verify, the largest first; entry 0 is not used.
 
     Args:
-        adapt: 0 and every number of the schedule that is not above the batch's own, not that one alone.
+        adapt: those of `numbers_of_nodes` that are not above the batch's own number, not that one alone.
     """
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
@@ -57,10 +56,16 @@ def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt:
     limits = build_dynamic_sd_schedule_lookup(
         config.num_speculative_tokens_per_batch_size, max_batch_size, config.num_speculative_tokens
     )
-    return numbers_up_to(limits) if adapt else [[limit] for limit in limits]
-
-
-def numbers_up_to(limits: Sequence[int]) -> list[list[int]]:
-    """For each limit all that are not above it, the largest first, and 0. Entry 0 is no limit of any batch."""
-    numbers = sorted({0, *limits[1:]}, reverse=True)
+    if not adapt:
+        return [[limit] for limit in limits]
+    numbers = numbers_of_nodes(config)
     return [[number for number in numbers if number <= limit] for limit in limits]
+
+
+def numbers_of_nodes(config: "SpeculativeConfig") -> list[int]:
+    """0 and every number of the schedule, for batches of any size, the largest first."""
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+    schedule = validate_and_normalize_dynamic_sd_schedule(config.num_speculative_tokens_per_batch_size)
+    assert config.num_speculative_tokens is not None
+    return sorted({0, *(min(nodes, config.num_speculative_tokens) for _, _, nodes in schedule)}, reverse=True)

@@ -2,8 +2,8 @@
 """CUDA graphs of the whole draft: window update, all levels of the tree, ordering.
 
 A draft is some hundred small kernels between which nothing is decided on the host. What it does depends on how many
-requests it drafts for and on how many nodes are kept, which follows from the size of the batch
-(`vllm_longspec/config/schedule.py`). So there is a graph for every size with the numbers of nodes that go with it.
+requests it drafts for and on how many nodes are kept. Not every number goes with every size of a batch
+(`vllm_longspec/config/schedule.py`), so there is a graph for every size with the numbers that do.
 """
 
 from collections.abc import Callable, Sequence

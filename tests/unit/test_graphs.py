@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which CUDA graphs there are: for every number of nodes that a batch may be given, of the target and of the draft.
+
+What graphs a manager captures is decided without a GPU.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+from vllm_longspec import plugin
+from vllm_longspec.config.options import ADAPT_NODES_ATTRIBUTE, SHAPE_ATTRIBUTE
+from vllm_longspec.config.schedule import default_schedule, nodes_by_batch_size
+from vllm_longspec.glide.graphs import DraftGraphs
+
+CAPTURE_SIZES = [1, 2, 4, *range(8, 513, 8)]
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    plugin.register()
+    rank = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.get_pp_group", lambda: rank)
+    monkeypatch.setattr(
+        "vllm.v1.worker.gpu.cudagraph_utils.current_platform",
+        SimpleNamespace(get_global_graph_pool=lambda: None),
+    )
+
+
+def config(num_nodes, max_num_seqs, schedule, adapt):
+    attributes = {SHAPE_ATTRIBUTE: [4, 16, 16, 16, 16], ADAPT_NODES_ATTRIBUTE: adapt}
+    draft = SimpleNamespace(hf_config=SimpleNamespace(**attributes))
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            draft_model_config=draft,
+            num_speculative_tokens=num_nodes,
+            num_speculative_tokens_per_batch_size=schedule,
+            uses_dynamic_speculative_decoding=lambda: True,
+        ),
+        num_speculative_tokens=num_nodes,
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        compilation_config=SimpleNamespace(
+            cudagraph_capture_sizes=CAPTURE_SIZES, max_cudagraph_capture_size=CAPTURE_SIZES[-1]
+        ),
+    )
+
+
+def query_lens(manager):
+    return {desc.uniform_token_count for desc in manager._capture_descs[CUDAGraphMode.FULL]}
+
+
+@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize("max_num_seqs", [1, 4, 64, 256])
+@pytest.mark.parametrize("num_nodes", [4, 24])
+def test_every_number_that_may_be_verified_has_its_graphs(num_nodes, max_num_seqs, adapt):
+    vllm_config = config(num_nodes, max_num_seqs, default_schedule(num_nodes, 5), adapt)
+    choices = nodes_by_batch_size(vllm_config.speculative_config, max_num_seqs, adapt)
+    target = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 1 + num_nodes)
+    assert query_lens(target) == {1 + number for numbers in choices[1:] for number in numbers}
+    draft = DraftGraphs(vllm_config, "cpu", CUDAGraphMode.FULL_DECODE_ONLY, choices)
+    # As if they had been captured.
+    draft.graphs = dict.fromkeys(draft._capture_descs[CUDAGraphMode.FULL])
+    draft._graphs_captured = target._graphs_captured = True
+    for batch_size in range(1, max_num_seqs + 1):
+        for number in choices[batch_size]:
+            rows = batch_size * (1 + number)
+            if rows > CAPTURE_SIZES[-1]:
+                continue
+            graph = target.dispatch(batch_size, rows, uniform_token_count=1 + number, num_active_loras=0)
+            assert graph.cg_mode == CUDAGraphMode.FULL
+            assert (graph.num_reqs >= batch_size) and graph.uniform_token_count == 1 + number
+            if number:
+                found = draft.find(batch_size, number)
+                assert found is not None and found.num_reqs >= batch_size and found.num_speculative_tokens == number
+
+
+def test_another_draft_has_vllms_graphs():
+    vllm_config = config(4, 64, [(1, 4, 4), (5, 8, 3)], adapt=False)
+    ours = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 5)
+    vllm_config.speculative_config.draft_model_config.hf_config = SimpleNamespace()
+    vllms = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 5)
+    assert ours._capture_descs == vllms._capture_descs
+    # Three requests of five tokens: the next captured sizes are 16, which is of four tokens each, and then 20.
+    ours._graphs_captured = vllms._graphs_captured = True
+    found = [manager.dispatch(3, 15, uniform_token_count=5, num_active_loras=0) for manager in (ours, vllms)]
+    assert [(desc.cg_mode, desc.num_tokens) for desc in found] == [
+        (CUDAGraphMode.FULL, 20),
+        (CUDAGraphMode.PIECEWISE, 16),
+    ]
