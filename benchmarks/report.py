@@ -3,13 +3,16 @@
 
     python benchmarks/report.py [--out FILE.md] [--plots FOLDER] [RESULTS.jsonl ...]
 
-Of a cell that was measured more than once the last measurement counts. A speedup is over plain decoding in the same
-run; where that run has none, it is over the last one on the same kind of GPU, and marked with an asterisk.
+Of a cell that was measured more than once the last measurement counts, whatever the system's options were. A speedup is
+over plain decoding in the same run; where that run has none, it is over the last one on the same kind of GPU, and
+marked with an asterisk.
 
 Plots need matplotlib: `pip install matplotlib`, or this package's extra `report`.
 """
 
 import argparse
+import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +29,14 @@ Place = tuple[int, int]  # context, batch
 
 @dataclass
 class Comparison:
-    """What can be compared: one model on one kind of GPU at one acceptance length and temperature."""
+    """What can be compared: one model on one kind of GPU at one acceptance length and temperature, in engines alike."""
 
     device: str
     model: str
     acceptance: float | None
     temperature: float
+    # More arguments of the engine, as JSON.
+    engine: str
     # By system and place; plain decoding among them.
     cells: dict[str, dict[Place, Record]]
     # Plain decoding of every run, by place.
@@ -42,6 +47,7 @@ class Comparison:
         title = f"{self.model}, "
         title += "real acceptance" if self.acceptance is None else f"{self.acceptance:g} tokens a step asked for"
         title += f", temperature {self.temperature:g}" if self.temperature else ""
+        title += f", engine {self.engine}" if self.engine != "{}" else ""
         return f"{title}, {self.device}"
 
     @property
@@ -86,18 +92,21 @@ def compare(records: Iterable[Record]) -> list[Comparison]:
         if record["system"] == "plain":
             plain.append(record)
             continue
-        settings = (record["environment"]["device"], record["model"], record["acceptance"], record["temperature"])
+        device, engine = record["environment"]["device"], json.dumps(record["engine"], sort_keys=True)
+        settings = (device, record["model"], record["acceptance"], record["temperature"], engine)
         comparison = comparisons.setdefault(settings, Comparison(*settings, {}, {}))
         comparison.cells.setdefault(record["system"], {})[place_of(record)] = record
     # Plain decoding has no acceptance, so it is part of all comparisons of its model.
     for record in plain:
-        where = (record["environment"]["device"], record["model"], record["temperature"])
+        device, engine = record["environment"]["device"], json.dumps(record["engine"], sort_keys=True)
+        where = (device, record["model"], record["temperature"], engine)
         for comparison in comparisons.values():
-            if where == (comparison.device, comparison.model, comparison.temperature):
+            if where == (comparison.device, comparison.model, comparison.temperature, comparison.engine):
                 comparison.cells.setdefault("plain", {})[place_of(record)] = record
                 comparison.plain.setdefault(place_of(record), []).append(record)
     return sorted(
-        comparisons.values(), key=lambda each: (each.device, each.model, each.acceptance or 0.0, each.temperature)
+        comparisons.values(),
+        key=lambda each: (each.device, each.model, each.acceptance or 0.0, each.temperature, len(each.engine)),
     )
 
 
@@ -262,6 +271,7 @@ def main() -> None:
         for comparison in compare(records):
             parts = [comparison.model, "real" if comparison.acceptance is None else f"{comparison.acceptance:g}"]
             parts += [f"t{comparison.temperature:g}"] if comparison.temperature else []
+            parts += re.findall(r"\w+", comparison.engine)
             plot(comparison, arguments.plots / f"speed-{'-'.join(parts)}.svg")
 
 

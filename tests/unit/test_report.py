@@ -115,6 +115,15 @@ def test_other_devices_are_compared_with_themselves(results):
     assert comparisons[1].speedup(lonely) is None
 
 
+def test_other_engines_are_compared_with_themselves(results):
+    append(results, cell("plain", 1024, 1, 40.0, engine={"enforce_eager": True}))
+    append(results, cell("default", 1024, 1, 10.0, engine={"enforce_eager": True}))
+    graphs, eager = compare(read([results]))
+    assert "eager" in eager.title and "engine" not in graphs.title
+    assert eager.speedup(eager.cells["default"][1024, 1]) == 4.0
+    assert graphs.cells["plain"][1024, 1]["ms_per_token"] == 20.0
+
+
 def test_plot(results, tmp_path):
     pytest.importorskip("matplotlib")
     (comparison,) = compare(read([results]))
