@@ -28,6 +28,8 @@ def test_two_engines(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     prompts = source_code((40, 100, 60, 80))
     options = ["--data-parallel-size", "2", "--speculative-model", DRAFT, "--speculative-tree-shape", "2", "4", "4"]
+    # As it is on a GPU.
+    options += ["--speculative-config", '{"adapt_nodes": true}']
     with serve("data_parallel", *EXACT, *options) as server, ThreadPoolExecutor(len(prompts)) as clients:
         tokens = list(clients.map(lambda prompt: complete(server, prompt), prompts))
         with server.request("GET", "/metrics") as response:
