@@ -7,9 +7,10 @@ Only a GPU has such graphs; `benchmarks/check_gpu.py` runs these tests there.
 import pytest
 import torch
 
-from tests.engine import generate, request
+from tests.engine import generate, request, start
 from tests.integration.test_lossless import DEFAULT_SHAPE, LENGTHS, PAIR, assert_lossless, source_code, speculative
 from tests.models import write_draft
+from tests.process import run_alone
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there are no CUDA graphs without a GPU")
 
@@ -46,6 +47,43 @@ def test_nodes_follow_what_is_accepted(tmp_path):
     # Fewer than half of the tokens came from steps with drafts.
     drafted = result.num_drafts + result.num_accepted_tokens
     assert drafted < sum(len(tokens) for batch in plain.tokens for tokens in batch) / 2
+
+
+def test_steps_are_replayed():
+    """Of the target and of the draft, whatever the size of the batch; what no graph was found for would run eagerly."""
+    options = {**settings_of("FULL_AND_PIECEWISE"), **speculative(PAIR / "draft", DEFAULT_SHAPE)}
+    replayed, _ = run_alone(_count_replays, {"model": str(PAIR / "target"), **options})
+    decoding = replayed.pop("steps")
+    assert decoding > 10
+    # A step or two have a prompt beside the others' trees, and the first ones come before there is a draft.
+    assert set(replayed) == {"ModelCudaGraphManager", "DraftGraphs"}
+    assert all(count >= decoding - 5 for count in replayed.values()), replayed
+
+
+def _count_replays(settings: dict) -> dict[str, int]:
+    """Full graphs that were replayed, by the manager that has them, and steps of three requests that decode."""
+    from collections import Counter
+
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    llm = start(settings)
+    replayed: Counter[str] = Counter()
+    run_fullgraph = CudaGraphManager.run_fullgraph
+
+    def counting(self, desc):
+        replayed[type(self).__name__] += 1
+        return run_fullgraph(self, desc)
+
+    CudaGraphManager.run_fullgraph = counting
+    sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False)
+    engine = llm.llm_engine
+    # Three requests: a size of the batch between two that are captured.
+    for number, prompt in enumerate(source_code((100, 120, 140))):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        replayed["steps"] += bool(engine.step())
+    return dict(replayed)
 
 
 def test_nothing_waits_for_the_gpu(monkeypatch):
