@@ -24,12 +24,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from measure import counters
 from records import environment
 from server import ENVIRONMENT, SMALL_CACHE
 from shapes import QWQ_32B, write_glide_draft, write_target
+from systems import PAIR, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-PAIR = ROOT / "benchmarks" / "pair"
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
 KERNEL_TESTS = ["prefix_attention", "flash_attention", "verify", "best_children", "order", "walk", "compact"]
 KERNEL_TESTS += ["window_attention", "growing_trees", "tree", "sample"]
@@ -199,20 +199,13 @@ def run_engine(settings: dict[str, Any]) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = llm.generate(requests, sampling, use_tqdm=False)
-    drafts, accepted = counters(llm)
+    drafts, _, accepted, _ = counters(llm)
     result = {
         "tokens": [list(each.outputs[0].token_ids) for each in outputs],
         "steps": drafts,
         "tokens_per_step": round(1 + accepted / drafts, 2) if drafts else 1.0,
     }
     Path(output).write_text(json.dumps(result))
-
-
-def counters(llm: Any) -> tuple[int, int]:
-    """Drafts and accepted tokens."""
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    drafts, accepted = (int(values.get(f"vllm:spec_decode_num_{name}", 0)) for name in ("drafts", "accepted_tokens"))
-    return drafts, accepted
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import torch
 from records import environment
 from report import markdown
 from shapes import LLAMA_3_8B_262K, QWQ_32B
+from systems import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 # More than twice the L2 cache of an H200.

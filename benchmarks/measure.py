@@ -155,18 +155,26 @@ class Engine:
         first = step()
         while min(map(len, outputs.values())) < LEAD_IN_TOKENS:
             first = step()
-        before, start = self._counters(), time.perf_counter()
+        before, start = counters(self.llm), time.perf_counter()
         while (last := step()) < first + len(prompts) * self.tokens:
             pass
         seconds = time.perf_counter() - start
-        drafts, drafted, accepted, preempted = (now - then for now, then in zip(self._counters(), before, strict=True))
+        drafts, drafted, accepted, preempted = (
+            now - then for now, then in zip(counters(self.llm), before, strict=True)
+        )
         if preempted:
             raise RuntimeError(f"{preempted} requests were preempted")
         engine.abort_request(list(requests))
         while engine.has_unfinished_requests():
             engine.step()
-        counts = {"seconds": seconds, "emitted": last - first, "drafts": drafts, "drafted": drafted}
-        return counts | {"accepted": accepted}, list(outputs.values())
+        counts = {
+            "seconds": seconds,
+            "emitted": last - first,
+            "drafts": drafts,
+            "drafted": drafted,
+            "accepted": accepted,
+        }
+        return counts, list(outputs.values())
 
     def _generate(
         self, prompts: list[list[int]], temperature: float, number: int, max_tokens: int
@@ -192,12 +200,13 @@ class Engine:
             for request in range(batch)
         ]
 
-    def _counters(self) -> tuple[int, int, int, int]:
-        """Drafts, their tokens, accepted tokens, preemptions since the engine started."""
-        values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
-        names = ("drafts", "draft_tokens", "accepted_tokens")
-        drafts, drafted, accepted = (int(values.get(f"vllm:spec_decode_num_{name}", 0)) for name in names)
-        return drafts, drafted, accepted, int(values.get("vllm:num_preemptions", 0))
+
+def counters(llm: Any) -> tuple[int, int, int, int]:
+    """Drafts, their tokens, accepted tokens, preemptions since vLLM's `LLM` started."""
+    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    drafts, drafted, accepted = (int(values.get(f"vllm:spec_decode_num_{name}", 0)) for name in names)
+    return drafts, drafted, accepted, int(values.get("vllm:num_preemptions", 0))
 
 
 def most_tokens(tokens: int) -> int:

@@ -33,10 +33,10 @@ class Comparison:
 
     device: str
     model: str
-    acceptance: float | None
     temperature: float
     # More arguments of the engine, as JSON.
     engine: str
+    acceptance: float | None
     # By system and place; plain decoding among them.
     cells: dict[str, dict[Place, Record]]
     # Plain decoding of every run, by place.
@@ -92,22 +92,25 @@ def compare(records: Iterable[Record]) -> list[Comparison]:
         if record["system"] == "plain":
             plain.append(record)
             continue
-        device, engine = record["environment"]["device"], json.dumps(record["engine"], sort_keys=True)
-        settings = (device, record["model"], record["acceptance"], record["temperature"], engine)
+        settings = (*_settings_of(record), record["acceptance"])
         comparison = comparisons.setdefault(settings, Comparison(*settings, {}, {}))
         comparison.cells.setdefault(record["system"], {})[place_of(record)] = record
     # Plain decoding has no acceptance, so it is part of all comparisons of its model.
     for record in plain:
-        device, engine = record["environment"]["device"], json.dumps(record["engine"], sort_keys=True)
-        where = (device, record["model"], record["temperature"], engine)
-        for comparison in comparisons.values():
-            if where == (comparison.device, comparison.model, comparison.temperature, comparison.engine):
+        for settings, comparison in comparisons.items():
+            if settings[:-1] == _settings_of(record):
                 comparison.cells.setdefault("plain", {})[place_of(record)] = record
                 comparison.plain.setdefault(place_of(record), []).append(record)
     return sorted(
         comparisons.values(),
         key=lambda each: (each.device, each.model, each.acceptance or 0.0, each.temperature, len(each.engine)),
     )
+
+
+def _settings_of(record: Record) -> tuple[str, str, float, str]:
+    """What two measurements must have in common to be compared, but for the acceptance: plain decoding has none."""
+    engine = json.dumps(record["engine"], sort_keys=True)
+    return record["environment"]["device"], record["model"], record["temperature"], engine
 
 
 def speedup_table(comparison: Comparison) -> str:

@@ -297,11 +297,12 @@ def _make_spec_decoding_stats(
     if (shape := tree_shape_of(self.vllm_config)) is not None:
         from vllm_longspec.metrics import TreeDecodingStats
 
+        request = self.requests[request_id]
         # What a grammar has cut from a list says nothing about lists of that length.
-        if isinstance(self.dynamic_sd_lookup, NodeBudget) and not self.requests[request_id].use_structured_output:
+        if isinstance(self.dynamic_sd_lookup, NodeBudget) and not request.use_structured_output:
             self.dynamic_sd_lookup.observe(num_draft_tokens, num_accepted_tokens)
         spec_decoding_stats = spec_decoding_stats or TreeDecodingStats.of(shape)
-        params = self.requests[request_id].sampling_params
+        params = request.sampling_params
         if params is not None and needs_chain(params):
             # vLLM takes the invalid ones off.
             num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)

@@ -4,6 +4,8 @@
 Only a GPU has such graphs; `benchmarks/check_gpu.py` runs these tests there.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -62,8 +64,6 @@ def test_steps_are_replayed():
 
 def _count_replays(settings: dict) -> dict[str, int]:
     """Full graphs that were replayed, by the manager that has them, and steps of three requests that decode."""
-    from collections import Counter
-
     from vllm import SamplingParams
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 

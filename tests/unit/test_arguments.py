@@ -228,6 +228,15 @@ def test_wrong_options_are_refused_in_one_line(target, draft, options, said):
     assert said in refused(error)
 
 
+def find_draft(monkeypatch, on_gpu, target, draft, **options):
+    given = {"model": draft, "tree_shape": [2, 4, 4], **options}
+    arguments = EngineArgs(model=target, dtype="float16", skip_tokenizer_init=True, speculative_config=given)
+    model_config = arguments.create_model_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(vllm.platforms.current_platform), "is_cuda", lambda self: on_gpu)
+        return find_glide_draft(arguments, model_config, ParallelConfig())
+
+
 SCHEDULE = [(1, 8, 4)]
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
 DEFAULT_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 0)]
@@ -249,33 +258,18 @@ DEFAULT_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 
     ],
 )
 def test_how_many_nodes_are_verified_by_default(monkeypatch, target, draft, on_gpu, options, adapts, schedule):
-    given = {"model": draft, "tree_shape": [2, 4, 4], **options}
-    arguments = EngineArgs(model=target, dtype="float32", skip_tokenizer_init=True, speculative_config=given)
-    model_config = arguments.create_model_config()
-    monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cuda", lambda self: on_gpu)
-    found = find_glide_draft(arguments, model_config, ParallelConfig())
+    found = find_draft(monkeypatch, on_gpu, target, draft, **options)
     assert found.adapt_nodes is adapts
     assert found.options.get("num_speculative_tokens_per_batch_size") == schedule
 
 
 def test_a_quantised_target_has_no_cost_to_adapt_to(monkeypatch, tmp_path, target, draft):
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
-
-    def find(**options):
-        given = {"model": draft, "tree_shape": [2, 4, 4], **options}
-        arguments = EngineArgs(model=quantised, dtype="float16", skip_tokenizer_init=True, speculative_config=given)
-        model_config = arguments.create_model_config()
-        monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cuda", lambda self: True)
-        try:
-            return find_glide_draft(arguments, model_config, ParallelConfig())
-        finally:
-            monkeypatch.undo()
-
-    found = find()
+    found = find_draft(monkeypatch, True, quantised, draft)
     assert found.adapt_nodes is False
     assert found.options["num_speculative_tokens_per_batch_size"] == DEFAULT_SCHEDULE
     with pytest.raises(ValueError, match="adapt_nodes is not supported with a target of quantization='") as error:
-        find(adapt_nodes=True)
+        find_draft(monkeypatch, True, quantised, draft, adapt_nodes=True)
     refused(error)
 
 

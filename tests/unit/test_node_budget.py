@@ -2,11 +2,10 @@
 """The number of nodes that a step verifies, against drafts of every quality."""
 
 import random
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
+from tests.unit.test_schedule import config
 from vllm_longspec.config.cost import StepCost
 from vllm_longspec.config.schedule import default_schedule, nodes_by_batch_size
 from vllm_longspec.node_budget import HALF_LIFE, NodeBudget, typical_acceptance
@@ -17,10 +16,7 @@ COST = StepCost(level=0.02, max_depth=5)
 
 
 def choices(max_batch_size: int = 256) -> list[list[int]]:
-    config: Any = SimpleNamespace(
-        num_speculative_tokens=24, num_speculative_tokens_per_batch_size=default_schedule(68, QUERIES_PER_KV_HEAD)
-    )
-    return nodes_by_batch_size(config, max_batch_size, adapt=True)
+    return nodes_by_batch_size(config(24, default_schedule(68, QUERIES_PER_KV_HEAD)), max_batch_size, adapt=True)
 
 
 class Draft:

@@ -147,13 +147,11 @@ def find_glide_draft(
     tree_shape = parse_tree_shape(tree_options, vocab_size)
     num_nodes = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
     needs_schedule = options.get("num_speculative_tokens_per_batch_size") is None
-    # Triton's interpreter is for trying and testing; there the number of nodes has no load to follow.
-    follows_load = needs_schedule and current_platform.is_cuda()
     adapt_nodes = tree_options.get("adapt_nodes")
     if adapt_nodes is None:
         # Synthetic acceptance is the same of few nodes as of many, so there is nothing to adapt to.
         is_synthetic = options.get("rejection_sample_method") == "synthetic"
-        adapt_nodes = follows_load and not is_synthetic and target.quantization is None
+        adapt_nodes = current_platform.is_cuda() and needs_schedule and not is_synthetic and target.quantization is None
     if not isinstance(adapt_nodes, bool):
         raise ValueError(f"adapt_nodes must be true or false, got {adapt_nodes!r}")
     if adapt_nodes and target.quantization is not None:
@@ -162,7 +160,8 @@ def find_glide_draft(
             f"adapt_nodes is not supported with a target of quantization={target.quantization!r}: leave it out, or "
             "serve a target that is not quantised"
         )
-    if follows_load or (needs_schedule and adapt_nodes):
+    # Triton's interpreter is for trying and testing; there the number of nodes has no load to follow.
+    if needs_schedule and (adapt_nodes or current_platform.is_cuda()):
         queries_per_kv_head = target.get_num_attention_heads(parallel_config) // target.get_num_kv_heads(
             parallel_config
         )
