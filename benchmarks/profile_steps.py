@@ -41,8 +41,9 @@ ATTENTION_PREFIX = r"prefix_attention|flash|fmha|FlashAttn"
 # A stage's name, the part it belongs to, and what the name of a kernel contains. The first that fits counts.
 STAGES: tuple[tuple[str, str, str], ...] = (
     ("target: tree attention", "target", r"tree_attention|merge"),
-    ("target: prefix attention", "target", ATTENTION_PREFIX),
+    # vLLM calls it reshape_and_cache_flash, so it comes before FlashAttention.
     ("target: KV cache write", "target", r"reshape_and_cache"),
+    ("target: prefix attention", "target", ATTENTION_PREFIX),
     ("target: GEMMs", "target", GEMM),
     ("target: lay out trees, slots, inputs", "target", r"lay_out|slot_mapping|prepare|combine_sampled|expand_idx"),
     ("target: norms, RoPE, activation, copies", "target", SMALL),
@@ -52,7 +53,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("update of request states", "compaction", r""),
     ("draft: attention to the target's cache", "draft", ATTENTION_PREFIX),
     ("draft: attention to window and tree", "draft", r"window_attention"),
-    ("draft: window update", "draft", r"write_window"),
+    ("draft: window update", "draft", r"_write_kernel|settled_tokens|read_roots"),
     ("draft: GEMMs", "draft", GEMM),
     ("draft: top-k", "draft", r"topk|top_k|sort|radix|bitonic|log_softmax|softmax|argmax|reduce_kernel"),
     ("draft: order and masks", "draft", r"order|gather|scatter|index"),

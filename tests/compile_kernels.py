@@ -10,6 +10,7 @@ Prints the kernels' names.
 # ruff: noqa: E402 (what is imported depends on what is set up before)
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -36,11 +37,13 @@ from vllm_longspec.attention.quantised_cache import CacheScales
 from vllm_longspec.config.options import TreeShape
 from vllm_longspec.glide.best_children import best_children
 from vllm_longspec.glide.growing_trees import GrowingTrees
-from vllm_longspec.glide.window_attention import window_attention, write_window
+from vllm_longspec.glide.roots import read_roots
+from vllm_longspec.glide.window import DraftWindow
+from vllm_longspec.glide.window_attention import window_attention, write_nodes, write_window
 from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.step.order import order_tree
 from vllm_longspec.step.sample import _rows_of_emitted
-from vllm_longspec.step.synthetic import walk_synthetically
+from vllm_longspec.step.synthetic import list_a_path_early, walk_synthetically
 from vllm_longspec.step.verify import tree_attention
 from vllm_longspec.step.walk import walk_tree
 from vllm_longspec.tree import TreeState, lay_out_trees
@@ -151,6 +154,7 @@ def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
     levels = query.view(num_reqs, width, num_heads, head_size)
     window_attention(levels, window_kv, slots[:num_reqs], slots[:num_reqs], node_kv, masks, 0, 0, 0.1)
     write_window(window_kv, query[:, :num_kv_heads], query[:, :num_kv_heads], slots, slots)
+    write_nodes(node_kv, query[:, :num_kv_heads], query[:, :num_kv_heads])
 
 
 def compile_draft_kernels(dtype: torch.dtype) -> None:
@@ -160,12 +164,29 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
         best_children(logits, torch.zeros(num_reqs, width), num_children)
 
 
+def compile_window_kernels(max_new: int) -> None:
+    slots = torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(4, dtype=torch.int32)
+    roots = read_roots(slots, counts, torch.zeros(4, 1, dtype=torch.int64))
+
+    def window_kv(tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.zeros(2, tokens.shape[0], 2, 64))
+
+    model: Any = SimpleNamespace(self_attn=SimpleNamespace(num_kv_heads=2, head_size=64), window_kv=window_kv)
+    window = DraftWindow(4, model, torch.float32, torch.device("cpu"))
+    token_ids = torch.zeros(4, 100, dtype=torch.int32)
+    # vLLM counts what it sampled in int32; a rebuild counts like the slots.
+    for num_new in (counts[:2], slots):
+        window.append(token_ids, slots, roots.positions, num_new, max_new)
+
+
 def compile_level_kernel(levels: tuple[int, ...]) -> None:
     trees = GrowingTrees(TreeShape(levels), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 512, 2, 1, 64))
     for depth, width in enumerate(levels, start=1):
         parents, log_probs = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width)
         for token_ids in (None, torch.zeros(10, dtype=torch.int64)):
             trees.add_level(depth, parents, parents, log_probs, token_ids, 100)
+    list_a_path_early(trees.log_probs, trees.parents, levels)
 
 
 def main() -> None:
@@ -174,6 +195,8 @@ def main() -> None:
         compile_tree_kernels(num_nodes)
     for levels in ((1,), (4, 16, 16, 16, 16)):
         compile_level_kernel(levels)
+    for max_new in (1, 6, 512):
+        compile_window_kernels(max_new)
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
         compile_attention_kernels(dtype, head_size)
         compile_draft_kernels(dtype)

@@ -2,6 +2,7 @@
 """The proposer that vLLM's V2 runner calls after every step: bring the window up to date, draft, order."""
 
 from copy import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from vllm_longspec.config.schedule import nodes_by_batch_size
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.glide.graphs import DraftGraphs
 from vllm_longspec.glide.model import GlideForCausalLM
+from vllm_longspec.glide.roots import Roots, read_roots
 from vllm_longspec.glide.window import DraftWindow
 from vllm_longspec.model_state import TreeModelState
 from vllm_longspec.step.draft import CrossAttention, grow_trees
@@ -214,46 +216,46 @@ class GlideSpeculator(DraftModelSpeculator):
         self.window.rebuild(
             self.req_states.all_token_ids.gpu,
             rebuilt,
-            self._root_positions(rebuilt),
+            self._roots(rebuilt).positions,
             int(prefill_lens[leaves_prompt].max()),
         )
 
     # What follows reads and writes nothing but tensors that live as long as the engine, and its shapes depend on the
     # numbers of requests and nodes alone, as a CUDA graph needs it. A request with slot -1 only pads the batch.
 
-    def _root_positions(self, slots: torch.Tensor) -> torch.Tensor:
-        positions = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
-        return torch.where(slots < 0, 0, positions)
+    def _roots(self, slots: torch.Tensor) -> Roots:
+        return read_roots(slots, self.req_states.num_computed_tokens.gpu, self.req_states.last_sampled_tokens)
 
-    def _extend_windows(self, num_drafts: int) -> None:
-        """Adds the tokens that the last step settled to the windows of the staged requests."""
+    def _extend_windows(self, num_drafts: int) -> Roots:
+        """Adds the tokens that the last step settled to the windows of the staged requests; returns their roots."""
         slots = self.slots[:num_drafts]
+        roots = self._roots(slots)
         # For requests whose window was just rebuilt this writes the same values once more.
         self.window.append(
             self.req_states.all_token_ids.gpu,
             slots,
-            self._root_positions(slots),
+            roots.positions,
             self.num_sampled[:num_drafts],
             max_new=self.shape.max_depth + 1,
         )
+        return roots
 
     def _draft(self, num_drafts: int, num_nodes: int, max_prefix_len: int) -> None:
         """Brings the staged requests' windows up to date and draws a tree for each.
 
         The `num_nodes` likeliest nodes go to `draft_tokens` and the tree state.
         """
-        self._extend_windows(num_drafts)
+        roots = self._extend_windows(num_drafts)
         shape = self.shape.for_best(num_nodes)
         slots = self.slots[:num_drafts]
-        root_positions = self._root_positions(slots)
         drafted = grow_trees(
             self.model,
             shape,
-            torch.where(slots < 0, 0, self.req_states.last_sampled_tokens[slots, 0]),
-            root_positions,
+            roots.tokens,
+            roots.positions,
             slots,
             self.window.kv,
-            self._cross_attention(self.block_table[:num_drafts], root_positions, max_prefix_len),
+            self._cross_attention(self.block_table[:num_drafts], roots.prefix_lens, max_prefix_len),
             max_position=self.max_model_len - 1,
         )
         log_probs = drafted.log_probs
@@ -273,13 +275,16 @@ class GlideSpeculator(DraftModelSpeculator):
         )
 
     def _cross_attention(
-        self, block_table: torch.Tensor, root_positions: torch.Tensor, max_prefix_len: int
+        self, block_table: torch.Tensor, prefix_lens: torch.Tensor, max_prefix_len: int
     ) -> CrossAttention:
         """Attention of the tree's nodes to all that the target has cached, in its last layer."""
         layer = self.vllm_config.compilation_config.static_forward_context[self.target_layer_name]
         scales = cache_scales(layer)
-        prefix_lens = root_positions.to(torch.int32)
-        query_starts = torch.arange(root_positions.shape[0] + 1, dtype=torch.int32, device=self.device)
+        num_reqs = block_table.shape[0]
+
+        @cache
+        def query_starts(width: int) -> torch.Tensor:
+            return torch.arange(0, num_reqs * width + 1, width, dtype=torch.int32, device=self.device)
 
         def attend(query: torch.Tensor, width: int) -> torch.Tensor:
             output = torch.empty_like(query)
@@ -289,7 +294,7 @@ class GlideSpeculator(DraftModelSpeculator):
                 block_table,
                 prefix_lens,
                 max_prefix_len,
-                query_starts * width,
+                query_starts(width),
                 width,
                 output,
                 scales,

@@ -10,6 +10,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.config.options import TreeShape
+from vllm_longspec.glide.window_attention import write_nodes
 from vllm_longspec.tree import MASK_BITS
 
 
@@ -50,8 +51,7 @@ class GrowingTrees:
         """Keeps what the nodes at `depth`, or the root, were projected to."""
         first_row = self.first_row(depth)
         rows = self.node_kv[:, first_row : first_row + self.shape.width(depth)]
-        rows[:, :, 0] = key.view(rows[:, :, 0].shape)
-        rows[:, :, 1] = value.view(rows[:, :, 1].shape)
+        write_nodes(rows, key, value)
 
     def add_level(
         self,

@@ -7,6 +7,7 @@ is answered by computing it again from the ids.
 """
 
 import torch
+from vllm.triton_utils import tl, triton
 
 from vllm_longspec.glide.model import WINDOW_SIZE, GlideForCausalLM
 from vllm_longspec.glide.window_attention import write_window
@@ -44,16 +45,23 @@ class DraftWindow:
         max_new: int,  # no request has more
     ) -> None:
         """Adds the tokens that the last step settled."""
-        offsets = torch.arange(max_new, device=slots.device)
-        positions = root_positions[:, None] - 1 - offsets
-        lacking = (offsets < num_new[:, None]) & (positions >= 0) & (slots >= 0)[:, None]
-        positions = positions.clamp(min=0)
-        # A request that only pads the batch (slot -1) has no text.
-        tokens = torch.where(lacking, token_ids[slots[:, None], positions], 0)
-        keys, values = self.model.window_kv(tokens.flatten(), positions.flatten())
-        # Slot -1 writes nothing, which keeps the shapes independent of how much was accepted.
-        written_slots = torch.where(lacking, slots[:, None], -1)
-        write_window(self.kv, keys, values, written_slots.flatten(), positions.flatten())
+        num_reqs = slots.shape[0]
+        tokens, positions, written_slots = torch.empty(3, num_reqs * max_new, dtype=torch.int64, device=slots.device)
+        block = min(triton.next_power_of_2(max_new), WINDOW_SIZE)
+        _settled_tokens_kernel[(num_reqs, triton.cdiv(max_new, block))](
+            token_ids,
+            token_ids.stride(0),
+            slots,
+            root_positions,
+            num_new,
+            tokens,
+            positions,
+            written_slots,
+            max_new,
+            BLOCK=block,
+        )
+        keys, values = self.model.window_kv(tokens, positions)
+        write_window(self.kv, keys, values, written_slots, positions)
 
     def rebuild(
         self,
@@ -68,3 +76,36 @@ class DraftWindow:
             chunk = slice(start, start + MAX_REBUILD_REQS)
             num_new = torch.full_like(slots[chunk], width)
             self.append(token_ids, slots[chunk], root_positions[chunk], num_new, width)
+
+
+@triton.jit(do_not_specialize=["max_new"])
+def _settled_tokens_kernel(
+    token_ids_ptr,  # [max_num_reqs, max_model_len]
+    token_ids_stride,
+    slots_ptr,  # int64 [num_reqs]
+    root_positions_ptr,  # int64 [num_reqs]
+    num_new_ptr,  # [num_reqs]
+    tokens_ptr,  # int64 [num_reqs, max_new]
+    positions_ptr,  # int64 [num_reqs, max_new]
+    written_slots_ptr,  # int64 [num_reqs, max_new]
+    max_new,
+    BLOCK: tl.constexpr,
+):
+    """The last `num_new` tokens before each root, the latest first; slot -1, which writes nothing, in the others.
+
+    So shapes do not depend on how much was accepted.
+    """
+    request = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots_ptr + request)
+    position = tl.load(root_positions_ptr + request) - 1 - offset
+    # A request that only pads the batch (slot -1) has no text.
+    num_new = tl.where(slot >= 0, tl.load(num_new_ptr + request), 0)
+    is_new = (offset < num_new) & (position >= 0)
+    position = tl.maximum(position, 0)
+    token = tl.load(token_ids_ptr + slot * token_ids_stride + position, mask=is_new, other=0)
+    index = request * max_new + offset
+    is_index = offset < max_new
+    tl.store(tokens_ptr + index, token.to(tl.int64), mask=is_index)
+    tl.store(positions_ptr + index, position, mask=is_index)
+    tl.store(written_slots_ptr + index, tl.where(is_new, slot, -1), mask=is_index)

@@ -117,13 +117,32 @@ def write_window(
         slots: request-state slot of each token, -1 for a token to skip.
         positions: position of each token in its request.
     """
+    _write(window_kv, keys, values, slots, positions)
+
+
+def write_nodes(
+    node_kv: torch.Tensor,  # [num_reqs, width, 2, num_kv_heads, head_size], written
+    keys: torch.Tensor,  # [num_reqs * width, num_kv_heads, head_size]
+    values: torch.Tensor,  # [num_reqs * width, num_kv_heads, head_size]
+) -> None:
+    """Puts the K and V of a level's nodes, one request after the other, into that level's rows."""
+    _write(node_kv, keys, values, None, None)
+
+
+def _write(
+    target_kv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> None:
     num_tokens, num_kv_heads, head_size = keys.shape
     element_block = triton.next_power_of_2(num_kv_heads * head_size)
     # One program takes all tokens in the interpreter, and on a device as many as fit its registers.
     token_block = triton.next_power_of_2(num_tokens) if interpreting() else max(1, 2048 // element_block)
-    _write_window_kernel[(triton.cdiv(num_tokens, token_block),)](
-        window_kv,
-        *window_kv.stride()[:4],
+    _write_kernel[(triton.cdiv(num_tokens, token_block),)](
+        target_kv,
+        *target_kv.stride()[:4],
         keys,
         *keys.stride()[:2],
         values,
@@ -131,7 +150,7 @@ def write_window(
         slots,
         positions,
         num_tokens,
-        window_kv.shape[1],
+        target_kv.shape[1],
         HEAD_SIZE=head_size,
         NUM_ELEMENTS=num_kv_heads * head_size,
         ELEMENT_BLOCK=element_block,
@@ -288,40 +307,46 @@ def _attend_tile(
     return weighted, total * fading + tl.sum(weight, axis=1), new_highest
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _write_window_kernel(
-    window_ptr,
-    window_slot_stride,
-    window_entry_stride,
-    window_kv_stride,
-    window_head_stride,
+# The width of a level, like the number of tokens, must not mean another compilation.
+@triton.jit(do_not_specialize=["num_tokens", "num_entries"])
+def _write_kernel(
+    target_ptr,
+    target_slot_stride,
+    target_entry_stride,
+    target_kv_stride,
+    target_head_stride,
     keys_ptr,
     keys_token_stride,
     keys_head_stride,
     values_ptr,
     values_token_stride,
     values_head_stride,
-    slots_ptr,
+    slots_ptr,  # None where the slots' entries are filled in order, all of them
     positions_ptr,
     num_tokens,
-    window,
+    num_entries,  # of a slot
     HEAD_SIZE: tl.constexpr,
     NUM_ELEMENTS: tl.constexpr,
     ELEMENT_BLOCK: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-    slot = tl.load(slots_ptr + token, mask=token < num_tokens, other=-1)
-    is_token = slot >= 0
-    entry = tl.load(positions_ptr + token, mask=is_token, other=0) % window
+    if slots_ptr is None:
+        is_token = token < num_tokens
+        slot = token // num_entries
+        entry = token % num_entries
+    else:
+        slot = tl.load(slots_ptr + token, mask=token < num_tokens, other=-1)
+        is_token = slot >= 0
+        entry = tl.load(positions_ptr + token, mask=is_token, other=0) % num_entries
 
     element = tl.arange(0, ELEMENT_BLOCK)[None, :]
     head = element // HEAD_SIZE
     channel = element % HEAD_SIZE
     mask = is_token[:, None] & (element < NUM_ELEMENTS)
-    target = window_ptr + (slot * window_slot_stride + entry * window_entry_stride)[:, None]
-    target += head * window_head_stride + channel
+    target = target_ptr + (slot * target_slot_stride + entry * target_entry_stride)[:, None]
+    target += head * target_head_stride + channel
     key = tl.load(keys_ptr + token[:, None] * keys_token_stride + head * keys_head_stride + channel, mask=mask)
     value = tl.load(values_ptr + token[:, None] * values_token_stride + head * values_head_stride + channel, mask=mask)
     tl.store(target, key, mask=mask)
-    tl.store(target + window_kv_stride, value, mask=mask)
+    tl.store(target + target_kv_stride, value, mask=mask)

@@ -26,6 +26,8 @@ def list_a_path_early(
     That node, where level 1 has another one, makes a hole: without it an accepted path would lie where it has to be
     already, and nothing would be moved.
 
+    Both tensors must be contiguous.
+
     Args:
         log_probs: cumulative log-probabilities, at most 0, of the drafted nodes, level by level.
         parents: number of each node's parent node, -1 for the root.
@@ -33,15 +35,49 @@ def list_a_path_early(
 
     Returns float32 [num_reqs, num_drafted].
     """
-    listed = log_probs.clone()
-    first_of_last_level = log_probs.shape[1] - levels[-1]
-    node = parents.new_full((parents.shape[0], 1), first_of_last_level, dtype=torch.int64)
-    for _ in levels[:-1]:
-        listed.scatter_(1, node, 1.0)
-        node = parents.gather(1, node).to(torch.int64)
-    if levels[0] > 1:
-        listed.scatter_(1, (node == 0).to(torch.int64), 2.0)
-    return listed.scatter_(1, node, 1.0)
+    num_reqs, num_drafted = log_probs.shape
+    listed = torch.empty_like(log_probs)
+    _list_a_path_early_kernel[(num_reqs,)](
+        log_probs,
+        parents,
+        listed,
+        num_drafted,
+        num_drafted - levels[-1],
+        len(levels),
+        HAS_HOLE=levels[0] > 1,
+        BLOCK=triton.next_power_of_2(num_drafted),
+    )
+    return listed
+
+
+# A node's number must stay one where it is 1: what is 1 becomes a constant.
+@triton.jit(do_not_specialize=["num_drafted", "first_of_last_level", "num_levels"])
+def _list_a_path_early_kernel(
+    log_probs_ptr,  # float32 [num_reqs, num_drafted]
+    parents_ptr,  # int32 [num_reqs, num_drafted]
+    listed_ptr,  # float32 [num_reqs, num_drafted]
+    num_drafted,
+    first_of_last_level,
+    num_levels,
+    HAS_HOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    log_probs_ptr += request * num_drafted
+    parents_ptr += request * num_drafted
+    listed_ptr += request * num_drafted
+
+    index = tl.arange(0, BLOCK)
+    is_drafted = index < num_drafted
+    listed = tl.load(log_probs_ptr + index, mask=is_drafted)
+    node = first_of_last_level
+    for _ in range(1, num_levels):
+        listed = tl.where(index == node, 1.0, listed)
+        node = tl.load(parents_ptr + node)
+    listed = tl.where(index == node, 1.0, listed)
+    if HAS_HOLE:
+        listed = tl.where(index == tl.where(node == 0, 1, 0), 2.0, listed)
+    tl.store(listed_ptr + index, listed, mask=is_drafted)
 
 
 def walk_synthetically(
