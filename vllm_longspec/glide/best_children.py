@@ -79,9 +79,10 @@ def best_children(
         num_kept,
         num_chunks,
         CHUNK_BLOCK=triton.next_power_of_2(num_chunks),
-        CANDIDATES=triton.next_power_of_2(num_chunks * num_kept),
+        CANDIDATES=(row_candidates := triton.next_power_of_2(num_chunks * num_kept)),
         KEPT_BLOCK=kept_block,
-        num_warps=4,
+        # The threads of a single warp find a maximum without waiting for each other.
+        num_warps=max(1, min(4, row_candidates // 256)),
     )
     parents = torch.empty(num_reqs, num_children, dtype=torch.int64, device=logits.device)
     tokens = torch.empty_like(parents)
@@ -98,7 +99,6 @@ def best_children(
         num_children,
         CANDIDATES=candidates,
         CHILDREN_BLOCK=triton.next_power_of_2(num_children),
-        # The threads of a single warp find a maximum without waiting for each other.
         num_warps=max(1, min(16, candidates // 512)),
     )
     return parents, tokens, log_probs

@@ -22,6 +22,7 @@ from torch import nn
 from vllm import ir
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -37,6 +38,8 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_longspec.glide.quantised_norm import accept_quantised_rows, normalise
 
 # (positions, query, key or None) -> rotated query and key
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]
@@ -106,15 +109,16 @@ class GlideSelfAttention(nn.Module):
 
     def project(
         self,
-        hidden: torch.Tensor,  # [num_tokens, hidden_size]
+        hidden: torch.Tensor | QuantizedActivation,  # [num_tokens, hidden_size]
         positions: torch.Tensor,  # [num_tokens]
         rotate: Rotation,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # query, key, value: [num_tokens, heads, head_size]
         qkv, _ = self.qkv_proj(hidden)
+        num_tokens = qkv.shape[0]
         kv_size = self.num_kv_heads * self.head_size
         query, key, value = qkv.split([self.num_heads * self.head_size, kv_size, kv_size], dim=-1)
         query, key = rotate(positions, query, key)
-        heads = (hidden.shape[0], -1, self.head_size)
+        heads = (num_tokens, -1, self.head_size)
         return query.view(heads), key.view(heads), value.view(heads)
 
 
@@ -135,13 +139,13 @@ class GlideCrossAttention(nn.Module):
 
     def project(
         self,
-        hidden: torch.Tensor,  # [num_tokens, hidden_size]
+        hidden: torch.Tensor | QuantizedActivation,  # [num_tokens, hidden_size]
         positions: torch.Tensor,  # [num_tokens]
         rotate: Rotation,
     ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
         query, _ = self.q_proj(hidden)
         query, _ = rotate(positions, query, None)
-        return query.view(hidden.shape[0], -1, self.head_size)
+        return query.view(query.shape[0], -1, self.head_size)
 
 
 class GlideForCausalLM(nn.Module):
@@ -206,10 +210,15 @@ class GlideForCausalLM(nn.Module):
             quant_config=quant_config,
             prefix=maybe_prefix(prefix, "mlp"),
         )
+        for linear in (self.self_attn.qkv_proj, self.cross_attn.q_proj, self.mlp.gate_up_proj):
+            accept_quantised_rows(linear)
 
     def share_with(self, target: nn.Module) -> None:
         """Takes the target's embedding, rotary embedding, head and logits processor; none is copied."""
         self.embed_tokens = target.model.embed_tokens
+        self.embeds_by_row = get_tensor_model_parallel_world_size() == 1 and isinstance(
+            self.embed_tokens.quant_method, UnquantizedEmbeddingMethod
+        )
         self.rotary_emb = target.model.layers[-1].self_attn.rotary_emb
         self.lm_head = target.lm_head
         self.logits_processor = target.logits_processor
@@ -264,6 +273,9 @@ class GlideForCausalLM(nn.Module):
         return self.rotary_emb.forward_cuda if current_platform.is_cuda() else self.rotary_emb
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.embeds_by_row:
+            # What vLLM calls takes four times as long for a handful of rows (PyTorch's indexSelectSmallIndex).
+            return self.embed_tokens.weight[input_ids]
         return self.embed_tokens(input_ids)
 
     @_norm_kernels()
@@ -276,7 +288,7 @@ class GlideForCausalLM(nn.Module):
 
         The layer is the first and only one, so they depend on nothing but the token and its position.
         """
-        hidden = self.input_layernorm(self.embed_tokens(input_ids))
+        hidden, _ = normalise(self.input_layernorm, self.self_attn.qkv_proj, self.embed_input_ids(input_ids))
         _, key, value = self.self_attn.project(hidden, positions, self.rotate)
         return key, value
 
@@ -288,19 +300,19 @@ class GlideForCausalLM(nn.Module):
         attention: GlideAttention,
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         num_tokens = input_ids.shape[0]
-        residual = self.embed_tokens(input_ids)
+        embedded = self.embed_input_ids(input_ids)
 
-        hidden = self.input_layernorm(residual)
+        hidden, residual = normalise(self.input_layernorm, self.self_attn.qkv_proj, embedded)
         query, key, value = self.self_attn.project(hidden, positions, self.rotate)
         attended = attention.self_attention(query, key, value)
         hidden, _ = self.self_attn.o_proj(attended.reshape(num_tokens, -1))
 
-        hidden, residual = self.post_self_attention_layernorm(hidden, residual)
+        hidden, residual = normalise(self.post_self_attention_layernorm, self.cross_attn.q_proj, hidden, residual)
         query = self.cross_attn.project(hidden, positions, self.rotate)
         attended = attention.cross_attention(query)
         hidden, _ = self.cross_attn.o_proj(attended.reshape(num_tokens, -1))
 
-        hidden, residual = self.post_cross_attention_layernorm(hidden, residual)
+        hidden, residual = normalise(self.post_cross_attention_layernorm, self.mlp.gate_up_proj, hidden, residual)
         return self.mlp(hidden) + residual
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [num_tokens, draft_vocab_size]

@@ -62,9 +62,9 @@ def window_attention(
         node_tile = triton.next_power_of_2(max(first_row + width, 16))
         dot_dtype = tl.float32
     else:
-        # Small query tiles spread the few heads of a small batch over more multiprocessors, and float32 ones must stay
-        # in registers. Key tiles of 16 KiB at most leave room in shared memory to load the next ones ahead.
-        query_tile = min(num_queries, 64 // query.element_size())
+        # A level has few rows and a short history, so time is latency: the smallest query tiles spread them over the
+        # most multiprocessors, and key tiles of 16 KiB at most leave room in shared memory for those of three rounds.
+        query_tile = 16
         history_tile = node_tile = max(16, min(64, 16384 // (head_block * query.element_size())))
         dot_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[query.dtype]
     _window_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(width * group, query_tile))](
@@ -93,7 +93,7 @@ def window_attention(
         NODE_TILE=node_tile,
         DOT_DTYPE=dot_dtype,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
     )
     return output
 

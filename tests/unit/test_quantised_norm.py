@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A norm that quantises its result, against the norm and the quantisation one after the other."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from vllm import _custom_ops as ops
+from vllm.model_executor.kernels.linear import CutlassFP8ScaledMMLinearKernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticTensorSym
+
+from vllm_longspec.glide.quantised_norm import accept_quantised_rows, normalise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE, WIDTH, EPSILON = 64, 48, 1e-6
+FP8 = torch.float8_e4m3fn
+
+
+def quantise_rows(rows):
+    scales = rows.float().abs().amax(dim=-1, keepdim=True) / torch.finfo(FP8).max
+    return (rows.float() / scales).to(FP8), scales
+
+
+def norm_and_quantise(hidden, weight, epsilon, quant_dtype, scale_ub=None, residual=None):
+    """What vLLM's kernel does."""
+    assert quant_dtype == FP8 and scale_ub is None
+    if residual is not None:
+        hidden = residual.add_(hidden)
+    return quantise_rows(nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], weight.float(), epsilon))
+
+
+class Norm(nn.Module):
+    """vLLM's module without a configuration."""
+
+    variance_epsilon = EPSILON
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden, residual=None):
+        total = hidden if residual is None else hidden + residual
+        normed = nn.functional.rms_norm(total.float(), total.shape[-1:], self.weight.float(), EPSILON).to(hidden.dtype)
+        return normed if residual is None else (normed, total)
+
+
+class Kernel(CutlassFP8ScaledMMLinearKernel):
+    """All of vLLM's kernel but what needs a GPU."""
+
+    def __init__(self, activation_quant_key):
+        self.config = SimpleNamespace(activation_quant_key=activation_quant_key, out_dtype=None)
+        self.layer_param_names = ["weight", "weight_scale", "input_scale", "input_scale_ub"]
+        self.fp8_dtype = FP8
+        self.quant_fp8 = lambda rows, scale, bound: quantise_rows(rows)
+
+    def apply_scaled_mm(self, *, A, B, out_dtype, As, Bs, bias, output_shape):
+        return ((A.float() * As) @ (B.float() * Bs) + bias).to(out_dtype).view(output_shape)
+
+
+def linear_layer(activation_quant_key=kFp8DynamicTokenSym, kernel=Kernel):
+    weight, scale = quantise_rows(torch.randn(WIDTH, SIZE))
+    layer = SimpleNamespace(weight=weight.t(), weight_scale=scale.t(), bias=torch.randn(WIDTH))
+    layer.quant_method = SimpleNamespace(fp8_linear=kernel(activation_quant_key))
+    return layer
+
+
+def run(layer, norm, hidden, residual):
+    activation, total = normalise(norm, layer, hidden.clone(), None if residual is None else residual.clone())
+    return layer.quant_method.fp8_linear.apply_weights(layer, activation, layer.bias), total
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 37])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_one_kernel_does_what_two_do(num_tokens, has_residual, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        ops, "rms_norm_dynamic_per_token_quant", lambda *args, **kw: calls.append(1) or norm_and_quantise(*args, **kw)
+    )
+    torch.manual_seed(num_tokens)
+    layer, norm = linear_layer(), Norm(torch.rand(SIZE) + 0.5)
+    hidden, residual = torch.randn(2, num_tokens, SIZE)
+    inputs = (layer, norm, hidden, residual if has_residual else None)
+    apart = run(*inputs)
+    assert not calls
+    accept_quantised_rows(layer)
+    at_once = run(*inputs)
+    assert calls
+    torch.testing.assert_close(at_once, apart, rtol=1e-5, atol=1e-5)
+    assert torch.equal(at_once[1], hidden + residual if has_residual else hidden)
+
+
+def test_other_layers_read_what_they_always_did(monkeypatch):
+    others = [
+        SimpleNamespace(quant_method=object()),
+        # One scale, known beforehand.
+        linear_layer(kFp8StaticTensorSym),
+        linear_layer(kernel=lambda key: SimpleNamespace(config=SimpleNamespace(activation_quant_key=key))),
+    ]
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    others.append(linear_layer())
+    norm, hidden = Norm(torch.ones(SIZE)), torch.randn(3, SIZE)
+    for layer in others:
+        accept_quantised_rows(layer)
+        activation, residual = normalise(norm, layer, hidden)
+        assert torch.equal(activation, norm(hidden)) and residual is hidden
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="vLLM has this kernel for GPUs")
+@pytest.mark.parametrize("num_tokens", [1, 16, 300])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("size", [64, 1024, 5120])
+def test_kernel(num_tokens, has_residual, size):
+    torch.manual_seed(size)
+    hidden, residual = torch.randn(2, num_tokens, size, device=DEVICE).bfloat16()
+    weight = (torch.rand(size, device=DEVICE) + 0.5).bfloat16()
+    expected_residual = residual.clone()
+    expected = norm_and_quantise(hidden, weight, EPSILON, FP8, residual=expected_residual if has_residual else None)
+    rows, scales = ops.rms_norm_dynamic_per_token_quant(
+        hidden, weight, EPSILON, FP8, residual=residual if has_residual else None
+    )
+    assert torch.equal(residual, expected_residual)
+    torch.testing.assert_close(scales, expected[1], rtol=1e-2, atol=0)
+    torch.testing.assert_close(rows.float() * scales, expected[0].float() * expected[1], rtol=0.13, atol=0.02)
