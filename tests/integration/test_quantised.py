@@ -80,3 +80,15 @@ def test_fp8_target(quantization):
     draft = speculative(PAIR / "draft", [2, 4, 4])
     result = generate(PAIR / "target", REQUESTS, dtype="bfloat16", quantization=quantization, **draft)
     assert_lossless_up_to_ties(plain, result, 0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no fp8 layers for CPUs")
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_fp8_draft(enforce_eager):
+    """A draft of fp8 accepts about as much as the one that it was made of."""
+    settings = {"dtype": "bfloat16", "enforce_eager": enforce_eager}
+    plain = generate(PAIR / "target", REQUESTS, **settings)
+    draft = speculative(PAIR / "draft", [4, 16, 16], quantization="fp8_per_channel")
+    result = generate(PAIR / "target", REQUESTS, **settings, **draft)
+    # The target is not quantised; trees have other kernels than plain decoding.
+    assert_lossless_up_to_ties(plain, result, 0.2)
