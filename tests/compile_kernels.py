@@ -32,11 +32,14 @@ import vllm.triton_utils
 backends.pop("cpu", None)
 assert vllm.triton_utils.HAS_TRITON
 
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
+
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.quantised_cache import CacheScales
 from vllm_longspec.config.options import TreeShape
 from vllm_longspec.glide.best_children import best_children
 from vllm_longspec.glide.growing_trees import GrowingTrees
+from vllm_longspec.glide.quantised_rows import activate
 from vllm_longspec.glide.roots import read_roots
 from vllm_longspec.glide.window import DraftWindow
 from vllm_longspec.glide.window_attention import window_attention, write_nodes, write_window
@@ -162,6 +165,10 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
     for vocab_size, num_children in ((32000, 16), (100, 100)):
         logits = torch.zeros(num_reqs * width, vocab_size, dtype=dtype)
         best_children(logits, torch.zeros(num_reqs, width), num_children)
+    unused: Any = None
+    linear: Any = SimpleNamespace(_input_quant_key=kFp8DynamicTokenSym)
+    for size in (704, 27648):
+        activate(unused, linear, torch.zeros(width, 2 * size, dtype=dtype))
 
 
 def compile_window_kernels(max_new: int) -> None:

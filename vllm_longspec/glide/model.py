@@ -39,7 +39,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from vllm_longspec.glide.quantised_norm import accept_quantised_rows, normalise
+from vllm_longspec.glide.quantised_rows import accept_quantised_rows, activate, normalise
 
 # (positions, query, key or None) -> rotated query and key
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]
@@ -210,7 +210,8 @@ class GlideForCausalLM(nn.Module):
             quant_config=quant_config,
             prefix=maybe_prefix(prefix, "mlp"),
         )
-        for linear in (self.self_attn.qkv_proj, self.cross_attn.q_proj, self.mlp.gate_up_proj):
+        mlp = self.mlp
+        for linear in (self.self_attn.qkv_proj, self.cross_attn.q_proj, mlp.gate_up_proj, mlp.down_proj):
             accept_quantised_rows(linear)
 
     def share_with(self, target: nn.Module) -> None:
@@ -313,7 +314,9 @@ class GlideForCausalLM(nn.Module):
         hidden, _ = self.cross_attn.o_proj(attended.reshape(num_tokens, -1))
 
         hidden, residual = normalise(self.post_cross_attention_layernorm, self.mlp.gate_up_proj, hidden, residual)
-        return self.mlp(hidden) + residual
+        gate_up, _ = self.mlp.gate_up_proj(hidden)
+        hidden, _ = self.mlp.down_proj(activate(self.mlp.act_fn, self.mlp.down_proj, gate_up))
+        return hidden + residual
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [num_tokens, draft_vocab_size]
         if self.token_ids is None:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes into a quantised layer of the draft, quantised by the kernel that computes it.
+
+A linear layer with fp8 weights quantises its input first, row by row, in a kernel of its own. A draft's layers are so
+small that every kernel shows. Where vLLM compiles a model it has the norm before such a layer do both; the draft is not
+compiled, so it asks for that kernel. For the activation before one there is none yet with a scale for each row.
+"""
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.model_executor.kernels.linear import CutlassFP8ScaledMMLinearKernel
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fusion.quant_activation import (
+    QuantizedActivation,
+    expose_input_quant_key,
+    get_input_quant_key,
+)
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
+from vllm.triton_utils import tl, triton
+
+# A program holds a row, up to this many elements.
+MAX_ROW = 32768
+# What vLLM divides by, and the least that it takes for a row's greatest value.
+FP8_MAX = tl.constexpr(448.0)
+LEAST_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
+
+
+def accept_quantised_rows(linear: LinearBase) -> None:
+    """Lets a layer of the draft read what the functions below give it, if its kernel can.
+
+    vLLM's layers take quantised inputs, but this kernel declares it for scales that are known beforehand only, although
+    it reads one scale a row all the same.
+    """
+    kernel = getattr(linear.quant_method, "fp8_linear", None)
+    if (
+        isinstance(kernel, CutlassFP8ScaledMMLinearKernel)
+        and kernel.config.activation_quant_key == kFp8DynamicTokenSym
+        and not envs.VLLM_BATCH_INVARIANT
+    ):
+        kernel.input_quant_key = lambda: kFp8DynamicTokenSym  # type: ignore[method-assign]
+        expose_input_quant_key(linear, kernel)
+
+
+def normalise(
+    norm: RMSNorm,
+    linear: LinearBase,
+    hidden: torch.Tensor,  # [num_tokens, hidden_size]
+    residual: torch.Tensor | None = None,  # [num_tokens, hidden_size], may be written
+) -> tuple[torch.Tensor | QuantizedActivation, torch.Tensor]:
+    """The norm of `hidden`, plus `residual` if there is one, as `linear` reads it; and that sum, not normalised."""
+    if get_input_quant_key(linear) != kFp8DynamicTokenSym:
+        return (norm(hidden), hidden) if residual is None else norm(hidden, residual)
+    rows, scales = ops.rms_norm_dynamic_per_token_quant(
+        hidden, norm.weight, norm.variance_epsilon, kFp8DynamicTokenSym.dtype, residual=residual
+    )
+    activation = QuantizedActivation(rows, scales, hidden.dtype, hidden.shape, kFp8DynamicTokenSym)
+    return activation, hidden if residual is None else residual
+
+
+def activate(
+    activation: SiluAndMul,
+    linear: LinearBase,
+    gate_up: torch.Tensor,  # [num_tokens, 2 * intermediate_size]
+) -> torch.Tensor | QuantizedActivation:
+    """silu(gate) * up, as `linear` reads it."""
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    if get_input_quant_key(linear) != kFp8DynamicTokenSym or size > MAX_ROW:
+        return activation(gate_up)
+    rows = torch.empty(num_tokens, size, dtype=kFp8DynamicTokenSym.dtype, device=gate_up.device)
+    scales = torch.empty(num_tokens, 1, dtype=torch.float32, device=gate_up.device)
+    block = triton.next_power_of_2(size)
+    _silu_mul_quantise_kernel[(num_tokens,)](
+        gate_up, rows, scales, size, BLOCK=block, num_warps=max(1, min(16, block // 1024))
+    )
+    return QuantizedActivation(rows, scales, gate_up.dtype, rows.shape, kFp8DynamicTokenSym)
+
+
+@triton.jit
+def _silu_mul_quantise_kernel(
+    gate_up_ptr,  # [num_tokens, 2 * size]
+    rows_ptr,  # float8_e4m3fn [num_tokens, size]
+    scales_ptr,  # float32 [num_tokens, 1]
+    size,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    is_column = column < size
+    gate = tl.load(gate_up_ptr + token * 2 * size + column, mask=is_column, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + (token * 2 + 1) * size + column, mask=is_column, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    scale = tl.maximum(tl.max(tl.abs(value), axis=0) / FP8_MAX, LEAST_SCALE)
+    tl.store(scales_ptr + token, scale)
+    quantised = tl.clamp(value / scale, -FP8_MAX, FP8_MAX).to(rows_ptr.dtype.element_ty)
+    tl.store(rows_ptr + token * size + column, quantised, mask=is_column)
