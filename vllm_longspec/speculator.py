@@ -188,7 +188,7 @@ class GlideSpeculator(DraftModelSpeculator):
         num_nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         if num_nodes == 0:
             # Speculation does not pay now; the windows are kept for when it does.
-            self._extend_windows(num_drafts)
+            self._extend_windows(slots, self._roots(slots))
             return self._no_drafts(num_reqs)
         if (graph := self.graphs.find(num_reqs, num_nodes)) is not None:
             self.slots[num_drafts : graph.num_reqs] = -1
@@ -226,28 +226,26 @@ class GlideSpeculator(DraftModelSpeculator):
     def _roots(self, slots: torch.Tensor) -> Roots:
         return read_roots(slots, self.req_states.num_computed_tokens.gpu, self.req_states.last_sampled_tokens)
 
-    def _extend_windows(self, num_drafts: int) -> Roots:
-        """Adds the tokens that the last step settled to the windows of the staged requests; returns their roots."""
-        slots = self.slots[:num_drafts]
-        roots = self._roots(slots)
+    def _extend_windows(self, slots: torch.Tensor, roots: Roots) -> None:
+        """Adds the tokens that the last step settled to the windows of the staged requests."""
         # For requests whose window was just rebuilt this writes the same values once more.
         self.window.append(
             self.req_states.all_token_ids.gpu,
             slots,
             roots.positions,
-            self.num_sampled[:num_drafts],
+            self.num_sampled[: slots.shape[0]],
             max_new=self.shape.max_depth + 1,
         )
-        return roots
 
     def _draft(self, num_drafts: int, num_nodes: int, max_prefix_len: int) -> None:
         """Brings the staged requests' windows up to date and draws a tree for each.
 
         The `num_nodes` likeliest nodes go to `draft_tokens` and the tree state.
         """
-        roots = self._extend_windows(num_drafts)
-        shape = self.shape.for_best(num_nodes)
         slots = self.slots[:num_drafts]
+        roots = self._roots(slots)
+        self._extend_windows(slots, roots)
+        shape = self.shape.for_best(num_nodes)
         drafted = grow_trees(
             self.model,
             shape,
