@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that the READMEs quote of a GPU, measured on the GPUs of one machine side by side.
+
+    python benchmarks/everything.py [--gpus 4] [--data .data/realsize] [--out .data/measured] [--commit COMMIT]
+
+What is compared runs on one GPU, one after the other, in a chain of commands; there are four chains, and a chain that
+finds no free GPU waits for one. On four H200s it takes half an hour. Every command writes its results and its log into
+`--out`; one that fails is reported, and the chain goes on. `--list` prints the commands instead.
+
+The pair of a real size needs the data that `benchmarks/realsize/README.md` prepares, and is left out without it.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+from systems import ROOT
+
+SEVERAL_ACCEPTANCES = "--acceptances 3.82,3.2,2.5 --contexts 1024,16384,31744 --batches 1,4,16,64 --repeats 2"
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    # Arguments of Python.
+    command: list[str]
+
+
+def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
+    labelled = f"--commit {commit}" if commit else ""
+    pair = out / "realsize-pair"
+
+    def step(name: str, script: str, arguments: str) -> Step:
+        return Step(name, [f"benchmarks/{script}.py", *shlex.split(arguments)])
+
+    def speed(name: str, model: str | Path, systems: str, arguments: str) -> Step:
+        results = f"--again {labelled} --out {out / name}.jsonl"
+        return step(name, "speed", f"--models {model} --systems {systems} {arguments} {results}")
+
+    def profile(model: str, batch: int) -> Step:
+        name = f"profile-{model}-tuned-16k-b{batch}"
+        return step(
+            name, "profile_steps", f"--model {model} --system tuned --batch {batch} {labelled} --out {out / name}.json"
+        )
+
+    train = f"--data {data} --out {pair} --only"
+    real_size = [
+        step("realsize-target", "realsize/train", f"{train} target"),
+        step("realsize-draft", "realsize/train", f"{train} draft"),
+        speed(
+            "realsize",
+            pair,
+            "plain,default,gamma4,default@24",
+            "--contexts 2048,8192,16064 --batches 1 --temperatures 0,1",
+        ),
+    ]
+    return [
+        [
+            speed(
+                "qwq",
+                "qwq-32b",
+                "plain,tuned,eagle3",
+                f"{SEVERAL_ACCEPTANCES} --cross-check tuned 16384 1",
+            ),
+            step("kernels", "kernels", f"{labelled} --out {out / 'kernels.json'}"),
+        ],
+        [
+            *(real_size if data.is_dir() else []),
+            speed(
+                "pair",
+                "pair",
+                "plain,default,gamma4,default@24",
+                "--contexts 2048 --batches 1,4 --temperatures 0,1",
+            ),
+        ],
+        [
+            step("gpu_check", "check_gpu", f"--skip-32b {labelled} --out {out / 'gpu_check.json'}"),
+            speed(
+                "llama",
+                "llama-3-8b-262k",
+                "plain,tuned,eagle3,default",
+                "--acceptances 3.82 --batches 1,4 --repeats 2",
+            ),
+            profile("qwq-32b", 1),
+            profile("qwq-32b", 4),
+        ],
+        [speed("qwq-others", "qwq-32b", "plain,default,gamma4,ngram", SEVERAL_ACCEPTANCES)],
+    ]
+
+
+def run_chain(steps: list[Step], gpus: "Queue[int]", num_gpus: int, out: Path) -> Iterator[str]:
+    """Runs the steps on one GPU, with a share of the cores; yields the names of those that fail."""
+    gpu = gpus.get()
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[gpu * len(cores) // num_gpus : (gpu + 1) * len(cores) // num_gpus] or cores
+    for step in steps:
+        started = time.time()
+        with (out / f"{step.name}.log").open("w") as log:
+            finished = subprocess.run(
+                ["taskset", "-c", ",".join(map(str, share)), sys.executable, *step.command],
+                cwd=ROOT,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        print(f"GPU {gpu}: {step.name}, {time.time() - started:.0f} s, rc {finished.returncode}", flush=True)
+        if finished.returncode != 0:
+            yield step.name
+    gpus.put(gpu)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=4, help="how many there are")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / ".data" / "realsize", help="text for the pair of a real size"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / ".data" / "measured")
+    parser.add_argument("--commit", help="the plugin's commit, where there is no git repository")
+    parser.add_argument("--list", action="store_true", help="print the commands and run none")
+    arguments = parser.parse_args()
+    planned = chains(arguments.out.resolve(), arguments.data.resolve(), arguments.commit)
+    if arguments.list:
+        for number, chain in enumerate(planned):
+            for step in chain:
+                print(f"{number}: python {shlex.join(step.command)}")
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    gpus: Queue[int] = Queue()
+    for gpu in range(arguments.gpus):
+        gpus.put(gpu)
+    with ThreadPoolExecutor(len(planned)) as pool:
+        runs = [
+            pool.submit(lambda chain: list(run_chain(chain, gpus, arguments.gpus, arguments.out)), chain)
+            for chain in planned
+        ]
+        failed = [name for run in runs for name in run.result()]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
