@@ -182,9 +182,7 @@ def compile_window_kernels(max_new: int) -> None:
     model: Any = SimpleNamespace(self_attn=SimpleNamespace(num_kv_heads=2, head_size=64), window_kv=window_kv)
     window = DraftWindow(4, model, torch.float32, torch.device("cpu"))
     token_ids = torch.zeros(4, 100, dtype=torch.int32)
-    # vLLM counts what it sampled in int32; a rebuild counts like the slots.
-    for num_new in (counts[:2], slots):
-        window.append(token_ids, slots, roots.positions, num_new, max_new)
+    window.append(token_ids, slots, roots.positions, counts[:2], max_new)
 
 
 def compile_level_kernel(levels: tuple[int, ...]) -> None:

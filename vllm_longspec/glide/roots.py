@@ -26,8 +26,8 @@ def read_roots(
 ) -> Roots:
     """The roots of these requests; token 0 at position 0 for one that only pads the batch."""
     num_reqs = slots.shape[0]
-    tokens, positions = torch.empty(2, num_reqs, dtype=torch.int64, device=slots.device)
-    prefix_lens = torch.empty(num_reqs, dtype=torch.int32, device=slots.device)
+    tokens, positions = torch.empty_like(slots), torch.empty_like(slots)
+    prefix_lens = torch.empty_like(slots, dtype=torch.int32)
     _read_roots_kernel[(triton.cdiv(num_reqs, BLOCK),)](
         slots, num_computed_tokens, last_sampled_tokens, tokens, positions, prefix_lens, num_reqs, BLOCK=BLOCK
     )

@@ -11,9 +11,12 @@ from vllm.triton_utils import tl, triton
 
 from vllm_longspec.glide.model import WINDOW_SIZE, GlideForCausalLM
 from vllm_longspec.glide.window_attention import write_window
+from vllm_longspec.interpreter import interpreting
 
 # A rebuild of one request is up to 512 tokens wide; more requests at a time than this would only need more memory.
 MAX_REBUILD_REQS = 8
+# The same for one new token and for a whole window, so that no prompt finds a kernel to be compiled.
+TOKEN_BLOCK = 64
 
 
 class DraftWindow:
@@ -41,13 +44,14 @@ class DraftWindow:
         token_ids: torch.Tensor,  # [max_num_reqs, max_model_len] text of every slot
         slots: torch.Tensor,  # int64 [num_reqs]; -1 for a request that only pads the batch
         root_positions: torch.Tensor,  # int64 [num_reqs]; the root itself belongs to the tree, not to the window
-        num_new: torch.Tensor,  # [num_reqs] tokens right before the root that the window lacks
+        num_new: torch.Tensor,  # int32 [num_reqs] tokens right before the root that the window lacks
         max_new: int,  # no request has more
     ) -> None:
         """Adds the tokens that the last step settled."""
         num_reqs = slots.shape[0]
-        tokens, positions, written_slots = torch.empty(3, num_reqs * max_new, dtype=torch.int64, device=slots.device)
-        block = min(triton.next_power_of_2(max_new), WINDOW_SIZE)
+        tokens = torch.empty(num_reqs * max_new, dtype=torch.int64, device=slots.device)
+        positions, written_slots = torch.empty_like(tokens), torch.empty_like(tokens)
+        block = triton.next_power_of_2(max_new) if interpreting() else TOKEN_BLOCK
         _settled_tokens_kernel[(num_reqs, triton.cdiv(max_new, block))](
             token_ids,
             token_ids.stride(0),
@@ -74,7 +78,7 @@ class DraftWindow:
         width = min(WINDOW_SIZE, max_root_position)
         for start in range(0, slots.shape[0], MAX_REBUILD_REQS):
             chunk = slice(start, start + MAX_REBUILD_REQS)
-            num_new = torch.full_like(slots[chunk], width)
+            num_new = torch.full_like(slots[chunk], width, dtype=torch.int32)
             self.append(token_ids, slots[chunk], root_positions[chunk], num_new, width)
 
 
@@ -84,7 +88,7 @@ def _settled_tokens_kernel(
     token_ids_stride,
     slots_ptr,  # int64 [num_reqs]
     root_positions_ptr,  # int64 [num_reqs]
-    num_new_ptr,  # [num_reqs]
+    num_new_ptr,  # int32 [num_reqs]
     tokens_ptr,  # int64 [num_reqs, max_new]
     positions_ptr,  # int64 [num_reqs, max_new]
     written_slots_ptr,  # int64 [num_reqs, max_new]
