@@ -16,7 +16,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from queue import Queue
 
 from systems import ROOT
 
+# What the plugin has to offer without settings, of trained weights.
+AS_IT_COMES = "plain,default,gamma4,default@24"
 SEVERAL_ACCEPTANCES = "--acceptances 3.82,3.2,2.5 --contexts 1024,16384,31744 --batches 1,4,16,64 --repeats 2"
 
 
@@ -45,41 +46,24 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
         results = f"--again {labelled} --out {out / name}.jsonl"
         return step(name, "speed", f"--models {model} --systems {systems} {arguments} {results}")
 
-    def profile(model: str, batch: int) -> Step:
-        name = f"profile-{model}-tuned-16k-b{batch}"
-        return step(
-            name, "profile_steps", f"--model {model} --system tuned --batch {batch} {labelled} --out {out / name}.json"
-        )
+    def profile(batch: int) -> Step:
+        name = f"profile-qwq-32b-tuned-16k-b{batch}"
+        return step(name, "profile_steps", f"--system tuned --batch {batch} {labelled} --out {out / name}.json")
 
     train = f"--data {data} --out {pair} --only"
     real_size = [
         step("realsize-target", "realsize/train", f"{train} target"),
         step("realsize-draft", "realsize/train", f"{train} draft"),
-        speed(
-            "realsize",
-            pair,
-            "plain,default,gamma4,default@24",
-            "--contexts 2048,8192,16064 --batches 1 --temperatures 0,1",
-        ),
+        speed("realsize", pair, AS_IT_COMES, "--contexts 2048,8192,16064 --batches 1 --temperatures 0,1"),
     ]
     return [
         [
-            speed(
-                "qwq",
-                "qwq-32b",
-                "plain,tuned,eagle3",
-                f"{SEVERAL_ACCEPTANCES} --cross-check tuned 16384 1",
-            ),
+            speed("qwq", "qwq-32b", "plain,tuned,eagle3", f"{SEVERAL_ACCEPTANCES} --cross-check tuned 16384 1"),
             step("kernels", "kernels", f"{labelled} --out {out / 'kernels.json'}"),
         ],
         [
             *(real_size if data.is_dir() else []),
-            speed(
-                "pair",
-                "pair",
-                "plain,default,gamma4,default@24",
-                "--contexts 2048 --batches 1,4 --temperatures 0,1",
-            ),
+            speed("pair", "pair", AS_IT_COMES, "--contexts 2048 --batches 1,4 --temperatures 0,1"),
         ],
         [
             step("gpu_check", "check_gpu", f"--skip-32b {labelled} --out {out / 'gpu_check.json'}"),
@@ -89,16 +73,17 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
                 "plain,tuned,eagle3,default",
                 "--acceptances 3.82 --batches 1,4 --repeats 2",
             ),
-            profile("qwq-32b", 1),
-            profile("qwq-32b", 4),
+            profile(1),
+            profile(4),
         ],
         [speed("qwq-others", "qwq-32b", "plain,default,gamma4,ngram", SEVERAL_ACCEPTANCES)],
     ]
 
 
-def run_chain(steps: list[Step], gpus: "Queue[int]", num_gpus: int, out: Path) -> Iterator[str]:
-    """Runs the steps on one GPU, with a share of the cores; yields the names of those that fail."""
+def run_chain(steps: list[Step], gpus: "Queue[int]", num_gpus: int, out: Path) -> list[str]:
+    """Runs the steps on one GPU, with a share of the cores; returns the names of those that fail."""
     gpu = gpus.get()
+    failed = []
     cores = sorted(os.sched_getaffinity(0))
     share = cores[gpu * len(cores) // num_gpus : (gpu + 1) * len(cores) // num_gpus] or cores
     for step in steps:
@@ -114,8 +99,9 @@ def run_chain(steps: list[Step], gpus: "Queue[int]", num_gpus: int, out: Path) -
             )
         print(f"GPU {gpu}: {step.name}, {time.time() - started:.0f} s, rc {finished.returncode}", flush=True)
         if finished.returncode != 0:
-            yield step.name
+            failed.append(step.name)
     gpus.put(gpu)
+    return failed
 
 
 def main() -> None:
@@ -139,10 +125,7 @@ def main() -> None:
     for gpu in range(arguments.gpus):
         gpus.put(gpu)
     with ThreadPoolExecutor(len(planned)) as pool:
-        runs = [
-            pool.submit(lambda chain: list(run_chain(chain, gpus, arguments.gpus, arguments.out)), chain)
-            for chain in planned
-        ]
+        runs = [pool.submit(run_chain, chain, gpus, arguments.gpus, arguments.out) for chain in planned]
         failed = [name for run in runs for name in run.result()]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 

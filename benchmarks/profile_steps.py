@@ -53,7 +53,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("update of request states", "compaction", r""),
     ("draft: attention to the target's cache", "draft", ATTENTION_PREFIX),
     ("draft: attention to window and tree", "draft", r"window_attention"),
-    ("draft: window update", "draft", r"_write_kernel|settled_tokens|read_roots"),
+    ("draft: roots, K and V of window and tree", "draft", r"_write_kernel|settled_tokens|read_roots"),
     ("draft: GEMMs", "draft", GEMM),
     ("draft: top-k", "draft", r"topk|top_k|sort|radix|bitonic|log_softmax|softmax|argmax|reduce_kernel"),
     ("draft: order and masks", "draft", r"order|gather|scatter|index"),

@@ -69,6 +69,7 @@ def best_children(
     )
     row_tokens = torch.empty(num_rows, num_kept, dtype=torch.int64, device=logits.device)
     row_log_probs = torch.empty(num_rows, num_kept, dtype=torch.float32, device=logits.device)
+    row_candidates = triton.next_power_of_2(num_chunks * num_kept)
     _best_of_row_kernel[(num_rows,)](
         chunk_best,
         chunk_max,
@@ -79,7 +80,7 @@ def best_children(
         num_kept,
         num_chunks,
         CHUNK_BLOCK=triton.next_power_of_2(num_chunks),
-        CANDIDATES=(row_candidates := triton.next_power_of_2(num_chunks * num_kept)),
+        CANDIDATES=row_candidates,
         KEPT_BLOCK=kept_block,
         # The threads of a single warp find a maximum without waiting for each other.
         num_warps=max(1, min(4, row_candidates // 256)),

@@ -114,11 +114,10 @@ class GlideSelfAttention(nn.Module):
         rotate: Rotation,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # query, key, value: [num_tokens, heads, head_size]
         qkv, _ = self.qkv_proj(hidden)
-        num_tokens = qkv.shape[0]
         kv_size = self.num_kv_heads * self.head_size
         query, key, value = qkv.split([self.num_heads * self.head_size, kv_size, kv_size], dim=-1)
         query, key = rotate(positions, query, key)
-        heads = (num_tokens, -1, self.head_size)
+        heads = (qkv.shape[0], -1, self.head_size)
         return query.view(heads), key.view(heads), value.view(heads)
 
 
@@ -302,7 +301,6 @@ class GlideForCausalLM(nn.Module):
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         num_tokens = input_ids.shape[0]
         embedded = self.embed_input_ids(input_ids)
-
         hidden, residual = normalise(self.input_layernorm, self.self_attn.qkv_proj, embedded)
         query, key, value = self.self_attn.project(hidden, positions, self.rotate)
         attended = attention.self_attention(query, key, value)

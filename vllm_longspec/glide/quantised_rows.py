@@ -23,9 +23,9 @@ from vllm.triton_utils import tl, triton
 
 # A program holds a row, up to this many elements.
 MAX_ROW = 32768
-# What vLLM divides by, and the least that it takes for a row's greatest value.
-FP8_MAX = tl.constexpr(448.0)
-LEAST_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
+# The greatest number of fp8, and the least scale that vLLM gives a row.
+FP8_MAX = tl.constexpr(torch.finfo(kFp8DynamicTokenSym.dtype).max)
+LEAST_SCALE = tl.constexpr(1.0 / (FP8_MAX.value * 512.0))
 
 
 def accept_quantised_rows(linear: LinearBase) -> None:

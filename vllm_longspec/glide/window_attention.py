@@ -53,11 +53,10 @@ def window_attention(
     group = num_heads // num_kv_heads
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
 
-    num_queries = triton.next_power_of_2(max(width * group, 16))
     head_block = triton.next_power_of_2(max(head_size, 16))
     if interpreting():
         # Each operation is a NumPy call: the fewer and larger, the better. NumPy has no bfloat16 product.
-        query_tile = num_queries
+        query_tile = triton.next_power_of_2(max(width * group, 16))
         history_tile = triton.next_power_of_2(max(window, 16))
         node_tile = triton.next_power_of_2(max(first_row + width, 16))
         dot_dtype = tl.float32
