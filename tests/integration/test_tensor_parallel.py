@@ -31,12 +31,17 @@ def requests(prompts: list[list[int]], max_tokens: int) -> list[list]:
     ]
 
 
-def test_trained_draft():
+@pytest.mark.parametrize(
+    "enforce_eager",
+    [True, pytest.param(False, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs"))],
+)
+def test_trained_draft(enforce_eager):
     """Half of the heads, of the vocabulary and of the window on each rank; a rank that drafts or walks another tree
     than its neighbour accepts next to nothing, and soon reads a cache that nobody has written."""
     batch = requests(source_code((300, 33, 100)), 20)
-    plain = generate(PAIR / "target", batch, **TWO_RANKS)
-    result = generate(PAIR / "target", batch, **TWO_RANKS, **speculative(PAIR / "draft", [2, 4, 4]))
+    settings = {**TWO_RANKS, "enforce_eager": enforce_eager}
+    plain = generate(PAIR / "target", batch, **settings)
+    result = generate(PAIR / "target", batch, **settings, **speculative(PAIR / "draft", [2, 4, 4]))
     assert_lossless(plain, result)
     assert result.acceptance_length >= 2.0
 
