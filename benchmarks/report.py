@@ -95,12 +95,14 @@ def compare(records: Iterable[Record]) -> list[Comparison]:
         settings = (*_settings_of(record), record["acceptance"])
         comparison = comparisons.setdefault(settings, Comparison(*settings, {}, {}))
         comparison.cells.setdefault(record["system"], {})[place_of(record)] = record
-    # Plain decoding has no acceptance, so it is part of all comparisons of its model.
-    for record in plain:
-        for settings, comparison in comparisons.items():
-            if settings[:-1] == _settings_of(record):
-                comparison.cells.setdefault("plain", {})[place_of(record)] = record
-                comparison.plain.setdefault(place_of(record), []).append(record)
+    # Plain decoding has no acceptance, so it is part of all comparisons of its model. Shown is that of a run with
+    # something to compare, if there is one.
+    for settings, comparison in comparisons.items():
+        runs = {cell["run"] for cells in comparison.cells.values() for cell in cells.values()}
+        matching = [record for record in plain if settings[:-1] == _settings_of(record)]
+        for record in sorted(matching, key=lambda each: each["run"] in runs):
+            comparison.cells.setdefault("plain", {})[place_of(record)] = record
+            comparison.plain.setdefault(place_of(record), []).append(record)
     return sorted(
         comparisons.values(),
         key=lambda each: (each.device, each.model, each.acceptance or 0.0, each.temperature, len(each.engine)),

@@ -124,6 +124,16 @@ def test_other_engines_are_compared_with_themselves(results):
     assert graphs.cells["plain"][1024, 1]["ms_per_token"] == 20.0
 
 
+def test_plain_decoding_is_shown_of_a_run_with_something_to_compare(results):
+    # A later run, at another acceptance.
+    append(results, cell("plain", 16384, 1, 30.0, run="wednesday"))
+    append(results, cell("default", 16384, 1, 10.0, run="wednesday", acceptance=3.0))
+    later, earlier = compare(read([results]))
+    for comparison, plain, speedup in ((earlier, 22.0, 4.0), (later, 30.0, 3.0)):
+        assert comparison.cells["plain"][16384, 1]["ms_per_token"] == plain
+        assert comparison.speedup(comparison.cells["default"][16384, 1]) == speedup
+
+
 def test_plot(results, tmp_path):
     pytest.importorskip("matplotlib")
     (comparison,) = compare(read([results]))
