@@ -33,6 +33,7 @@ from vllm_longspec.config.sampling import CHAIN_PARAMETERS
 from vllm_longspec.config.schedule import nodes_by_batch_size
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.glide.graphs import DraftGraphs
+from vllm_longspec.glide.head import has_rows
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.roots import Roots, read_roots
 from vllm_longspec.glide.window import DraftWindow
@@ -82,10 +83,12 @@ class GlideSpeculator(DraftModelSpeculator):
         with set_model_tag("glide_draft"):
             model = get_model(vllm_config=draft_vllm_config, prefix="glide")
         model.share_with(target_model)
-        if path := frequent_tokens_of(self.vllm_config):
-            token_ids = read_frequent_tokens(path, self.vocab_size)
-            with set_current_vllm_config(draft_vllm_config):
-                model.restrict_head(torch.tensor(token_ids, device=self.device))
+        with set_current_vllm_config(draft_vllm_config):
+            if path := frequent_tokens_of(self.vllm_config):
+                token_ids = read_frequent_tokens(path, self.vocab_size)
+                model.take_own_head(torch.tensor(token_ids, device=self.device))
+            elif model.quant_config is not None and has_rows(model.lm_head):
+                model.take_own_head(None)
 
         # vLLM asks the target for the state that accompanies its steps.
         target_model.tree_state = self.tree

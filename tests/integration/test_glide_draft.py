@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -106,6 +106,7 @@ def load(
     draft: Path,
     tree_shape: tuple[int, ...] = (1,),
     weights: dict[str, torch.Tensor] | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     **settings: Any,
 ) -> Pair:
     """Loads both checkpoints as vLLM's model runner does; the twin gets `weights`, or else the draft's."""
@@ -113,7 +114,7 @@ def load(
         model=str(target),
         speculative_config={"model": str(draft), "tree_shape": list(tree_shape)},
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=dtype,
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=NUM_SLOTS,
         block_size=BLOCK_SIZE,
@@ -342,7 +343,7 @@ def test_a_restricted_head_drafts_the_best_of_its_tokens(tmp_path, name):
     vocab_size = pair.draft.draft_vocab_size
     kept = random.Random(0).sample(range(vocab_size), vocab_size // 3)
     with set_current_vllm_config(pair.speculator.vllm_config):
-        pair.draft.restrict_head(torch.tensor(kept, device=DEVICE))
+        pair.draft.take_own_head(torch.tensor(kept, device=DEVICE))
     assert pair.draft.draft_vocab_size == len(kept)
 
     def restricted(*args: Any) -> torch.Tensor:
@@ -360,26 +361,29 @@ def test_a_restricted_head_drafts_the_best_of_its_tokens(tmp_path, name):
         check_tree(plain, batch, request, levels, tokens, parents, drafted.log_probs[request].tolist())  # type: ignore[arg-type]
 
 
-def test_a_restricted_head_is_quantised_with_its_draft(tmp_path):
+@pytest.mark.parametrize("num_kept", [48, None])
+def test_a_head_is_quantised_with_its_draft(tmp_path, num_kept):
     """vLLM quantises the draft's layer while loading it; the head is made later, of rows that are the target's."""
     target, draft = write_pair(tmp_path, "llama")
-    pair = load(target, draft)
+    pair = load(target, draft, dtype="bfloat16")
+    head = pair.draft.lm_head
+    vocab_size = pair.draft.draft_vocab_size
     # Sizes that fp8 matrix products take on any device.
-    kept = torch.arange(48, device=DEVICE)
+    kept = None if num_kept is None else torch.arange(num_kept, device=DEVICE)
     pair.draft.quant_config = OnlineQuantizationConfig(
         QuantizationConfigArgs(linear=QuantSpec("fp8_per_channel_static"))
     )
-    # Not all of the target: models in a process share their rotary embeddings.
-    pair.draft.lm_head.to(torch.bfloat16)
     with set_current_vllm_config(pair.speculator.vllm_config):
-        pair.draft.restrict_head(kept)
-    hidden = torch.randn(5, pair.draft.lm_head.weight.shape[1], device=DEVICE).to(torch.bfloat16)
-    expected = nn.functional.linear(hidden, pair.draft.lm_head.weight[kept]).float()
+        pair.draft.take_own_head(kept)
+    hidden = torch.randn(5, head.weight.shape[1], device=DEVICE).to(torch.bfloat16)
+    expected = nn.functional.linear(hidden, head.weight[:vocab_size] if kept is None else head.weight[kept]).float()
     logits = pair.draft.compute_logits(hidden).float()
-    assert logits.shape == (5, 48)
+    # Without the rows that pad the target's vocabulary.
+    assert logits.shape == (5, num_kept or vocab_size)
     assert 0 < (logits - expected).norm() / expected.norm() < 0.06
+    assert pair.draft.lm_head.weight.dtype == torch.float8_e4m3fn
     # It is not the target's head that was changed.
-    assert pair.target.lm_head.weight.dtype == torch.bfloat16
+    assert pair.target.lm_head is head and head.weight.dtype == torch.bfloat16
 
 
 def test_the_draft_runs_vllms_kernels_where_the_target_is_left_to_the_compiler(tmp_path):

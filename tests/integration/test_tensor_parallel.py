@@ -46,6 +46,15 @@ def test_trained_draft(enforce_eager):
     assert result.acceptance_length >= 2.0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no fp8 layers for CPUs")
+def test_fp8_draft():
+    """Each rank quantises its shard of the head."""
+    batch = requests(source_code((300, 33, 100)), 20)
+    draft = speculative(PAIR / "draft", [2, 4, 4], quantization="fp8_per_channel")
+    result = generate(PAIR / "target", batch, **TWO_RANKS, **draft, dtype="bfloat16")
+    assert result.acceptance_length >= 2.0
+
+
 def test_one_kv_head_and_an_odd_vocabulary(tmp_path):
     """A KV head that both ranks hold, and shards of the embedding and of the head that are padded."""
     target = write_target(tmp_path / "target", "llama", vocab_size=71, num_key_value_heads=1)

@@ -72,8 +72,7 @@ def level_cost(
     """What drafting a level takes, over what a step of plain decoding takes.
 
     Args:
-        is_quantised: the draft's weights have one byte, where the target's have two. A head that is the target's own
-            keeps two.
+        is_quantised: the draft's weights have one byte, its head's too, where the target's have two.
         num_ranks: GPUs that the weights are split over.
     """
     hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target)
@@ -81,6 +80,6 @@ def level_cost(
     layer = 2 * query + 2 * hidden * kv_heads * head_size + 3 * hidden * intermediate
     # Two attentions, of which one has no keys and values of its own.
     draft_layer = (layer + 2 * query) * (0.5 if is_quantised else 1.0)
-    draft_head = draft_vocab_size * hidden * (0.5 if is_quantised and draft_vocab_size < vocab_size else 1.0)
+    draft_head = draft_vocab_size * hidden * (0.5 if is_quantised else 1.0)
     level, step = draft_layer + draft_head, target.num_hidden_layers * layer + vocab_size * hidden
     return (LEVEL + level / num_ranks) / (STEP + step / num_ranks)

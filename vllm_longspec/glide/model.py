@@ -8,13 +8,12 @@
     logits = lm_head(h)                                      no norm before the head
 
 Embedding, rotary embedding, head and logits processor are the target's own modules, not copies; only a head that is
-restricted to some tokens is a copy of their rows. One class serves every family whose layer has this form;
+quantised or restricted to some tokens is a copy (`head.py`). One class serves every family whose layer has this form;
 `vllm_longspec/config/checkpoint.py` lists them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,9 +26,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
-    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -37,8 +34,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_longspec.glide.head import copy_head, has_rows
 from vllm_longspec.glide.quantised_rows import accept_quantised_rows, activate, normalise
 
 # (positions, query, key or None) -> rotated query and key
@@ -224,43 +221,27 @@ class GlideForCausalLM(nn.Module):
         self.logits_processor = target.logits_processor
         self.token_ids = None
 
-    def restrict_head(
+    def take_own_head(
         self,
-        token_ids: torch.Tensor,  # int64 [num_tokens]
+        token_ids: torch.Tensor | None,  # int64 [num_tokens]
     ) -> None:
-        """Lets the draft draw these tokens only, with their rows of the target's head, quantised if the draft is.
+        """Copies the target's head, quantised if the draft is, and lets the draft draw these tokens only, or any.
 
         Raises:
             ValueError: the target's head is quantised, so it has no rows.
         """
-        if not isinstance(self.lm_head.quant_method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)):
+        if not has_rows(self.lm_head):
             raise ValueError(
                 "frequent_tokens is not supported with a quantised head: give false to draft all tokens, or serve a "
                 "target that leaves its head as it is"
             )
         self.token_ids = token_ids
-        weight = self.lm_head.weight[token_ids]
-        if self.quant_config is None:
-            self.frequent_head: Callable[[torch.Tensor], torch.Tensor] = partial(nn.functional.linear, weight=weight)
-        else:
-            with set_default_torch_dtype(weight.dtype), weight.device:
-                self.frequent_head = ReplicatedLinear(
-                    weight.shape[1],
-                    weight.shape[0],
-                    bias=False,
-                    quant_config=self.quant_config,
-                    prefix="frequent_head",
-                    return_bias=False,
-                )
-                # vLLM quantises a layer as soon as all of its weight has come through its loader.
-                parameter: Any = self.frequent_head.get_parameter("weight")
-                parameter.weight_loader(parameter, weight)
-        # What the target's processor does to logits, without its head.
+        self.lm_head = copy_head(self.lm_head, token_ids, self.quant_config)
+        targets = self.logits_processor
         self.logits_processor = LogitsProcessor(
-            len(token_ids),
-            scale=self.logits_processor.scale,
-            soft_cap=self.logits_processor.soft_cap,
-            logits_as_input=True,
+            targets.org_vocab_size if token_ids is None else len(token_ids),
+            scale=targets.scale,
+            soft_cap=targets.soft_cap,
         )
 
     @property
@@ -317,9 +298,7 @@ class GlideForCausalLM(nn.Module):
         return hidden + residual
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [num_tokens, draft_vocab_size]
-        if self.token_ids is None:
-            return self.logits_processor(self.lm_head, hidden_states)
-        return self.logits_processor(None, self.frequent_head(hidden_states))
+        return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         # A checkpoint without biases is the same layer with biases of zero.
