@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that the READMEs quote of a GPU, measured on the GPUs of one machine side by side.
 
-    python benchmarks/everything.py [--gpus 4] [--data .data/realsize] [--out .data/measured] [--commit COMMIT]
+    python benchmarks/everything.py [--gpus 4] [--only qwq,pair] [--out .data/measured] [--commit COMMIT]
 
-What is compared runs on one GPU, one after the other, in a chain of commands; there are four chains, and a chain that
-finds no free GPU waits for one. On four H200s it takes half an hour. Every command writes its results and its log into
-`--out`; one that fails is reported, and the chain goes on. `--list` prints the commands instead.
+What is compared runs on one GPU, one after the other, in a chain of commands; a chain that finds no free GPU waits for
+one. All of it takes two hours of an H200, divided by their number at best. Every command writes its results and its
+log into `--out`; one that fails is reported, and the chain goes on. `--list` prints the commands instead, and `--only`
+takes some of them.
 
 The pair of a real size needs the data that `benchmarks/realsize/README.md` prepares, and is left out without it.
 """
@@ -23,9 +24,11 @@ from queue import Queue
 
 from systems import ROOT
 
-# What the plugin has to offer without settings, of trained weights.
-AS_IT_COMES = "plain,default,gamma4,default@24"
-SEVERAL_ACCEPTANCES = "--acceptances 3.82,3.2,2.5 --contexts 1024,16384,31744 --batches 1,4,16,64 --repeats 2"
+# Of trained weights.
+AS_IT_COMES = "plain,ngram,default,gamma4,default@24"
+ALL_ACCEPTANCES = "--acceptances 3.82,3.2,2.5"
+QWQ = "--contexts 1024,16384,31744 --batches 1,4,16,64 --repeats 2"
+LLAMA = f"{ALL_ACCEPTANCES} --contexts 1024,16384,31744,131072 --batches 1,4,16,64 --repeats 2"
 
 
 @dataclass(frozen=True)
@@ -56,27 +59,23 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
         step("realsize-draft", "realsize/train", f"{train} draft"),
         speed("realsize", pair, AS_IT_COMES, "--contexts 2048,8192,16064 --batches 1 --temperatures 0,1"),
     ]
+    qwq, llama = "qwq-32b", "llama-3-8b-262k"
+    all_systems = f"--acceptances 3.82 {QWQ} --cross-check tuned 16384 1"
     return [
         [
-            speed("qwq", "qwq-32b", "plain,tuned,eagle3", f"{SEVERAL_ACCEPTANCES} --cross-check tuned 16384 1"),
+            speed("qwq", qwq, "plain,tuned,eagle3,ngram,default,gamma4,fp8", all_systems),
             step("kernels", "kernels", f"{labelled} --out {out / 'kernels.json'}"),
         ],
         [
             *(real_size if data.is_dir() else []),
             speed("pair", "pair", AS_IT_COMES, "--contexts 2048 --batches 1,4 --temperatures 0,1"),
         ],
+        [speed("llama", llama, "plain,tuned,eagle3,fp8", LLAMA), profile(1), profile(4)],
+        [speed("llama-others", llama, "plain,ngram,default,gamma4", LLAMA)],
         [
             step("gpu_check", "check_gpu", f"--skip-32b {labelled} --out {out / 'gpu_check.json'}"),
-            speed(
-                "llama",
-                "llama-3-8b-262k",
-                "plain,tuned,eagle3,default",
-                "--acceptances 3.82 --batches 1,4 --repeats 2",
-            ),
-            profile(1),
-            profile(4),
+            speed("qwq-acceptances", qwq, "plain,tuned,eagle3,default,gamma4,fp8", f"--acceptances 3.2,2.5 {QWQ}"),
         ],
-        [speed("qwq-others", "qwq-32b", "plain,default,gamma4,ngram", SEVERAL_ACCEPTANCES)],
     ]
 
 
@@ -112,20 +111,26 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / ".data" / "measured")
     parser.add_argument("--commit", help="the plugin's commit, where there is no git repository")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="names of commands, as --list shows them")
     parser.add_argument("--list", action="store_true", help="print the commands and run none")
     arguments = parser.parse_args()
     planned = chains(arguments.out.resolve(), arguments.data.resolve(), arguments.commit)
+    if arguments.only:
+        known = {step.name for chain in planned for step in chain}
+        if unknown := set(arguments.only) - known:
+            parser.error(f"there is no {', '.join(sorted(unknown))}: give some of {', '.join(sorted(known))}")
+        planned = [[step for step in chain if step.name in arguments.only] for chain in planned]
     if arguments.list:
         for number, chain in enumerate(planned):
             for step in chain:
-                print(f"{number}: python {shlex.join(step.command)}")
+                print(f"{number} {step.name}: python {shlex.join(step.command)}")
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     gpus: Queue[int] = Queue()
     for gpu in range(arguments.gpus):
         gpus.put(gpu)
     with ThreadPoolExecutor(len(planned)) as pool:
-        runs = [pool.submit(run_chain, chain, gpus, arguments.gpus, arguments.out) for chain in planned]
+        runs = [pool.submit(run_chain, chain, gpus, arguments.gpus, arguments.out) for chain in planned if chain]
         failed = [name for run in runs for name in run.result()]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 

@@ -58,3 +58,13 @@ def test_a_chain_goes_on_after_a_failure(tmp_path, capfd):
     # The GPU is free for the next chain.
     assert gpus.get_nowait() == 1
     assert "broken" in capfd.readouterr().out
+
+
+def test_some_of_the_commands(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["everything.py", "--list", "--only", "kernels,pair"])
+    everything.main()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["0 kernels", "1 pair"]
+    monkeypatch.setattr(sys, "argv", ["everything.py", "--only", "kernels,pairs"])
+    with pytest.raises(SystemExit):
+        everything.main()
+    assert "there is no pairs: give some of gpu_check, kernels," in capsys.readouterr().err
