@@ -329,19 +329,6 @@ def test_wrong_frequent_tokens_are_refused(target, draft, value, said):
     refused(error)
 
 
-def test_frequent_tokens_need_one_process(tmp_path, target, draft):
-    path = tmp_path / "tokens.json"
-    path.write_text("[1, 2, 3, 4]")
-    with pytest.raises(ValueError, match=r"is not supported with tensor_parallel_size=2: leave it out, or") as error:
-        create(
-            target,
-            tensor_parallel_size=2,
-            distributed_executor_backend="mp",
-            speculative_config={"model": draft, "frequent_tokens": str(path)},
-        )
-    assert f"frequent_tokens ({path})" in refused(error)
-
-
 def test_the_same_option_in_two_places_is_refused(target, draft):
     args = parse(
         target, "--speculative-config", f'{{"model": "{draft}", "tree_shape": [1]}}', "--speculative-tree-shape", "2"

@@ -73,7 +73,7 @@ def level_cost(
 
     Args:
         is_quantised: the draft's weights have one byte, its head's too, where the target's have two.
-        num_ranks: GPUs that the weights are split over.
+        num_ranks: GPUs that the weights are split over; a head of some tokens is whole on each.
     """
     hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target)
     query = hidden * heads * head_size
@@ -81,5 +81,6 @@ def level_cost(
     # Two attentions, of which one has no keys and values of its own.
     draft_layer = (layer + 2 * query) * (0.5 if is_quantised else 1.0)
     draft_head = draft_vocab_size * hidden * (0.5 if is_quantised else 1.0)
-    level, step = draft_layer + draft_head, target.num_hidden_layers * layer + vocab_size * hidden
-    return (LEVEL + level / num_ranks) / (STEP + step / num_ranks)
+    level = draft_layer / num_ranks + draft_head / (num_ranks if draft_vocab_size == vocab_size else 1)
+    step = (target.num_hidden_layers * layer + vocab_size * hidden) / num_ranks
+    return (LEVEL + level) / (STEP + step)

@@ -137,12 +137,6 @@ def find_glide_draft(
     vocab_size = target.get_vocab_size()
     frequent_tokens = _find_frequent_tokens(tree_options.get("frequent_tokens"), checkpoint, options.get("revision"))
     if frequent_tokens is not None:
-        if parallel_config.tensor_parallel_size > 1:
-            raise ValueError(
-                f"frequent_tokens ({frequent_tokens}) is not supported with "
-                f"tensor_parallel_size={parallel_config.tensor_parallel_size}: leave it out, or where it comes with "
-                """the draft give --speculative-config '{"frequent_tokens": false}' to draft all tokens"""
-            )
         vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
     tree_shape = parse_tree_shape(tree_options, vocab_size)
     num_nodes = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -20,15 +21,16 @@ def has_rows(head: nn.Module) -> bool:
 
 
 def copy_head(
-    head: nn.Module,  # weight: [num_rows, hidden_size], this rank's
+    head: nn.Module,  # weight: [num_rows, hidden_size], this rank's shard
     token_ids: torch.Tensor | None,  # int64 [num_tokens], rows of the head; None for all of them
     quant_config: QuantizationConfig | None,
 ) -> ReplicatedLinear:
     """What vLLM's LogitsProcessor takes for a head, with a weight of its own; `has_rows(head)`.
 
-    All rows of a rank's shard stay the rank's shard, which the processor gathers as it does the target's.
+    Of all rows each rank keeps its shard, whose logits the processor gathers as it does the target's. Of some rows,
+    which are few, every rank has all.
     """
-    weight = head.weight if token_ids is None else head.weight[token_ids]
+    weight = head.weight if token_ids is None else _rows_of_all_ranks(head, token_ids)
     with set_default_torch_dtype(weight.dtype), weight.device:
         copied = ReplicatedLinear(
             weight.shape[1], weight.shape[0], bias=False, quant_config=quant_config, prefix="draft_head"
@@ -38,5 +40,14 @@ def copy_head(
         parameter.weight_loader(parameter, weight.data)
     if quant_config is None:
         copied.quant_method.process_weights_after_loading(copied)
-    copied.tp_size = head.tp_size
+    copied.tp_size = head.tp_size if token_ids is None else 1
     return copied
+
+
+def _rows_of_all_ranks(head: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:  # [num_tokens, hidden_size]
+    shard = head.shard_indices
+    rows = token_ids - shard.org_vocab_start_index
+    is_here = (rows >= 0) & (rows < shard.num_org_elements)
+    # Each row is one rank's, and zeros of the others.
+    weight = head.weight[rows.where(is_here, 0)].where(is_here.unsqueeze(1), 0)
+    return tensor_model_parallel_all_reduce(weight) if head.tp_size > 1 else weight
