@@ -49,9 +49,9 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
         results = f"--again {labelled} --out {out / name}.jsonl"
         return step(name, "speed", f"--models {model} --systems {systems} {arguments} {results}")
 
-    def profile(batch: int) -> Step:
-        name = f"profile-qwq-32b-tuned-16k-b{batch}"
-        return step(name, "profile_steps", f"--system tuned --batch {batch} {labelled} --out {out / name}.json")
+    def profile(system: str, batch: int) -> Step:
+        name = f"profile-qwq-32b-{system}-16k-b{batch}"
+        return step(name, "profile_steps", f"--system {system} --batch {batch} {labelled} --out {out / name}.json")
 
     train = f"--data {data} --out {pair} --only"
     real_size = [
@@ -70,8 +70,13 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
             *(real_size if data.is_dir() else []),
             speed("pair", "pair", AS_IT_COMES, "--contexts 2048 --batches 1,4 --temperatures 0,1"),
         ],
-        [speed("llama", llama, "plain,tuned,eagle3,fp8", LLAMA), profile(1), profile(4)],
-        [speed("llama-others", llama, "plain,ngram,default,gamma4", LLAMA)],
+        [speed("llama", llama, "plain,tuned,eagle3,fp8", LLAMA)],
+        [
+            speed("llama-others", llama, "plain,ngram,default,gamma4", LLAMA),
+            profile("plain", 1),
+            profile("tuned", 1),
+            profile("tuned", 4),
+        ],
         [
             step("gpu_check", "check_gpu", f"--skip-32b {labelled} --out {out / 'gpu_check.json'}"),
             speed("qwq-acceptances", qwq, "plain,tuned,eagle3,default,gamma4,fp8", f"--acceptances 3.2,2.5 {QWQ}"),
