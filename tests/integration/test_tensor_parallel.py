@@ -58,22 +58,17 @@ def test_fp8_draft():
     assert result.acceptance_length >= 2.0
 
 
-@pytest.mark.parametrize("restricted", [False, True])
-def test_one_kv_head_and_an_odd_vocabulary(tmp_path, restricted):
-    """A KV head that both ranks hold, and shards of the embedding and of the head that are padded.
-
-    The rows of a restricted head come from both shards.
-    """
+def test_one_kv_head_and_an_odd_vocabulary(tmp_path):
+    """A KV head that both ranks hold, shards of the embedding and of the head that are padded, and a restricted head
+    whose rows come from both."""
     target = write_target(tmp_path / "target", "llama", vocab_size=71, num_key_value_heads=1)
     draft = write_draft(tmp_path / "draft", target)
-    options = {}
-    if restricted:
-        frequent_tokens = tmp_path / "frequent_tokens.json"
-        frequent_tokens.write_text(json.dumps(random.Random(0).sample(range(71), 40)))
-        options["frequent_tokens"] = str(frequent_tokens)
+    frequent_tokens = tmp_path / "frequent_tokens.json"
+    frequent_tokens.write_text(json.dumps(random.Random(0).sample(range(71), 40)))
+    drafting = speculative(draft, [2, 4], frequent_tokens=str(frequent_tokens))
     batch = requests(random_prompts(71, (3, 33, 100)), 16)
-    alone = generate(target, batch, **speculative(draft, [2, 4], **options))
-    result = generate(target, batch, **TWO_RANKS, **speculative(draft, [2, 4], **options))
+    alone = generate(target, batch, **drafting)
+    result = generate(target, batch, **TWO_RANKS, **drafting)
     assert result.tokens == alone.tokens
     # The very trees that one rank drafts and walks.
     assert result.num_drafts == alone.num_drafts > 1
