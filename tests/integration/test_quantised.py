@@ -8,12 +8,17 @@ So where a run leaves the plain one, the two tokens must have been as good as eq
 
 import pytest
 import torch
+from vllm import _custom_ops  # noqa: F401  # registers torch.ops._C
 
 from tests.engine import Result, generate, request
 from tests.integration.test_lossless import PAIR, source_code, speculative
 from tests.models import untied
 from tests.quantised_models import write_awq, write_cache_scales, write_gptq, write_int8
 
+needs_4_bit_kernels = pytest.mark.skipif(
+    not (torch.cuda.is_available() or hasattr(torch.ops._C, "cpu_gemm_wna16")),
+    reason="vLLM has 4-bit weights on CPUs with AVX-512 only",
+)
 REQUESTS = [
     [request(prompt, temperature=0.0, logprobs=3, max_tokens=20, ignore_eos=True) for prompt in source_code((100, 200))]
 ]
@@ -37,7 +42,7 @@ def assert_lossless_up_to_ties(plain: Result, result: Result, tie: float) -> Non
 @pytest.mark.parametrize(
     ("write", "settings", "tie"),
     [
-        (write_awq, {"dtype": "float16"}, 0.1),
+        pytest.param(write_awq, {"dtype": "float16"}, 0.1, marks=needs_4_bit_kernels),
         # It rounds what goes into every layer too. For GPUs vLLM has it in half precision only.
         (write_int8, {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"}, 0.5),
     ],
@@ -49,6 +54,7 @@ def test_quantised_target(tmp_path, write, settings, tie):
     assert_lossless_up_to_ties(plain, result, tie)
 
 
+@needs_4_bit_kernels
 def test_quantised_head(tmp_path):
     """The draft's logits come through the target's head, whatever that is made of; the layers are GPTQ's as well."""
     target, draft = untied(tmp_path / "pair", PAIR / "target", PAIR / "draft")
