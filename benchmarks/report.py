@@ -4,8 +4,8 @@
     python benchmarks/report.py [--out FILE.md] [--plots FOLDER] [RESULTS.jsonl ...]
 
 Of a cell that was measured more than once the last measurement counts, whatever the system's options were. A speedup is
-over plain decoding in the same run; where that run has none, it is over the last one on the same kind of GPU, and
-marked with an asterisk.
+over plain decoding in the same run; where that run has none, it is over the one that the table shows, on the same kind
+of GPU, and marked with an asterisk.
 
 Plots need matplotlib: `pip install matplotlib`, or this package's extra `report`.
 """
