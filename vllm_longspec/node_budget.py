@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many nodes the next step verifies: the number that is worth most, by what has been accepted lately.
 
-A step with K nodes emits 1 + accepted(K) tokens and takes as long as cost(batch size, K) steps without drafts
-(`vllm_longspec/config/cost.py`). `NodeBudget` chooses the K of the schedule with the best ratio, none above the
+A step with K nodes emits 1 + accepted(K) tokens and takes as long as cost(batch size, K, cached tokens) steps without
+drafts (`vllm_longspec/config/cost.py`). `NodeBudget` chooses the K of the schedule with the best ratio, none above the
 schedule's own for the batch, or K = 0. That is plain decoding: a draft that the target does not follow is not verified
 at all, and tried again once in a while.
 
@@ -37,13 +37,20 @@ class NodeBudget:
 
     Args:
         choices: numbers of nodes that a batch of so many requests may verify; entry 0 is not used.
-        cost: of a step in steps without drafts, by requests and nodes of each.
+        cost: of a step in steps without drafts, by requests, nodes of each and cached tokens of all.
+        num_cached_tokens: of all requests that run now.
     """
 
-    def __init__(self, choices: Sequence[Sequence[int]], cost: Callable[[int, int], float]):
+    def __init__(
+        self,
+        choices: Sequence[Sequence[int]],
+        cost: Callable[[int, int, int], float],
+        num_cached_tokens: Callable[[], int],
+    ):
         # By batch size, the least first.
         self.choices = [sorted(numbers) for numbers in choices]
         self.cost = cost
+        self.num_cached_tokens = num_cached_tokens
         # By K: requests' steps, and the tokens that they accepted.
         self.steps = {num_nodes: 0.0 for num_nodes in sorted(set().union(*self.choices[1:])) if num_nodes > 0}
         self.accepted = dict.fromkeys(self.steps, 0.0)
@@ -54,11 +61,12 @@ class NodeBudget:
             self.steps[num_nodes] *= FADING
             self.accepted[num_nodes] *= FADING
         choices, quality = self.choices[batch_size], self._quality()
+        num_tokens = self.num_cached_tokens()
 
         def worth(index: int) -> float:
             """Tokens of a request in the time of a step without drafts."""
             num_nodes = choices[index]
-            return (1 + self._acceptance(num_nodes, quality)) / self.cost(batch_size, num_nodes)
+            return (1 + self._acceptance(num_nodes, quality)) / self.cost(batch_size, num_nodes, num_tokens)
 
         best = max(range(len(choices)), key=worth)
         self.num_lookups += 1

@@ -237,8 +237,13 @@ def _init_scheduler(original: Callable[..., None], self: Scheduler, *args: Any, 
         assert self.dynamic_sd_lookup is not None and self.vllm_config.speculative_config is not None
         max_batch_size = len(self.dynamic_sd_lookup) - 1
         choices = nodes_by_batch_size(self.vllm_config.speculative_config, max_batch_size, adapt=True)
+
+        def num_cached_tokens() -> int:
+            return sum(request.num_computed_tokens for request in self.running)
+
+        budget: Any = NodeBudget(choices, StepCost.of(self.vllm_config), num_cached_tokens)
         # It is read by the batch's size and nothing else.
-        self.dynamic_sd_lookup = NodeBudget(choices, StepCost.of(self.vllm_config))  # type: ignore[assignment]
+        self.dynamic_sd_lookup = budget
 
 
 # The graphs of verification cover the numbers in the scheduler's table and no others. And where there are several, for

@@ -14,7 +14,6 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
 from vllm_longspec import patches, plugin
-from vllm_longspec.config.cost import StepCost
 from vllm_longspec.config.options import SHAPE_ATTRIBUTE
 from vllm_longspec.metrics import TreeDecodingStats
 from vllm_longspec.node_budget import NodeBudget
@@ -97,7 +96,7 @@ def test_another_draft_is_counted_as_ever():
 
 def test_nothing_is_counted_where_nobody_asked_for_statistics():
     """But the number of nodes follows what is accepted all the same, of a request that takes a chain too."""
-    budget = NodeBudget([[], [24, 8, 0], [8, 0]], StepCost(level=0.02, max_depth=5))
+    budget = NodeBudget([[], [24, 8, 0], [8, 0]], cost=lambda *_: 1.0, num_cached_tokens=lambda: 0)
     scheduler = SimpleNamespace(
         vllm_config=SimpleNamespace(speculative_config=TREE),
         log_stats=False,
