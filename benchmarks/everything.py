@@ -63,14 +63,14 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
     all_systems = f"--acceptances 3.82 {QWQ} --cross-check tuned 16384 1"
     return [
         [
-            speed("qwq", qwq, "plain,tuned,eagle3,ngram,default,gamma4,fp8", all_systems),
+            speed("qwq", qwq, "plain,tuned,eagle3,ngram,default,gamma4,unquantised", all_systems),
             step("kernels", "kernels", f"{labelled} --out {out / 'kernels.json'}"),
         ],
         [
             *(real_size if data.is_dir() else []),
             speed("pair", "pair", AS_IT_COMES, "--contexts 2048 --batches 1,4 --temperatures 0,1"),
         ],
-        [speed("llama", llama, "plain,tuned,eagle3,fp8", TWICE)],
+        [speed("llama", llama, "plain,tuned,eagle3,unquantised", TWICE)],
         [
             speed("llama-others", llama, "plain,ngram,default,gamma4", TWICE),
             profile("plain", 1),
@@ -79,7 +79,7 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
         ],
         [
             step("gpu_check", "check_gpu", f"--skip-32b {labelled} --out {out / 'gpu_check.json'}"),
-            speed("qwq-acceptances", qwq, "plain,tuned,eagle3,default,gamma4,fp8", f"--acceptances 3.2,2.5 {QWQ}"),
+            speed("qwq-acceptances", qwq, "plain,tuned,eagle3,default,gamma4", f"--acceptances 3.2,2.5 {QWQ}"),
         ],
     ]
 

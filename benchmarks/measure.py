@@ -29,10 +29,12 @@ def main() -> None:
     job = json.load(sys.stdin)
     started = time.monotonic()
     engine = Engine(job["llm"], job["tokens"])
+    speculative_config = engine.vllm_config.speculative_config
     record: Record = job["record"] | {
         "max_model_len": engine.vllm_config.model_config.max_model_len,
         "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
         "kv_cache_tokens": engine.num_blocks * engine.block_size,
+        "draft_quantization": speculative_config and speculative_config.quantization,
         "start_seconds": round(time.monotonic() - started, 1),
         "draft_memory": engine.llm.collective_rpc(draft_memory)[0],
     }

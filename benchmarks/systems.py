@@ -6,7 +6,7 @@
 - `ngram`: vLLM's prompt lookup with 5 tokens
 - `default`: this plugin as it comes
 - `default@K`: the same tree, of which the K likeliest nodes are verified
-- `fp8`: as it comes, with an fp8 draft
+- `unquantised`: this plugin as it comes, but for a draft in the precision that it is stored in
 - `gammaN`: this plugin's sequential method
 - `tuned`: this plugin with settings for the model (`TUNED`, or `--tuned`)
 """
@@ -22,8 +22,8 @@ from shapes import SHAPES, write_eagle3_head, write_frequent_tokens, write_glide
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "benchmarks" / "pair"
 
-SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "fp8", "tuned")
-_PLUGIN_SYSTEM = re.compile(r"tuned|fp8|default(@[1-9]\d*)?|gamma[1-9]\d*")
+SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "unquantised", "tuned")
+_PLUGIN_SYSTEM = re.compile(r"tuned|unquantised|default(@[1-9]\d*)?|gamma[1-9]\d*")
 OTHERS_TOKENS = 5
 # More than a batch ever has.
 MOST_REQUESTS = 1024
@@ -35,14 +35,12 @@ TUNED: dict[str, dict[str, Any]] = {
     "qwq-32b": {
         "tree_shape": [4, 16, 16, 16, 16],
         "frequent_tokens": 32768,
-        "quantization": "fp8_per_channel",
         "num_speculative_tokens": 24,
         "num_speculative_tokens_per_batch_size": [[1, 2, 24], [3, 16, 7], [17, 32, 3], [33, 64, 1]],
     },
     "llama-3-8b-262k": {
         "tree_shape": [4, 16, 16, 16, 16],
         "frequent_tokens": 32768,
-        "quantization": "fp8_per_channel",
         "num_speculative_tokens": 31,
         "num_speculative_tokens_per_batch_size": [[1, 2, 31], [3, 16, 7], [17, 32, 3], [33, 64, 1]],
     },
@@ -155,8 +153,8 @@ def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[st
         if model.trained and "frequent_tokens" in options:
             raise NotMeasurable(f"{model.name} is trained: random frequent tokens would change its acceptance")
         return dict(options)
-    if system == "fp8":
-        return {"quantization": "fp8_per_channel"}
+    if system == "unquantised":
+        return {"quantization": None}
     if system.startswith("gamma"):
         # As many as it says, whatever is accepted.
         return {"gamma": int(system.removeprefix("gamma")), "adapt_nodes": False}

@@ -55,6 +55,7 @@ _HELP_SUMMARY = (
 
 def apply() -> None:
     """Replaces what has to be replaced in a supported version of vLLM; calling it again changes nothing."""
+    import vllm.model_executor.model_loader.reload.inplace as inplace
     import vllm.v1.worker.gpu.spec_decode as spec_decode
     from vllm.config import SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -76,9 +77,11 @@ def apply() -> None:
     _replace(VllmConfig, "_maybe_disable_dynamic_sd_for_data_parallel", _maybe_disable_dynamic_sd_for_data_parallel)
     _replace(SpecDecodingProm, "__init__", _init_prometheus_counters)
     _replace(spec_decode, "init_speculator", _init_speculator)
-    # The model runner imports it by name, usually later than this.
+    _replace(inplace, "reload_weights", _reload_weights)
+    # The model runner imports these two by name, usually later than this.
     if model_runner := sys.modules.get("vllm.v1.worker.gpu.model_runner"):
         _replace(model_runner, "init_speculator", _init_speculator)
+        _replace(model_runner, "reload_weights", _reload_weights)
     if interpreting():
         from vllm.v1.worker.gpu.sample import sampler
         from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
@@ -226,6 +229,17 @@ def _init_speculator(
     from vllm_longspec.speculator import GlideSpeculator
 
     return GlideSpeculator(vllm_config, device, req_states)
+
+
+# Nobody but the model itself is told that its weights are others, and that is before all of them are in their places.
+
+
+def _reload_weights(
+    original: Callable[..., None], vllm_config: VllmConfig, model: Any, *args: Any, **kwargs: Any
+) -> None:
+    original(vllm_config, model, *args, **kwargs)
+    if is_glide(vllm_config):
+        model.renew_draft_head()
 
 
 # The scheduler looks the number of draft tokens up by the batch's size and asks nobody.

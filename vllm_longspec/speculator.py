@@ -66,7 +66,7 @@ class GlideSpeculator(DraftModelSpeculator):
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         speculative_config = self.speculative_config
-        draft_vllm_config = replace(
+        self.draft_vllm_config = draft_vllm_config = replace(
             self.vllm_config,
             model_config=self.draft_model_config,
             # A quantised target says nothing about its draft.
@@ -93,11 +93,13 @@ class GlideSpeculator(DraftModelSpeculator):
         # vLLM asks the target for the state that accompanies its steps.
         target_model.tree_state = self.tree
         target_model.get_model_state_cls = lambda: TreeModelState
+        # And where its weights are reloaded, this.
+        target_model.renew_draft_head = self.renew_head
         self.target_layer_name = max(target_attn_layer_names, key=extract_layer_index)
 
         self.window = DraftWindow(self.max_num_reqs, model, self.dtype, self.device)
         logger.info_once(
-            "GLIDE draft: tree shape %s, %s%d of %d nodes verified, %d of %d tokens drafted, "
+            "GLIDE draft: tree shape %s, %s%d of %d nodes verified, %d of %d tokens drafted, quantization %s, "
             "draft state %d bytes per request (%s GiB in all), a chain for requests with %s",
             str(list(self.shape.levels)),
             "up to " if adapts_nodes(self.vllm_config) else "",
@@ -105,12 +107,17 @@ class GlideSpeculator(DraftModelSpeculator):
             self.shape.num_nodes,
             model.draft_vocab_size,
             self.vocab_size,
+            speculative_config.quantization,
             self.window.bytes_per_request,
             format_gib(self.window.bytes_per_request * self.max_num_reqs),
             " or ".join(CHAIN_PARAMETERS),
             scope="global",
         )
         return model
+
+    def renew_head(self) -> None:
+        with set_current_vllm_config(self.draft_vllm_config):
+            self.model.renew_head()
 
     def set_attn(
         self,

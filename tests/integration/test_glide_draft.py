@@ -376,14 +376,26 @@ def test_a_head_is_quantised_with_its_draft(tmp_path, num_kept):
     with set_current_vllm_config(pair.speculator.vllm_config):
         pair.draft.take_own_head(kept)
     hidden = torch.randn(5, head.weight.shape[1], device=DEVICE).to(torch.bfloat16)
-    expected = nn.functional.linear(hidden, head.weight[:vocab_size] if kept is None else head.weight[kept]).float()
-    logits = pair.draft.compute_logits(hidden).float()
-    # Without the rows that pad the target's vocabulary.
-    assert logits.shape == (5, num_kept or vocab_size)
-    assert 0 < (logits - expected).norm() / expected.norm() < 0.06
-    assert pair.draft.lm_head.weight.dtype == torch.float8_e4m3fn
+
+    def check_logits() -> None:
+        expected = nn.functional.linear(hidden, head.weight[:vocab_size] if kept is None else head.weight[kept]).float()
+        logits = pair.draft.compute_logits(hidden).float()
+        # Without the rows that pad the target's vocabulary.
+        assert logits.shape == (5, num_kept or vocab_size)
+        assert 0 < (logits - expected).norm() / expected.norm() < 0.06
+
+    check_logits()
+    weight = pair.draft.lm_head.weight
+    assert weight.dtype == torch.float8_e4m3fn
     # It is not the target's head that was changed.
     assert pair.target.lm_head is head and head.weight.dtype == torch.bfloat16
+
+    # New rows, where a CUDA graph reads the old ones.
+    head.weight.data.copy_(head.weight.roll(1, 1))
+    pair.speculator.renew_head()
+    check_logits()
+    if DEVICE.type == "cuda":
+        assert pair.draft.lm_head.weight is weight
 
 
 def test_the_draft_runs_vllms_kernels_where_the_target_is_left_to_the_compiler(tmp_path):

@@ -228,13 +228,45 @@ def test_wrong_options_are_refused_in_one_line(target, draft, options, said):
     assert said in refused(error)
 
 
-def find_draft(monkeypatch, on_gpu, target, draft, **options):
+def find_draft(monkeypatch, on_gpu, target, draft, *, fp8=False, dtype="float16", **options):
     given = {"model": draft, "tree_shape": [2, 4, 4], **options}
-    arguments = EngineArgs(model=target, dtype="float16", skip_tokenizer_init=True, speculative_config=given)
+    arguments = EngineArgs(model=target, dtype=dtype, skip_tokenizer_init=True, speculative_config=given)
     model_config = arguments.create_model_config()
     with monkeypatch.context() as patch:
         patch.setattr(type(vllm.platforms.current_platform), "is_cuda", lambda self: on_gpu)
+        patch.setattr(type(vllm.platforms.current_platform), "supports_fp8", lambda self: fp8)
         return find_glide_draft(arguments, model_config, ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "fp8", "dtype", "large", "given", "quantization"),
+    [
+        (True, True, "bfloat16", True, {}, "fp8_per_channel"),
+        (True, True, "float16", True, {}, "fp8_per_channel"),
+        (True, True, "float32", True, {}, None),
+        # Starting kernels would take longer than what is saved.
+        (True, True, "bfloat16", False, {}, None),
+        (True, False, "bfloat16", True, {}, None),
+        (False, True, "bfloat16", True, {}, None),
+        (True, True, "bfloat16", True, {"quantization": None}, None),
+        (True, True, "bfloat16", True, {"quantization": "fp8_per_tensor"}, "fp8_per_tensor"),
+        (True, True, "bfloat16", False, {"quantization": "fp8_per_channel"}, "fp8_per_channel"),
+    ],
+)
+def test_a_large_draft_is_quantised_where_the_gpu_computes_in_fp8(
+    monkeypatch, target, draft, on_gpu, fp8, dtype, large, given, quantization
+):
+    if large:
+        monkeypatch.setattr("vllm_longspec.config.draft.LEVEL", 1.0)
+    monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cpu", lambda self: not on_gpu)
+    found = find_draft(monkeypatch, on_gpu, target, draft, fp8=fp8, dtype=dtype, **given)
+    assert found.options["quantization"] == quantization
+
+
+def test_the_draft_of_a_quantised_target_is_left_as_it_is(monkeypatch, tmp_path, target, draft):
+    monkeypatch.setattr("vllm_longspec.config.draft.LEVEL", 1.0)
+    quantised = str(write_gptq(tmp_path / "target", Path(target)))
+    assert find_draft(monkeypatch, True, quantised, draft, fp8=True).options["quantization"] is None
 
 
 SCHEDULE = [(1, 8, 4)]

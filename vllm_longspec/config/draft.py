@@ -14,6 +14,7 @@ import torch
 from vllm_longspec.attention.registry import ATTENTION_BACKENDS, FLASH_BACKEND, TRITON_BACKEND, attention_backend
 from vllm_longspec.config import support
 from vllm_longspec.config.checkpoint import DraftCheckpoint, find_file, inspect_draft
+from vllm_longspec.config.cost import LEVEL, StepCost
 from vllm_longspec.config.fit import check_fit
 from vllm_longspec.config.options import (
     ADAPT_NODES_ATTRIBUTE,
@@ -163,6 +164,8 @@ def find_glide_draft(
         options["num_speculative_tokens_per_batch_size"] = schedule
         num_nodes = schedule[0][2]
     options["num_speculative_tokens"] = num_nodes
+    if "quantization" not in options:
+        options["quantization"] = _default_quantization(target, parallel_config, vocab_size, tree_shape)
     options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
     return GlideDraft(checkpoint, tree_shape, frequent_tokens, adapt_nodes, options)
@@ -181,6 +184,29 @@ def _find_frequent_tokens(option: Any, checkpoint: DraftCheckpoint, revision: st
             "python -m vllm_longspec.frequent_tokens"
         )
     return os.path.abspath(option)
+
+
+def _default_quantization(
+    target: "ModelConfig", parallel_config: "ParallelConfig", draft_vocab_size: int, tree_shape: TreeShape
+) -> str | None:
+    """fp8 on a GPU that computes in it, where reading weights is most of what drafting a level takes.
+
+    Acceptance stays what it is (benchmarks/README.md).
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or not current_platform.supports_fp8():
+        return None
+    if target.quantization is not None or target.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    cost = StepCost.of_shape(
+        target.hf_text_config,
+        vocab_size=target.get_vocab_size(),
+        draft_vocab_size=draft_vocab_size,
+        num_ranks=parallel_config.tensor_parallel_size,
+        max_depth=tree_shape.max_depth,
+    )
+    return "fp8_per_channel" if cost.level > LEVEL else None
 
 
 @contextmanager

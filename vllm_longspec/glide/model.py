@@ -167,6 +167,7 @@ class GlideForCausalLM(nn.Module):
     embed_tokens: nn.Module
     rotary_emb: nn.Module
     lm_head: nn.Module
+    target_head: nn.Module
     logits_processor: LogitsProcessor
     # The tokens of a restricted head, int64 [draft_vocab_size]; None when the draft draws any.
     token_ids: torch.Tensor | None
@@ -217,7 +218,7 @@ class GlideForCausalLM(nn.Module):
             self.embed_tokens.quant_method, UnquantizedEmbeddingMethod
         )
         self.rotary_emb = target.model.layers[-1].self_attn.rotary_emb
-        self.lm_head = target.lm_head
+        self.lm_head = self.target_head = target.lm_head
         self.logits_processor = target.logits_processor
         self.token_ids = None
 
@@ -243,6 +244,19 @@ class GlideForCausalLM(nn.Module):
             scale=targets.scale,
             soft_cap=targets.soft_cap,
         )
+
+    def renew_head(self) -> None:
+        """Copies the rows that the target's head has now, if the draft has a copy."""
+        if self.lm_head is self.target_head:
+            return
+        renewed = copy_head(self.target_head, self.token_ids, self.quant_config)
+        if current_platform.is_cpu():
+            # Its kernels read rows that they have packed.
+            self.lm_head = renewed
+            return
+        # CUDA graphs read the tensors that are there.
+        for parameter, value in zip(self.lm_head.parameters(), renewed.parameters(), strict=True):
+            parameter.data.copy_(value.data)
 
     @property
     def draft_vocab_size(self) -> int:
