@@ -60,6 +60,7 @@ REQUIRED = {
     "bf16 KV cache": "kv_cache_dtype",
     "fp8 KV cache": "write_cache_scales",
     "fp8 targets": '"fp8"',
+    "fp8 drafts": 'quantization="fp8_per_channel"',
     "AWQ targets": "write_awq",
     "GPTQ targets, quantised heads": "write_gptq",
     "compressed-tensors targets": "write_int8",
