@@ -38,7 +38,7 @@ class NodeBudget:
     Args:
         choices: numbers of nodes that a batch of so many requests may verify; entry 0 is not used.
         cost: of a step in steps without drafts, by requests, nodes of each and cached tokens of all.
-        num_cached_tokens: of all requests that run now.
+        num_cached_tokens: of all requests that decode now.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig, replace, set_current_vllm_config
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.utils import get_draft_load_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
@@ -33,7 +34,7 @@ from vllm_longspec.config.sampling import CHAIN_PARAMETERS
 from vllm_longspec.config.schedule import nodes_by_batch_size
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.glide.graphs import DraftGraphs
-from vllm_longspec.glide.head import has_rows
+from vllm_longspec.glide.head import has_rows, has_whole_tiles
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.roots import Roots, read_roots
 from vllm_longspec.glide.window import DraftWindow
@@ -69,6 +70,7 @@ class GlideSpeculator(DraftModelSpeculator):
         self.draft_vllm_config = draft_vllm_config = replace(
             self.vllm_config,
             model_config=self.draft_model_config,
+            load_config=get_draft_load_config(self.vllm_config),
             # A quantised target says nothing about its draft.
             quant_config=None,
             parallel_config=replace(
@@ -87,7 +89,7 @@ class GlideSpeculator(DraftModelSpeculator):
             if path := frequent_tokens_of(self.vllm_config):
                 token_ids = read_frequent_tokens(path, self.vocab_size)
                 model.take_own_head(torch.tensor(token_ids, device=self.device))
-            elif model.quant_config is not None and has_rows(model.lm_head):
+            elif model.quant_config is not None and has_rows(model.lm_head) and has_whole_tiles(model.lm_head):
                 model.take_own_head(None)
 
         # vLLM asks the target for the state that accompanies its steps.

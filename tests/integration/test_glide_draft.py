@@ -107,12 +107,13 @@ def load(
     tree_shape: tuple[int, ...] = (1,),
     weights: dict[str, torch.Tensor] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    drafting: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Pair:
     """Loads both checkpoints as vLLM's model runner does; the twin gets `weights`, or else the draft's."""
     vllm_config = EngineArgs(
         model=str(target),
-        speculative_config={"model": str(draft), "tree_shape": list(tree_shape)},
+        speculative_config={"model": str(draft), "tree_shape": list(tree_shape), **(drafting or {})},
         skip_tokenizer_init=True,
         dtype=dtype,
         max_model_len=MAX_MODEL_LEN,
@@ -361,14 +362,13 @@ def test_a_restricted_head_drafts_the_best_of_its_tokens(tmp_path, name):
         check_tree(plain, batch, request, levels, tokens, parents, drafted.log_probs[request].tolist())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("num_kept", [48, None])
+@pytest.mark.parametrize("num_kept", [48, 47, None])
 def test_a_head_is_quantised_with_its_draft(tmp_path, num_kept):
     """vLLM quantises the draft's layer while loading it; the head is made later, of rows that are the target's."""
     target, draft = write_pair(tmp_path, "llama")
     pair = load(target, draft, dtype="bfloat16")
     head = pair.draft.lm_head
     vocab_size = pair.draft.draft_vocab_size
-    # Sizes that fp8 matrix products take on any device.
     kept = None if num_kept is None else torch.arange(num_kept, device=DEVICE)
     pair.draft.quant_config = OnlineQuantizationConfig(
         QuantizationConfigArgs(linear=QuantSpec("fp8_per_channel_static"))
@@ -405,6 +405,15 @@ def test_the_draft_runs_vllms_kernels_where_the_target_is_left_to_the_compiler(t
     assert of_draft._forward_method in (of_draft.forward_cpu, of_draft.forward_cuda)
     # What the target is compiled with is its own.
     assert pair.speculator.vllm_config.compilation_config.custom_ops == ["none"]
+
+
+def test_the_draft_is_loaded_in_its_own_way(tmp_path):
+    target, draft = write_pair(tmp_path, "llama")
+    drafting = {"draft_load_config": {"load_format": "safetensors"}}
+    (name, norm), *_ = [each for each in load_file(draft / "model.safetensors").items() if "input_layernorm" in each[0]]
+    for settings, is_loaded in (({}, False), ({"drafting": drafting}, True)):
+        pair = load(target, draft, load_format="dummy", **settings)
+        assert torch.equal(pair.draft.input_layernorm.weight.cpu(), norm) is is_loaded, name
 
 
 def test_drafts_up_to_the_last_position(tmp_path):

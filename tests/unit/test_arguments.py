@@ -228,45 +228,53 @@ def test_wrong_options_are_refused_in_one_line(target, draft, options, said):
     assert said in refused(error)
 
 
-def find_draft(monkeypatch, on_gpu, target, draft, *, fp8=False, dtype="float16", **options):
+def find_draft(monkeypatch, on_gpu, target, draft, *, hopper=False, settings=None, num_ranks=1, **options):
     given = {"model": draft, "tree_shape": [2, 4, 4], **options}
-    arguments = EngineArgs(model=target, dtype=dtype, skip_tokenizer_init=True, speculative_config=given)
+    settings = {"dtype": "float16", **(settings or {})}
+    arguments = EngineArgs(model=target, skip_tokenizer_init=True, speculative_config=given, **settings)
     model_config = arguments.create_model_config()
+    platform = type(vllm.platforms.current_platform)
     with monkeypatch.context() as patch:
-        patch.setattr(type(vllm.platforms.current_platform), "is_cuda", lambda self: on_gpu)
-        patch.setattr(type(vllm.platforms.current_platform), "supports_fp8", lambda self: fp8)
-        return find_glide_draft(arguments, model_config, ParallelConfig())
+        patch.setattr(platform, "is_cuda", lambda self: on_gpu)
+        patch.setattr(platform, "is_cpu", lambda self: not on_gpu)
+        patch.setattr(platform, "is_device_capability_family", lambda self, family: hopper and family == 90)
+        return find_glide_draft(
+            arguments, model_config, ParallelConfig(tensor_parallel_size=num_ranks, distributed_executor_backend="mp")
+        )
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "fp8", "dtype", "large", "given", "quantization"),
+    ("given", "quantization"),
     [
-        (True, True, "bfloat16", True, {}, "fp8_per_channel"),
-        (True, True, "float16", True, {}, "fp8_per_channel"),
-        (True, True, "float32", True, {}, None),
-        # Starting kernels would take longer than what is saved.
-        (True, True, "bfloat16", False, {}, None),
-        (True, False, "bfloat16", True, {}, None),
-        (False, True, "bfloat16", True, {}, None),
-        (True, True, "bfloat16", True, {"quantization": None}, None),
-        (True, True, "bfloat16", True, {"quantization": "fp8_per_tensor"}, "fp8_per_tensor"),
-        (True, True, "bfloat16", False, {"quantization": "fp8_per_channel"}, "fp8_per_channel"),
+        ({}, "fp8_per_channel"),
+        ({"settings": {"dtype": "bfloat16"}}, "fp8_per_channel"),
+        ({"settings": {"dtype": "float32"}}, None),
+        # A kernel that cannot compute with it.
+        ({"settings": {"linear_backend": "marlin"}}, None),
+        ({"settings": {"kernel_config": {"linear_backend": "marlin"}}}, None),
+        ({"settings": {"kernel_config": {"linear_backend_per_quant": {"fp8_w8a8": "marlin"}}}}, None),
+        # What nobody has measured.
+        ({"hopper": False}, None),
+        ({"num_ranks": 2}, None),
+        # What the user says is what is done.
+        ({"quantization": None}, None),
+        ({"quantization": "fp8_per_tensor"}, "fp8_per_tensor"),
+        ({"quantization": "fp8_per_channel", "hopper": False}, "fp8_per_channel"),
     ],
 )
-def test_a_large_draft_is_quantised_where_the_gpu_computes_in_fp8(
-    monkeypatch, target, draft, on_gpu, fp8, dtype, large, given, quantization
-):
-    if large:
-        monkeypatch.setattr("vllm_longspec.config.draft.LEVEL", 1.0)
-    monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cpu", lambda self: not on_gpu)
-    found = find_draft(monkeypatch, on_gpu, target, draft, fp8=fp8, dtype=dtype, **given)
+def test_a_large_draft_is_quantised(monkeypatch, target, draft, given, quantization):
+    monkeypatch.setattr("vllm_longspec.config.draft.LEVEL", 1.0)
+    found = find_draft(monkeypatch, True, target, draft, **{"hopper": True, **given})
     assert found.options["quantization"] == quantization
 
 
-def test_the_draft_of_a_quantised_target_is_left_as_it_is(monkeypatch, tmp_path, target, draft):
+def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
+    # Starting its kernels takes longer than reading its weights.
+    assert find_draft(monkeypatch, True, target, draft, hopper=True).options["quantization"] is None
     monkeypatch.setattr("vllm_longspec.config.draft.LEVEL", 1.0)
+    assert find_draft(monkeypatch, False, target, draft, hopper=True).options["quantization"] is None
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
-    assert find_draft(monkeypatch, True, quantised, draft, fp8=True).options["quantization"] is None
+    assert find_draft(monkeypatch, True, quantised, draft, hopper=True).options["quantization"] is None
 
 
 SCHEDULE = [(1, 8, 4)]

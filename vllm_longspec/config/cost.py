@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_longspec.config.fit import layer_sizes
-from vllm_longspec.config.options import frequent_tokens_of, tree_shape_of
+from vllm_longspec.config.options import DEFAULT_LEVELS, frequent_tokens_of, tree_shape_of
 from vllm_longspec.config.schedule import BATCH_ROWS
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 
@@ -78,7 +78,7 @@ class StepCost:
         draft_is_quantised: bool = False,
         cache_is_quantised: bool = False,
         num_ranks: int = 1,
-        max_depth: int,
+        max_depth: int = len(DEFAULT_LEVELS),
     ) -> "StepCost":
         """What is quantised has one byte, its head too, where the target's weights have two.
 

@@ -135,11 +135,11 @@ def find_glide_draft(
                 f"draft {checkpoint.model} is a GLIDE draft, but vLLM takes any path with {word!r} in it for another "
                 "kind: move it or link to it under another name"
             )
-    vocab_size = target.get_vocab_size()
+    draft_vocab_size = target.get_vocab_size()
     frequent_tokens = _find_frequent_tokens(tree_options.get("frequent_tokens"), checkpoint, options.get("revision"))
     if frequent_tokens is not None:
-        vocab_size = len(read_frequent_tokens(frequent_tokens, vocab_size))
-    tree_shape = parse_tree_shape(tree_options, vocab_size)
+        draft_vocab_size = len(read_frequent_tokens(frequent_tokens, draft_vocab_size))
+    tree_shape = parse_tree_shape(tree_options, draft_vocab_size)
     num_nodes = count_verified_nodes(options.get("num_speculative_tokens"), tree_shape)
     needs_schedule = options.get("num_speculative_tokens_per_batch_size") is None
     adapt_nodes = tree_options.get("adapt_nodes")
@@ -165,7 +165,7 @@ def find_glide_draft(
         num_nodes = schedule[0][2]
     options["num_speculative_tokens"] = num_nodes
     if "quantization" not in options:
-        options["quantization"] = _default_quantization(target, parallel_config, vocab_size, tree_shape)
+        options["quantization"] = _default_quantization(engine_args, target, parallel_config, draft_vocab_size)
     options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
     return GlideDraft(checkpoint, tree_shape, frequent_tokens, adapt_nodes, options)
@@ -187,24 +187,25 @@ def _find_frequent_tokens(option: Any, checkpoint: DraftCheckpoint, revision: st
 
 
 def _default_quantization(
-    target: "ModelConfig", parallel_config: "ParallelConfig", draft_vocab_size: int, tree_shape: TreeShape
+    engine_args: "EngineArgs", target: "ModelConfig", parallel_config: "ParallelConfig", draft_vocab_size: int
 ) -> str | None:
-    """fp8 on a GPU that computes in it, where reading weights is most of what drafting a level takes.
+    """fp8 where reading weights is most of what drafting a level takes, on the GPUs that this was measured on.
 
     Acceptance stays what it is (benchmarks/README.md).
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda() or not current_platform.supports_fp8():
+    is_hopper = current_platform.is_cuda() and current_platform.is_device_capability_family(90)
+    if not is_hopper or parallel_config.tensor_parallel_size > 1:
         return None
     if target.quantization is not None or target.dtype not in (torch.float16, torch.bfloat16):
         return None
+    # Not every kernel that a user may choose computes with the scales of an fp8 draft.
+    kernels = engine_args.kernel_config
+    if {engine_args.linear_backend, kernels.linear_backend} != {"auto"} or kernels.linear_backend_per_quant:
+        return None
     cost = StepCost.of_shape(
-        target.hf_text_config,
-        vocab_size=target.get_vocab_size(),
-        draft_vocab_size=draft_vocab_size,
-        num_ranks=parallel_config.tensor_parallel_size,
-        max_depth=tree_shape.max_depth,
+        target.hf_text_config, vocab_size=target.get_vocab_size(), draft_vocab_size=draft_vocab_size
     )
     return "fp8_per_channel" if cost.level > LEVEL else None
 

@@ -14,10 +14,19 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+# What fp8 kernels take at a time. vLLM's way to pad a layer with a scale for each row fails (vllm-project/vllm issue
+# 47005).
+TILE_ROWS = 16
+
 
 def has_rows(head: nn.Module) -> bool:
     """Whether a head's weight has a row for each token: a quantised one has not."""
     return isinstance(head.quant_method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod))
+
+
+def has_whole_tiles(head: nn.Module) -> bool:
+    """Whether vLLM can quantise all of this rank's rows: it pads a vocabulary, but not each shard of it."""
+    return head.weight.shape[0] % TILE_ROWS == 0
 
 
 def copy_head(
@@ -28,9 +37,13 @@ def copy_head(
     """What vLLM's LogitsProcessor takes for a head, with a weight of its own; `has_rows(head)`.
 
     Of all rows each rank keeps its shard, whose logits the processor gathers as it does the target's. Of some rows,
-    which are few, every rank has all.
+    which are few, every rank has all, and the last one as often as fills a tile; the processor cuts what is too much.
     """
-    weight = head.weight if token_ids is None else _rows_of_all_ranks(head, token_ids)
+    if token_ids is None:
+        weight = head.weight
+    else:
+        padding = token_ids[-1:].expand(-len(token_ids) % TILE_ROWS)
+        weight = _rows_of_all_ranks(head, torch.cat([token_ids, padding]))
     with set_default_torch_dtype(weight.dtype), weight.device:
         copied = ReplicatedLinear(
             weight.shape[1], weight.shape[0], bias=False, quant_config=quant_config, prefix="draft_head"

@@ -244,6 +244,8 @@ class GlideForCausalLM(nn.Module):
             scale=targets.scale,
             soft_cap=targets.soft_cap,
         )
+        # A precision of its own is for heads that are not quantised, and candidates need none.
+        self.logits_processor.head_dtype = None
 
     def renew_head(self) -> None:
         """Copies the rows that the target's head has now, if the draft has a copy."""
