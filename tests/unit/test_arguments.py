@@ -263,7 +263,7 @@ def find_draft(monkeypatch, on_gpu, target, draft, *, hopper=False, settings=Non
     ],
 )
 def test_a_large_draft_is_quantised(monkeypatch, target, draft, given, quantization):
-    monkeypatch.setattr("vllm_longspec.config.draft.LEVEL", 1.0)
+    monkeypatch.setattr("vllm_longspec.config.quantization.LEVEL", 1.0)
     found = find_draft(monkeypatch, True, target, draft, **{"hopper": True, **given})
     assert found.options["quantization"] == quantization
 
@@ -271,7 +271,7 @@ def test_a_large_draft_is_quantised(monkeypatch, target, draft, given, quantizat
 def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
     # Starting its kernels takes longer than reading its weights.
     assert find_draft(monkeypatch, True, target, draft, hopper=True).options["quantization"] is None
-    monkeypatch.setattr("vllm_longspec.config.draft.LEVEL", 1.0)
+    monkeypatch.setattr("vllm_longspec.config.quantization.LEVEL", 1.0)
     assert find_draft(monkeypatch, False, target, draft, hopper=True).options["quantization"] is None
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
     assert find_draft(monkeypatch, True, quantised, draft, hopper=True).options["quantization"] is None

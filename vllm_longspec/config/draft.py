@@ -14,7 +14,6 @@ import torch
 from vllm_longspec.attention.registry import ATTENTION_BACKENDS, FLASH_BACKEND, TRITON_BACKEND, attention_backend
 from vllm_longspec.config import support
 from vllm_longspec.config.checkpoint import DraftCheckpoint, find_file, inspect_draft
-from vllm_longspec.config.cost import LEVEL, StepCost
 from vllm_longspec.config.fit import check_fit
 from vllm_longspec.config.options import (
     ADAPT_NODES_ATTRIBUTE,
@@ -25,6 +24,7 @@ from vllm_longspec.config.options import (
     count_verified_nodes,
     parse_tree_shape,
 )
+from vllm_longspec.config.quantization import default_quantization
 from vllm_longspec.config.schedule import default_schedule
 from vllm_longspec.config.synthetic import rates_by_depth
 from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
@@ -165,7 +165,7 @@ def find_glide_draft(
         num_nodes = schedule[0][2]
     options["num_speculative_tokens"] = num_nodes
     if "quantization" not in options:
-        options["quantization"] = _default_quantization(engine_args, target, parallel_config, draft_vocab_size)
+        options["quantization"] = default_quantization(engine_args, target, parallel_config, draft_vocab_size)
     options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
     return GlideDraft(checkpoint, tree_shape, frequent_tokens, adapt_nodes, options)
@@ -184,30 +184,6 @@ def _find_frequent_tokens(option: Any, checkpoint: DraftCheckpoint, revision: st
             "python -m vllm_longspec.frequent_tokens"
         )
     return os.path.abspath(option)
-
-
-def _default_quantization(
-    engine_args: "EngineArgs", target: "ModelConfig", parallel_config: "ParallelConfig", draft_vocab_size: int
-) -> str | None:
-    """fp8 where reading weights is most of what drafting a level takes, on the GPUs that this was measured on.
-
-    Acceptance stays what it is (benchmarks/README.md).
-    """
-    from vllm.platforms import current_platform
-
-    is_hopper = current_platform.is_cuda() and current_platform.is_device_capability_family(90)
-    if not is_hopper or parallel_config.tensor_parallel_size > 1:
-        return None
-    if target.quantization is not None or target.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    # Not every kernel that a user may choose computes with the scales of an fp8 draft.
-    kernels = engine_args.kernel_config
-    if {engine_args.linear_backend, kernels.linear_backend} != {"auto"} or kernels.linear_backend_per_quant:
-        return None
-    cost = StepCost.of_shape(
-        target.hf_text_config, vocab_size=target.get_vocab_size(), draft_vocab_size=draft_vocab_size
-    )
-    return "fp8_per_channel" if cost.level > LEVEL else None
 
 
 @contextmanager
