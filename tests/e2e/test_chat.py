@@ -14,7 +14,7 @@ from server import DRAFT, EXACT, TARGET, Server, serve
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 OPTIONS = [
     *EXACT,
-    *("--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "512"),
+    *("--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "512"),
     *("--chat-template", TEMPLATE),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     *("--reasoning-parser", "semicolon", "--reasoning-parser-plugin", "tests/e2e/reasoning_parser.py"),

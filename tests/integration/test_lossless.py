@@ -39,7 +39,7 @@ def assert_lossless(plain: Result, result: Result) -> None:
     assert result.num_drafts > 1
 
 
-def batches(prompts: list[list[int]], max_tokens: int = 48) -> list[list[Request]]:
+def batches(prompts: list[list[int]], max_tokens: int = 32) -> list[list[Request]]:
     """Every prompt twice: greedy and sampled requests in one batch, then the other way round from the prefix cache."""
     ways = [[GREEDY, sampling] for sampling in SAMPLINGS]
     return [
@@ -75,7 +75,7 @@ def test_random_draft(tmp_path, family, tied, num_layers, kv_heads, tree_shape):
         tmp_path / "target", family, tied=tied, num_hidden_layers=num_layers, num_key_value_heads=kv_heads
     )
     draft = write_draft(tmp_path / "draft", target)
-    requests = batches(random_prompts(64, LENGTHS))
+    requests = batches(random_prompts(64, LENGTHS), max_tokens=20)
     assert_lossless(generate(target, requests), generate(target, requests, **speculative(draft, tree_shape)))
 
 
