@@ -61,7 +61,8 @@ class NodeBudget:
             self.steps[num_nodes] *= FADING
             self.accepted[num_nodes] *= FADING
         choices, quality = self.choices[batch_size], self._quality()
-        num_tokens = self.num_cached_tokens()
+        # Large batches have nothing to choose from, and are the ones that take a while to count.
+        num_tokens = self.num_cached_tokens() if len(choices) > 1 else 0
 
         def worth(index: int) -> float:
             """Tokens of a request in the time of a step without drafts."""

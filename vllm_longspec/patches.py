@@ -253,9 +253,12 @@ def _init_scheduler(original: Callable[..., None], self: Scheduler, *args: Any, 
         choices = nodes_by_batch_size(self.vllm_config.speculative_config, max_batch_size, adapt=True)
 
         def num_cached_tokens() -> int:
-            # A prompt that is not over has no draft yet.
-            decoding = (each for each in self.running if each.num_computed_tokens >= each.num_prompt_tokens)
-            return sum(request.num_computed_tokens for request in decoding)
+            return sum(
+                request.num_computed_tokens
+                for request in self.running
+                # A prompt that is not over has no draft yet.
+                if request.num_computed_tokens >= request.num_prompt_tokens
+            )
 
         budget: Any = NodeBudget(choices, StepCost.of(self.vllm_config), num_cached_tokens)
         # It is read by the batch's size and nothing else.

@@ -34,7 +34,7 @@ from vllm_longspec.config.sampling import CHAIN_PARAMETERS
 from vllm_longspec.config.schedule import nodes_by_batch_size
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.glide.graphs import DraftGraphs
-from vllm_longspec.glide.head import has_rows, has_whole_tiles
+from vllm_longspec.glide.head import can_be_quantised
 from vllm_longspec.glide.model import GlideForCausalLM
 from vllm_longspec.glide.roots import Roots, read_roots
 from vllm_longspec.glide.window import DraftWindow
@@ -89,7 +89,7 @@ class GlideSpeculator(DraftModelSpeculator):
             if path := frequent_tokens_of(self.vllm_config):
                 token_ids = read_frequent_tokens(path, self.vocab_size)
                 model.take_own_head(torch.tensor(token_ids, device=self.device))
-            elif model.quant_config is not None and has_rows(model.lm_head) and has_whole_tiles(model.lm_head):
+            elif model.quant_config is not None and can_be_quantised(model.lm_head):
                 model.take_own_head(None)
 
         # vLLM asks the target for the state that accompanies its steps.

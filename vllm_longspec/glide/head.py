@@ -24,9 +24,9 @@ def has_rows(head: nn.Module) -> bool:
     return isinstance(head.quant_method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod))
 
 
-def has_whole_tiles(head: nn.Module) -> bool:
-    """Whether vLLM can quantise all of this rank's rows: it pads a vocabulary, but not each shard of it."""
-    return head.weight.shape[0] % TILE_ROWS == 0
+def can_be_quantised(head: nn.Module) -> bool:
+    """Whether a copy of all of this rank's rows can be: vLLM pads a vocabulary to whole tiles, but not its shards."""
+    return has_rows(head) and head.weight.shape[0] % TILE_ROWS == 0
 
 
 def copy_head(
