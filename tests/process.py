@@ -5,14 +5,19 @@ A process can hold only one engine at a time, and what a first engine leaves beh
 does.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 # Forks of a process that has imported vLLM start at once; CUDA does not outlive a fork.
@@ -20,36 +25,80 @@ _CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available()
 _CONTEXT.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.gpu.model_runner"])
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Processes that vLLM starts say where they are when they are aborted, as this one does.
+    "PYTHONFAULTHANDLER": "1",
     # On a GPU Triton rounds float32 to TF32 unless it is told not to.
     "TRITON_F32_DEFAULT": "ieee",
 }
 
 
-def run_alone(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] = {}) -> tuple[Any, str]:
+def run_alone(
+    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] = {}, seconds: float = 600
+) -> tuple[Any, str]:
     """Calls `function` in a process of its own.
 
     Returns what it returned, which must be fit for JSON, and all that it printed.
 
     Raises:
-        AssertionError: it failed; with the end of what it printed.
+        AssertionError: it failed, or was not done after so many seconds; with the end of what it printed. What hangs
+            prints last where all of its processes and threads are.
     """
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
         settings = {**os.environ, **_ENVIRONMENT, **environment}
         process = _CONTEXT.Process(target=_call, args=(function, arguments, settings, result, log))
         process.start()
-        process.join()
+        try:
+            process.join(seconds)
+            hangs = process.is_alive()
+        finally:
+            if process.is_alive():
+                _end_group(process.pid)
+            process.join()
         printed = log.read_text(errors="replace") if log.exists() else ""
+        if hangs:
+            raise AssertionError(f"the engine was not done after {seconds:g} s:\n{printed[-20000:]}")
         if process.exitcode != 0:
             raise AssertionError(f"the engine stopped with {process.exitcode}:\n{printed[-6000:]}")
         return json.loads(result.read_text()), printed
 
 
+def _end_group(group: int) -> None:
+    """Ends all processes of a group; one after the other, so that what each prints of where it is stays together."""
+    members = [process for process in psutil.process_iter() if group in (process.pid, _group_of(process))]
+    for process in members:
+        process.suspend()
+    for process in members:
+        process.send_signal(signal.SIGABRT)
+        process.resume()
+        for _ in range(50):
+            if _has_ended(process):
+                break
+            time.sleep(0.1)
+        else:
+            process.kill()
+
+
+def _group_of(process: psutil.Process) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.getpgid(process.pid)
+    return None
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    # Its parent takes note of a child's end later than that.
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, str], result: Path, log: Path
 ) -> None:
+    # A group of its own, so that what it starts ends with it. Of a session of its own, because the kernel lets what is
+    # stopped in another group go on when its leader ends.
+    os.setsid()
     os.environ.update(settings)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.enable(file=2)
     result.write_text(json.dumps(function(*arguments)))
