@@ -13,7 +13,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def run_alone(
             hangs = process.is_alive()
         finally:
             if process.is_alive():
-                _end_group(process.pid)
+                _abort(process.pid)
             process.join()
         printed = log.read_text(errors="replace") if log.exists() else ""
         if hangs:
@@ -63,26 +62,21 @@ def run_alone(
         return json.loads(result.read_text()), printed
 
 
-def _end_group(group: int) -> None:
-    """Ends all processes of a group; one after the other, so that what each prints of where it is stays together."""
-    members = [process for process in psutil.process_iter() if group in (process.pid, _group_of(process))]
-    for process in members:
-        process.suspend()
-    for process in members:
-        process.send_signal(signal.SIGABRT)
-        process.resume()
+def _abort(pid: int) -> None:
+    """Ends a process and all that it has started; one after the other, so that what each prints stays together."""
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    for member in family:
+        member.suspend()
+    for member in family:
+        member.send_signal(signal.SIGABRT)
+        member.resume()
         for _ in range(50):
-            if _has_ended(process):
+            if _has_ended(member):
                 break
             time.sleep(0.1)
         else:
-            process.kill()
-
-
-def _group_of(process: psutil.Process) -> int | None:
-    with suppress(ProcessLookupError):
-        return os.getpgid(process.pid)
-    return None
+            member.kill()
 
 
 def _has_ended(process: psutil.Process) -> bool:
@@ -93,9 +87,6 @@ def _has_ended(process: psutil.Process) -> bool:
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, str], result: Path, log: Path
 ) -> None:
-    # A group of its own, so that what it starts ends with it. Of a session of its own, because the kernel lets what is
-    # stopped in another group go on when its leader ends.
-    os.setsid()
     os.environ.update(settings)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
