@@ -3,7 +3,8 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,16 @@ def generate(model: Path, batches: Sequence[Sequence[Request] | Path], **setting
 
 def _run_engine(specification_json: str) -> dict[str, Any]:
     """Returns what `Result` has."""
+    specification = json.loads(specification_json)
+    with running(specification["settings"]) as llm:
+        return _generate_batches(llm, specification["batches"])
+
+
+def _generate_batches(llm: Any, batches: list[Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    specification = json.loads(specification_json)
-    llm = start(specification["settings"])
     columns: dict[str, list] = {field.name: [] for field in fields(Result) if field.name != "metrics"}
-    for batch in specification["batches"]:
+    for batch in batches:
         if isinstance(batch, str):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": batch})
             # What is cached was computed with the weights before.
@@ -129,14 +134,21 @@ def _run_engine(specification_json: str) -> dict[str, Any]:
     return {**columns, "metrics": metrics}
 
 
-def start(settings: dict[str, Any]) -> Any:
-    """vLLM's LLM with these settings on top of those of all tests."""
+@contextmanager
+def running(settings: dict[str, Any]) -> Iterator[Any]:
+    """vLLM's LLM with these settings on top of those of all tests, for as long as the context lasts."""
     from vllm import LLM
 
     if settings.get("async_scheduling"):
         _schedule_asynchronously()
     defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
-    return LLM(**(defaults | settings))
+    llm = LLM(**(defaults | settings))
+    try:
+        yield llm
+    finally:
+        # A process that only ends terminates the ranks wherever they are: one of them in the middle of a draft leaves
+        # the other's GPU waiting for it for ever.
+        llm.llm_engine.engine_core.shutdown()
 
 
 def _schedule_asynchronously() -> None:

@@ -17,7 +17,7 @@ A request is {"prompt": token ids, "sampling": keyword arguments of SamplingPara
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tests.engine import sampling_of, start
+from tests.engine import running, sampling_of
 from tests.process import run_alone
 
 
@@ -35,7 +35,7 @@ def play(scenes: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]
 class Play:
     """A scene that is played."""
 
-    def __init__(self, llm: Any, scene: dict[str, Any]):
+    def __init__(self, llm: Any, scene: Mapping[str, Any]):
         self.engine = llm.llm_engine
         self.scene = scene
         self.num_steps = 0
@@ -118,7 +118,7 @@ def _logprobs(positions: Any) -> list[dict[str, float]]:
     return [{str(token): value.logprob for token, value in position.items()} for position in positions]
 
 
-def _set(llm: Any, scene: dict[str, Any]) -> None:
+def _set(llm: Any, scene: Mapping[str, Any]) -> None:
     """Changes what vLLM takes from its configuration at start-up, which saves a start for each value."""
     if mode := scene.get("logprobs_mode"):
 
@@ -158,18 +158,20 @@ def _search(llm: Any, prompt: list[int], search: dict[str, Any]) -> list[dict[st
 
 
 def _play(scenes: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    llm = start(settings)
-    played = []
-    for scene in scenes:
-        _set(llm, scene)
-        play = Play(llm, scene)
-        play.run()
-        beams = {name: _search(llm, each["prompt"], each["search"]) for name, each in scene.get("beams", {}).items()}
-        backend = type(llm.llm_engine.engine_core.engine_core.structured_output_manager.backend).__name__
-        played.append({"errors": play.errors, "requests": play.requests, "beams": beams, "backend": backend})
-    llm.llm_engine.do_log_stats()
-    counted = {
-        metric.name: getattr(metric, "value", None) if hasattr(metric, "value") else getattr(metric, "values", None)
-        for metric in llm.llm_engine.get_metrics()
-    }
+    with running(settings) as llm:
+        played = [_play_scene(llm, scene) for scene in scenes]
+        llm.llm_engine.do_log_stats()
+        counted = {
+            metric.name: getattr(metric, "value", None) if hasattr(metric, "value") else getattr(metric, "values", None)
+            for metric in llm.llm_engine.get_metrics()
+        }
     return {"scenes": played, "counted": counted}
+
+
+def _play_scene(llm: Any, scene: Mapping[str, Any]) -> dict[str, Any]:
+    _set(llm, scene)
+    play = Play(llm, scene)
+    play.run()
+    beams = {name: _search(llm, each["prompt"], each["search"]) for name, each in scene.get("beams", {}).items()}
+    backend = type(llm.llm_engine.engine_core.engine_core.structured_output_manager.backend).__name__
+    return {"errors": play.errors, "requests": play.requests, "beams": beams, "backend": backend}

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.engine import generate, request, start
+from tests.engine import generate, request, running
 from tests.integration.test_lossless import DEFAULT_SHAPE, LENGTHS, PAIR, assert_lossless, source_code, speculative
 from tests.models import write_draft
 from tests.process import run_alone
@@ -67,7 +67,6 @@ def _count_replays(settings: dict) -> dict[str, int]:
     from vllm import SamplingParams
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-    llm = start(settings)
     replayed: Counter[str] = Counter()
     run_fullgraph = CudaGraphManager.run_fullgraph
 
@@ -75,14 +74,15 @@ def _count_replays(settings: dict) -> dict[str, int]:
         replayed[type(self).__name__] += 1
         return run_fullgraph(self, desc)
 
-    CudaGraphManager.run_fullgraph = counting
     sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False)
-    engine = llm.llm_engine
-    # Three requests: a size of the batch between two that are captured.
-    for number, prompt in enumerate(source_code((100, 120, 140))):
-        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
-    while engine.has_unfinished_requests():
-        replayed["steps"] += bool(engine.step())
+    with running(settings) as llm:
+        CudaGraphManager.run_fullgraph = counting
+        engine = llm.llm_engine
+        # Three requests: a size of the batch between two that are captured.
+        for number, prompt in enumerate(source_code((100, 120, 140))):
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+        while engine.has_unfinished_requests():
+            replayed["steps"] += bool(engine.step())
     return dict(replayed)
 
 
