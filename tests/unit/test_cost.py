@@ -27,8 +27,7 @@ def cost_of_cell(record: dict) -> StepCost:
         record["model"],
         options.get("gamma", 5),
         draft_vocab_size=options.get("frequent_tokens", SHAPES[record["model"]]["vocab_size"]),
-        # Measurements of before fp8 was a default do not say.
-        draft_is_quantised=record.get("draft_quantization") is not None,
+        draft_is_quantised=record["draft_quantization"] is not None,
     )
 
 
