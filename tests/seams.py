@@ -340,6 +340,8 @@ def _upstream_name(cls: type, name: str) -> str:
 
 
 def _function(member: Any) -> Any:
+    if isinstance(member, property):
+        return member.fget
     return member.__func__ if isinstance(member, staticmethod | classmethod) else member
 
 

@@ -10,12 +10,16 @@ in the list says nothing; what is accepted is a path, and its i-th token is a no
   as many rows as one that takes a tree, but no more nodes than the tree is deep;
 - `vllm:spec_decode_num_accepted_tokens`, `vllm:spec_decode_num_drafts`, and so the mean acceptance length, mean what
   they mean for a chain;
+- `vllm:spec_decode_num_drafts_by_kind` and `vllm:spec_decode_num_requests_by_kind`, `kind` tree or chain: the drafts
+  again, and the requests that have come;
 - a request's own metrics: its histogram ends at the deepest node, the most that a step can accept.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
@@ -28,14 +32,34 @@ if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
 
 
+class Kind(IntEnum):
+    """What a request's drafts are."""
+
+    TREE = 0
+    CHAIN = 1
+
+
 @dataclass
 class TreeDecodingStats(SpecDecodingStats):
-    """A step's statistics by depth. It reaches other processes as the dataclass that it extends."""
+    """A step's statistics by depth and by kind. It reaches other processes as the dataclass that it extends.
+
+    So it has no field of its own. `num_draft_tokens_per_pos` says nothing of a tree, and vLLM shows it to nobody: it
+    holds the drafts of each kind, then the new requests of each kind.
+    """
 
     @classmethod
     def of(cls, shape: TreeShape) -> "TreeDecodingStats":
-        # How many nodes of each depth a cut list still has, the scheduler does not know, and nobody reads.
-        return cls(num_spec_tokens=shape.max_depth, num_accepted_tokens_per_pos=[0] * shape.max_depth)
+        return cls(
+            num_spec_tokens=shape.max_depth,
+            num_accepted_tokens_per_pos=[0] * shape.max_depth,
+            num_draft_tokens_per_pos=[0] * (2 * len(Kind)),
+        )
+
+    def observe_kinds(self, draft: Kind, new_requests: Mapping[Kind, int]) -> None:
+        """Counts a request's draft, and requests that came since the last one."""
+        self.num_draft_tokens_per_pos[draft] += 1
+        for kind, num_requests in new_requests.items():
+            self.num_draft_tokens_per_pos[len(Kind) + kind] += num_requests
 
     def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
         """Counts a request's step: nodes verified, and how deep the accepted path goes."""
@@ -68,3 +92,35 @@ def by_depth(speculative_config: "SpeculativeConfig | None") -> "SpeculativeConf
     seen = copy.copy(speculative_config)
     seen.num_speculative_tokens = shape.max_depth
     return seen
+
+
+class KindCounters:
+    """Prometheus counters of drafts and requests by kind.
+
+    Args:
+        counter_cls, labelnames, per_engine_labelvalues: as in vLLM's `SpecDecodingProm`.
+    """
+
+    def __init__(
+        self,
+        counter_cls: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: Mapping[int, list[object]],
+        **_: Any,
+    ):
+        counters = [
+            counter_cls(name=name, documentation=documentation, labelnames=[*labelnames, "kind"])
+            for name, documentation in (
+                ("vllm:spec_decode_num_drafts_by_kind", "Number of spec decoding drafts, trees and chains."),
+                ("vllm:spec_decode_num_requests_by_kind", "Number of requests that take a tree or a chain."),
+            )
+        ]
+        # In the order of `TreeDecodingStats`.
+        self.counters = {
+            engine: [counter.labels(*values, kind.name.lower()) for counter in counters for kind in Kind]
+            for engine, values in per_engine_labelvalues.items()
+        }
+
+    def observe(self, stats: SpecDecodingStats, engine_idx: int) -> None:
+        for counter, number in zip(self.counters[engine_idx], stats.num_draft_tokens_per_pos, strict=True):
+            counter.inc(number)

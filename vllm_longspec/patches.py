@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from vllm_longspec.compatibility import unsupported_version
 from vllm_longspec.config import support
 from vllm_longspec.config.checkpoint import inspect_draft
-from vllm_longspec.config.cost import StepCost
 from vllm_longspec.config.draft import (
     building,
     choose_attention_backend,
@@ -28,24 +27,21 @@ from vllm_longspec.config.options import (
     adapts_nodes,
     is_glide,
     speculates_with_glide,
-    tree_shape_of,
 )
-from vllm_longspec.config.sampling import needs_chain
-from vllm_longspec.config.schedule import nodes_by_batch_size, numbers_of_nodes
+from vllm_longspec.config.schedule import numbers_of_nodes
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.node_budget import NodeBudget
 
 if TYPE_CHECKING:
     import torch
     from vllm import SamplingParams
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import Request
     from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
     from vllm.v1.worker.gpu.states import RequestState
 
+# Where vLLM's own counters keep those that only trees have.
+_KIND_COUNTERS = "longspec_kind_counters"
 _HELP_GROUP = "LongSpec"
 _HELP_SUMMARY = (
     "Speculative decoding with a LongSpec GLIDE draft: --speculative-model MODEL "
@@ -57,10 +53,9 @@ def apply() -> None:
     """Replaces what has to be replaced in a supported version of vLLM; calling it again changes nothing."""
     import vllm.model_executor.model_loader.reload.inplace as inplace
     import vllm.v1.worker.gpu.spec_decode as spec_decode
-    from vllm.config import SpeculativeConfig, VllmConfig
+    from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
@@ -70,12 +65,13 @@ def apply() -> None:
     _replace(EngineArgs, "create_engine_config", _create_engine_config)
     _replace(SpeculativeConfig, "compose_draft_hf_overrides", _compose_draft_hf_overrides)
     _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
-    _replace(Scheduler, "__init__", _init_scheduler)
-    _replace(Scheduler, "make_spec_decoding_stats", _make_spec_decoding_stats)
-    _replace(Scheduler, "add_request", _add_request)
+    _replace(SpeculativeConfig, "max_num_new_slots_for_drafting", _max_num_new_slots_for_drafting)
+    _replace(VllmConfig, "num_lookahead_tokens", _num_lookahead_tokens)
+    _replace(SchedulerConfig, "get_scheduler_cls", _get_scheduler_cls)
     _replace(CudaGraphManager, "_init_candidates", _init_candidates)
     _replace(VllmConfig, "_maybe_disable_dynamic_sd_for_data_parallel", _maybe_disable_dynamic_sd_for_data_parallel)
     _replace(SpecDecodingProm, "__init__", _init_prometheus_counters)
+    _replace(SpecDecodingProm, "observe", _observe_prometheus_counters)
     _replace(spec_decode, "init_speculator", _init_speculator)
     _replace(inplace, "reload_weights", _reload_weights)
     # The model runner imports these two by name, usually later than this.
@@ -108,8 +104,8 @@ def apply_refusal() -> None:
 def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
     """Puts `replacement`, called with the original as its first argument, in the place of `owner.name`."""
     found = vars(owner)[name]
-    descriptor = type(found) if isinstance(found, staticmethod | classmethod) else None
-    original = found.__func__ if descriptor else found
+    descriptor = type(found) if isinstance(found, staticmethod | classmethod | property) else None
+    original: Any = found.fget if isinstance(found, property) else found.__func__ if descriptor else found
     if hasattr(original, "longspec_original"):
         return
 
@@ -209,6 +205,10 @@ def _create_engine_config(
     vllm_config = original(self, *args, **kwargs)
     if is_glide(vllm_config):
         support.check_engine(vllm_config)
+        from vllm_longspec.scheduling.scheduler import scheduler_name
+
+        # Only now is it known whether scheduling is asynchronous.
+        vllm_config.scheduler_config.scheduler_cls = scheduler_name(vllm_config.scheduler_config)
     return vllm_config
 
 
@@ -242,27 +242,26 @@ def _reload_weights(
         model.renew_draft_head()
 
 
-# The scheduler looks the number of draft tokens up by the batch's size and asks nobody.
+# vLLM reserves cache slots and rows for a draft that writes to the cache, as all but GLIDE's of this method do.
 
 
-def _init_scheduler(original: Callable[..., None], self: Scheduler, *args: Any, **kwargs: Any) -> None:
-    original(self, *args, **kwargs)
-    if adapts_nodes(self.vllm_config):
-        assert self.dynamic_sd_lookup is not None and self.vllm_config.speculative_config is not None
-        max_batch_size = len(self.dynamic_sd_lookup) - 1
-        choices = nodes_by_batch_size(self.vllm_config.speculative_config, max_batch_size, adapt=True)
+def _num_lookahead_tokens(original: Callable[..., int], self: VllmConfig) -> int:
+    return 0 if is_glide(self) else original(self)
 
-        def num_cached_tokens() -> int:
-            return sum(
-                request.num_computed_tokens
-                for request in self.running
-                # A prompt that is not over has no draft yet.
-                if request.num_computed_tokens >= request.num_prompt_tokens
-            )
 
-        budget: Any = NodeBudget(choices, StepCost.of(self.vllm_config), num_cached_tokens)
-        # It is read by the batch's size and nothing else.
-        self.dynamic_sd_lookup = budget
+def _max_num_new_slots_for_drafting(original: Callable[..., int], self: SpeculativeConfig) -> int:
+    return 0 if speculates_with_glide(self) else original(self)
+
+
+# The scheduler's class is an option, but vLLM warns that one from outside will be slow.
+
+
+def _get_scheduler_cls(original: Callable[..., type], self: SchedulerConfig) -> type:
+    from vllm_longspec.scheduling import scheduler
+
+    if self.scheduler_cls == scheduler.scheduler_name(self):
+        return scheduler.AsyncTreeScheduler if self.async_scheduling else scheduler.TreeScheduler
+    return original(self)
 
 
 # The graphs of verification cover the numbers in the scheduler's table and no others. And where there are several, for
@@ -306,42 +305,7 @@ def _maybe_disable_dynamic_sd_for_data_parallel(original: Callable[..., None], s
         original(self)
 
 
-# Metrics count a draft's tokens by their place in the list, and take its length for the most that a step accepts.
-
-
-def _make_spec_decoding_stats(
-    original: Callable[..., SpecDecodingStats | None],
-    self: Scheduler,
-    spec_decoding_stats: SpecDecodingStats | None,
-    num_draft_tokens: int,
-    num_accepted_tokens: int,
-    num_invalid_spec_tokens: dict[str, int] | None,
-    request_id: str,
-) -> SpecDecodingStats | None:
-    if (shape := tree_shape_of(self.vllm_config)) is not None:
-        from vllm_longspec.metrics import TreeDecodingStats
-
-        request = self.requests[request_id]
-        # What a grammar has cut from a list says nothing about lists of that length.
-        if isinstance(self.dynamic_sd_lookup, NodeBudget) and not request.use_structured_output:
-            self.dynamic_sd_lookup.observe(num_draft_tokens, num_accepted_tokens)
-        spec_decoding_stats = spec_decoding_stats or TreeDecodingStats.of(shape)
-        params = request.sampling_params
-        if params is not None and needs_chain(params):
-            # vLLM takes the invalid ones off.
-            num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-            num_draft_tokens = min(num_draft_tokens, shape.max_depth + num_invalid)
-    return original(
-        self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
-    )
-
-
-def _add_request(original: Callable[..., None], self: Scheduler, request: Request) -> None:
-    original(self, request)
-    if request.spec_decode_metrics is not None and (shape := tree_shape_of(self.vllm_config)) is not None:
-        from vllm_longspec.metrics import request_metrics
-
-        request.spec_decode_metrics = request_metrics(shape, request.sampling_params)
+# The counters have a token's place in the list for a label, and none for what only trees have.
 
 
 def _init_prometheus_counters(
@@ -351,9 +315,19 @@ def _init_prometheus_counters(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    from vllm_longspec.metrics import by_depth
+    from vllm_longspec.metrics import KindCounters, by_depth
 
     original(self, by_depth(speculative_config), *args, **kwargs)
+    if speculates_with_glide(speculative_config):
+        setattr(self, _KIND_COUNTERS, KindCounters(self._counter_cls, *args, **kwargs))
+
+
+def _observe_prometheus_counters(
+    original: Callable[..., None], self: SpecDecodingProm, spec_decoding_stats: SpecDecodingStats, engine_idx: int = 0
+) -> None:
+    original(self, spec_decoding_stats, engine_idx)
+    if (counters := getattr(self, _KIND_COUNTERS, None)) is not None:
+        counters.observe(spec_decoding_stats, engine_idx)
 
 
 def _use_pytorch_top_k_top_p() -> None:

@@ -13,10 +13,11 @@ from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
-from vllm_longspec import patches, plugin
-from vllm_longspec.config.options import SHAPE_ATTRIBUTE
-from vllm_longspec.metrics import TreeDecodingStats
+from vllm_longspec import plugin
+from vllm_longspec.config.options import SHAPE_ATTRIBUTE, TreeShape
+from vllm_longspec.metrics import Kind, TreeDecodingStats
 from vllm_longspec.node_budget import NodeBudget
+from vllm_longspec.scheduling.scheduler import TreeScheduler
 
 # (nodes verified, tokens accepted) of three requests: a whole tree, one cut by the token budget, one all rejected.
 STEPS = [(68, 5), (24, 2), (68, 0)]
@@ -43,18 +44,26 @@ def request(sampling_params=None, use_structured_output=False):
     )
 
 
-def stats_of(speculative_config, steps, num_invalid=None, **sampling):
-    scheduler = SimpleNamespace(
-        vllm_config=SimpleNamespace(speculative_config=speculative_config),
-        log_stats=True,
+def scheduler_of(speculative_config, requests, log_stats=True, node_budget=None):
+    """What the statistics read of a scheduler; vLLM's own for a draft of another kind."""
+    scheduler = object.__new__(TreeScheduler if speculative_config is TREE else Scheduler)
+    vars(scheduler).update(
+        tree_shape=TreeShape((4, 16, 16, 16, 16)),
+        node_budget=node_budget,
+        num_new_requests={Kind.TREE: 0, Kind.CHAIN: 0},
+        log_stats=log_stats,
         num_spec_tokens=68,
-        dynamic_sd_lookup=None,
-        requests={"0": request(sampling_params=SamplingParams(**sampling))},
+        requests=requests,
     )
+    return scheduler
+
+
+def stats_of(speculative_config, steps, num_invalid=None, **sampling):
+    requests = {"0": request(sampling_params=SamplingParams(**sampling))}
+    scheduler = scheduler_of(speculative_config, requests)
     stats = None
     for verified, accepted in steps:
-        stats = Scheduler.make_spec_decoding_stats(
-            scheduler,
+        stats = scheduler.make_spec_decoding_stats(
             stats,
             num_draft_tokens=verified,
             num_accepted_tokens=accepted,
@@ -97,22 +106,33 @@ def test_another_draft_is_counted_as_ever():
 def test_nothing_is_counted_where_nobody_asked_for_statistics():
     """But the number of nodes follows what is accepted all the same, of a request that takes a chain too."""
     budget = NodeBudget([[], [24, 8, 0], [8, 0]], cost=lambda *_: 1.0, num_cached_tokens=lambda: 0)
-    scheduler = SimpleNamespace(
-        vllm_config=SimpleNamespace(speculative_config=TREE),
-        log_stats=False,
-        dynamic_sd_lookup=budget,
-        requests={
-            "tree": request(),
-            "chain": request(sampling_params=SamplingParams(presence_penalty=1.0)),
-            "grammar": request(use_structured_output=True),
-        },
-    )
+    requests = {
+        "tree": request(),
+        "chain": request(sampling_params=SamplingParams(presence_penalty=1.0)),
+        "grammar": request(use_structured_output=True),
+    }
+    scheduler = scheduler_of(TREE, requests, log_stats=False, node_budget=budget)
     steps = [(24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree"), (8, 8, "grammar")]
     for verified, accepted, request_id in steps:
-        assert Scheduler.make_spec_decoding_stats(scheduler, None, verified, accepted, None, request_id) is None
+        assert scheduler.make_spec_decoding_stats(None, verified, accepted, None, request_id) is None
     # One with a number that is not the schedule's was cut, and says nothing about any. A grammar cuts as it likes.
     assert budget.steps == {8: 1, 24: 2}
     assert budget.accepted == {8: 1, 24: 5}
+
+
+def values_by_kind():
+    """What Prometheus has, trees first."""
+    families = [metric for metric in REGISTRY.collect() if metric.name.endswith("_by_kind")]
+    samples = [sample for family in families for sample in family.samples if sample.name.endswith("_total")]
+    return {
+        family.name: [
+            sample.value
+            for kind in ("tree", "chain")
+            for sample in samples
+            if sample.name == f"{family.name}_total" and sample.labels["kind"] == kind
+        ]
+        for family in families
+    }
 
 
 @pytest.mark.parametrize(("speculative_config", "num_positions"), [(TREE, 5), (CHAIN_OF_ANOTHER_KIND, 68)])
@@ -124,12 +144,15 @@ def test_prometheus_has_a_position_for_every_depth(speculative_config, num_posit
         found = {
             metric.name: getattr(metric, "value", None) or getattr(metric, "values", None)
             for metric in get_metrics_snapshot()
-            if metric.name.startswith("vllm:spec_decode")
+            if metric.name.startswith("vllm:spec_decode") and not metric.name.endswith("_by_kind")
         }
+        if speculative_config is TREE:
+            found |= values_by_kind()
     finally:
         unregister_vllm_metrics()
-    # vLLM's names, all of them and no other.
-    assert found == {
+    kinds = {"vllm:spec_decode_num_drafts_by_kind": [3, 0], "vllm:spec_decode_num_requests_by_kind": [0, 0]}
+    # vLLM's names, all of them and no other but those of kinds.
+    assert found == (kinds if speculative_config is TREE else {}) | {
         "vllm:spec_decode_num_drafts": 3,
         "vllm:spec_decode_num_draft_tokens": 160,
         "vllm:spec_decode_num_accepted_tokens": 7,
@@ -162,15 +185,13 @@ def test_the_log_has_a_rate_for_every_depth():
     ],
 )
 def test_metrics_of_a_request_end_at_the_deepest_node(speculative_config, sampling, level, length, verified):
-    scheduler = SimpleNamespace(vllm_config=SimpleNamespace(speculative_config=speculative_config))
-    request = SimpleNamespace(spec_decode_metrics=None, sampling_params=SamplingParams(**sampling))
-
-    def add_request(scheduler, request):
-        if level != "none":
-            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(68)
-
-    patches._add_request(add_request, scheduler, request)
-    metrics = request.spec_decode_metrics
+    scheduler = scheduler_of(speculative_config, {})
+    added = request(sampling_params=SamplingParams(**sampling))
+    vars(added).update(request_id="0", spec_decode_metrics=None, resumable=False)
+    vars(scheduler).update(spec_decode_metrics_level=level, connector=None, log_stats=False)
+    scheduler._enqueue_waiting_request = lambda request: None
+    scheduler.add_request(added)
+    metrics = added.spec_decode_metrics
     if length is None:
         assert metrics is None
         return
@@ -192,3 +213,26 @@ def test_more_than_the_deepest_node_cannot_be_accepted():
     stats = TreeDecodingStats(num_spec_tokens=2, num_accepted_tokens_per_pos=[0, 0])
     with pytest.raises(IndexError):
         stats.observe_draft(6, 3)
+
+
+def test_drafts_and_requests_are_counted_by_kind():
+    """A request counts once, with the first drafts after it came."""
+    requests = {"tree": request(), "chain": request(sampling_params=SamplingParams(repetition_penalty=1.05))}
+    scheduler = scheduler_of(TREE, requests)
+    scheduler.num_new_requests = {Kind.TREE: 2, Kind.CHAIN: 1}
+    unregister_vllm_metrics()
+    try:
+        counters = SpecDecodingProm(TREE, ["model_name", "engine"], {0: ["target", "0"], 1: ["target", "1"]})
+        for names in (["tree", "chain", "tree"], ["chain"]):
+            stats = None
+            for name in names:
+                stats = scheduler.make_spec_decoding_stats(stats, 24, 2, None, name)
+            # As the frontend of another process gets them.
+            stats = MsgpackDecoder(SpecDecodingStats).decode(MsgpackEncoder().encode(stats))
+            counters.observe(stats, 1)
+        assert {name: values[1::2] for name, values in values_by_kind().items()} == {
+            "vllm:spec_decode_num_drafts_by_kind": [2, 2],
+            "vllm:spec_decode_num_requests_by_kind": [2, 1],
+        }
+    finally:
+        unregister_vllm_metrics()

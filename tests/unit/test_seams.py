@@ -73,6 +73,8 @@ OVERRIDES = {
     "TreeDecodingStats": {"observe_draft"},
     "ChainDecodeMetrics": {"observe"},
     "DraftGraphs": set(),
+    "TreeScheduler": {"add_request", "make_spec_decoding_stats", "schedule"},
+    "AsyncTreeScheduler": {"add_request", "make_spec_decoding_stats", "schedule"},
     "GlideSpeculator": {"capture", "init_cudagraph_manager", "load_draft_model", "propose", "set_attn"},
 }
 
@@ -140,8 +142,22 @@ READS = {
     f"{GPU}.attn_utils.build_attn_metadata": ["get_extra_attn_kwargs(", "**attn_metadata_extra_kwargs"],
     "vllm.v1.worker.utils.AttentionGroup.build_metadata": ["**kwargs"],
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": ["self.make_spec_decoding_stats("],
-    # Looked up once a step, by the size of the batch.
-    "vllm.v1.core.sched.scheduler.Scheduler.schedule": ["self.dynamic_sd_lookup["],
+    "vllm.v1.core.sched.scheduler.Scheduler.schedule": [
+        # Looked up once a step, by the size of the batch.
+        "self.dynamic_sd_lookup[",
+        # No request is padded where there is a table, and slots are reserved for nobody where this is 0.
+        "self.dynamic_sd_lookup is None",
+        "num_lookahead_tokens=self.num_lookahead_tokens",
+        "spec.max_num_new_slots_for_drafting",
+        # What the lists of nodes are cut to fit.
+        "token_budget = self.max_num_scheduled_tokens",
+        "input_budget = self.scheduler_config.max_num_batched_tokens",
+        "request.num_tokens_with_spec",
+        "self.adaptive_long_prefill_threshold",
+        "self.max_num_active_reqs",
+    ],
+    "vllm.v1.engine.core.EngineCore.__init__": ["vllm_config.scheduler_config.get_scheduler_cls()"],
+    "vllm.v1.spec_decode.metrics.SpecDecodingLogging.observe": ["num_accepted_tokens_per_pos"],
     "vllm.v1.spec_decode.metrics.SpecDecodingProm.__init__": ["speculative_config.num_speculative_tokens"],
     "vllm.sampling_params.SamplingParams.verify": ["self._validate_spec_decode("],
     "vllm.config.SpeculativeConfig.__post_init__": ["compose_draft_hf_overrides("],

@@ -120,6 +120,12 @@ def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig"
             (parallel_config.use_ubatching, "dual batch overlap", "serve without --enable-dbo"),
             (engine_args.enable_lora, "LoRA", "serve without --enable-lora"),
             (
+                # A scheduler of its own makes trees fit the budgets of a step.
+                engine_args.scheduler_cls is not None,
+                f"scheduler_cls={engine_args.scheduler_cls!r}",
+                "serve without --scheduler-cls",
+            ),
+            (
                 # A rank would walk its own requests alone, and compact the cache of no other.
                 bool(parallel_config.enable_batch_sharded_sampling),
                 "batch-sharded sampling",

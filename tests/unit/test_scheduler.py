@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler of trees, without a model: vLLM's own scheduler with random requests, budgets and acceptance.
+
+Hypothesis draws the same examples in every run. Whole engines with the same settings are in
+tests/integration/test_scheduling.py.
+"""
+
+import copy
+import functools
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_longspec import plugin
+from vllm_longspec.scheduling.scheduler import AsyncTreeScheduler, TreeScheduler, most_nodes
+
+PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
+BLOCK_SIZE = 16
+MAX_MODEL_LEN = 512
+NUM_NODES = 68
+
+
+@functools.cache
+def engine_config() -> Any:
+    plugin.register()
+    return EngineArgs(
+        model=str(PAIR / "target"),
+        speculative_config={"model": str(PAIR / "draft")},
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+        skip_tokenizer_init=True,
+    ).create_engine_config()
+
+
+def make_scheduler(
+    *,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 512,
+    long_prefill_token_threshold: int = 0,
+    num_blocks: int = 1000,
+    is_async: bool = False,
+    schedule: list[tuple[int, int, int]] | None = None,
+) -> Any:
+    config = copy.deepcopy(engine_config())
+    scheduler_config = config.scheduler_config
+    scheduler_config.max_num_seqs = max_num_seqs
+    scheduler_config.max_num_batched_tokens = max_num_batched_tokens
+    scheduler_config.max_num_scheduled_tokens = max_num_batched_tokens
+    scheduler_config.long_prefill_token_threshold = long_prefill_token_threshold
+    scheduler_config.async_scheduling = is_async
+    config.cache_config.num_gpu_blocks = num_blocks
+    config.speculative_config.num_speculative_tokens_per_batch_size = schedule
+    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=16, dtype=torch.float32)
+    kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+    init_none_hash(sha256)
+    cls = AsyncTreeScheduler if is_async else TreeScheduler
+    return cls(config, kv_cache_config, StructuredOutputManager(config), block_size=BLOCK_SIZE, log_stats=True)
+
+
+def make_request(name: str, num_prompt_tokens: int, max_tokens: int, first_token: int = 0) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=list(range(first_token, first_token + num_prompt_tokens)),
+        sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+    )
+
+
+@dataclass
+class Step:
+    output: SchedulerOutput
+    # Of the requests that were running before: the tokens that each could compute, without nodes.
+    tokens_left: dict[str, int]
+    # Blocks that plain decoding of these requests would need, and those that were free.
+    num_blocks_needed: int
+    num_free_blocks: int
+    # Requests that have all tokens they may have, once the steps in flight come back.
+    done: set[str]
+    # Of the scheduled requests: tokens computed with this step, and blocks.
+    computed: dict[str, int]
+    held: dict[str, int]
+
+
+@dataclass
+class Run:
+    """An engine around a scheduler whose model accepts nodes at random."""
+
+    scheduler: Any
+    seed: int = 0
+    steps: list[Step] = field(default_factory=list)
+    num_tokens: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.in_flight: deque[tuple[SchedulerOutput, dict[str, bool]]] = deque()
+        self.is_async = isinstance(self.scheduler, AsyncTreeScheduler)
+
+    def step(self) -> None:
+        scheduler = self.scheduler
+        tokens_left, num_blocks_needed, done = {}, 0, set()
+        for request in scheduler.running:
+            left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+            tokens_left[request.request_id] = left
+            held = len(scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0])
+            num_blocks_needed += max(0, -(-(request.num_computed_tokens + left) // BLOCK_SIZE) - held)
+            # As in vLLM's `schedule`: nothing more can come of the request, whatever the steps in flight accept.
+            last = request.num_prompt_tokens + request.max_tokens
+            if (
+                request.num_output_placeholders
+                and request.num_computed_tokens + 2 - request.num_output_placeholders >= last
+            ):
+                done.add(request.request_id)
+            if request.num_computed_tokens + 1 >= MAX_MODEL_LEN:
+                done.add(request.request_id)
+        num_free_blocks = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        output = scheduler.schedule()
+        computed = {name: scheduler.requests[name].num_computed_tokens for name in output.num_scheduled_tokens}
+        held = {name: len(scheduler.kv_cache_manager.get_blocks(name).blocks[0]) for name in computed}
+        self.steps.append(Step(output, tokens_left, num_blocks_needed, num_free_blocks, done, computed, held))
+        samples = {
+            name: scheduler.requests[name].num_computed_tokens >= scheduler.requests[name].num_tokens
+            for name in output.num_scheduled_tokens
+        }
+        self.in_flight.append((output, samples))
+        if not self.is_async or len(self.in_flight) == 2:
+            self._finish_a_step()
+
+    def _finish_a_step(self) -> None:
+        output, samples = self.in_flight.popleft()
+        names = list(output.num_scheduled_tokens)
+        sampled = []
+        for name in names:
+            num_nodes = len(output.scheduled_spec_decode_tokens.get(name, ()))
+            accepted = self.random.randint(0, min(5, num_nodes))
+            sampled.append([7] * (1 + accepted) if samples[name] else [])
+        runner_output = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
+        for outputs in self.scheduler.update_from_output(output, runner_output).values():
+            for each in outputs.outputs:
+                self.num_tokens[each.request_id] = self.num_tokens.get(each.request_id, 0) + len(each.new_token_ids)
+        if not self.is_async:
+            drafts = [list(range(output.num_spec_tokens_to_schedule)) for _ in names]
+            self.scheduler.update_draft_token_ids(DraftTokenIds(names, drafts))
+
+    def finish(self) -> None:
+        for _ in range(3000):
+            if not self.scheduler.has_unfinished_requests():
+                return
+            self.step()
+        raise AssertionError("requests wait for ever")
+
+
+def assert_nobody_is_held_back(run: Run) -> None:
+    for step in run.steps:
+        scheduled = step.output.num_scheduled_tokens
+        assert sum(scheduled.values()) <= run.scheduler.scheduler_config.max_num_batched_tokens
+        preempted = step.output.preempted_req_ids or set()
+        if step.num_blocks_needed <= step.num_free_blocks:
+            assert not preempted
+        for name, left in step.tokens_left.items():
+            if name not in preempted and name not in step.done and left > 0:
+                assert scheduled.get(name, 0) > 0, f"{name} went a step without a token"
+
+
+schedules = st.sampled_from(
+    [None, [(1, 256, NUM_NODES)], [(1, 1, 31), (2, 4, 7), (5, 256, 0)], [(1, 3, 24), (4, 256, 3)]]
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    max_num_seqs=st.integers(1, 8),
+    more_tokens=st.integers(0, 300),
+    threshold=st.sampled_from([0, 0, 1, 16, 64]),
+    num_blocks=st.sampled_from([1000, 60, 35]),
+    schedule=schedules,
+    is_async=st.booleans(),
+    requests=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 60), st.integers(0, 6)), min_size=1, max_size=12),
+    seed=st.integers(0, 99),
+)
+# The reports: a prompt that is cached but for one token, with a budget below a tree's rows; two requests in one budget.
+@example(4, 60, 0, 1000, None, False, [(33, 8, 0), (33, 8, 6)], 0)
+@example(4, 508, 64, 1000, None, False, [(33, 1, 0), (40, 60, 0), (33, 8, 3)], 0)
+@example(4, 66, 0, 1000, None, False, [(24, 32, 0), (24, 32, 0)], 0)
+@example(4, 66, 0, 1000, [(1, 256, NUM_NODES)], True, [(24, 32, 0), (24, 32, 0)], 0)
+@example(8, 248, 0, 1000, None, False, [(24, 32, 0)] * 6, 0)
+@example(4, 508, 0, 31, None, False, [(64, 64, 0)] * 4, 0)
+def test_no_request_is_held_back_by_a_tree(
+    max_num_seqs, more_tokens, threshold, num_blocks, schedule, is_async, requests, seed
+):
+    scheduler = make_scheduler(
+        max_num_seqs=max_num_seqs,
+        # vLLM asks for a token for each request.
+        max_num_batched_tokens=max_num_seqs + more_tokens,
+        long_prefill_token_threshold=threshold,
+        num_blocks=num_blocks,
+        is_async=is_async,
+        schedule=schedule,
+    )
+    run = Run(scheduler, seed)
+    for number, (length, max_tokens, steps_before) in enumerate(requests):
+        for _ in range(steps_before):
+            run.step()
+        # Prompts with the same beginning: some are found in the cache but for their last token.
+        scheduler.add_request(make_request(str(number), length, max_tokens))
+    run.finish()
+    assert run.num_tokens == {str(number): max_tokens for number, (_, max_tokens, _) in enumerate(requests)}
+    assert_nobody_is_held_back(run)
+
+
+def num_nodes_by_step(run: Run) -> list[list[int]]:
+    return [
+        [len(step.output.scheduled_spec_decode_tokens.get(name, ())) for name in step.output.num_scheduled_tokens]
+        for step in run.steps
+    ]
+
+
+def run_decoding(num_requests: int, **options: Any) -> Run:
+    run = Run(make_scheduler(**options))
+    for number in range(num_requests):
+        run.scheduler.add_request(make_request(str(number), 24, 32, first_token=100 * number))
+    run.step()
+    assert all(run.scheduler.requests[str(number)].num_computed_tokens == 24 for number in range(num_requests))
+    run.step()
+    return run
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_budget_is_shared_evenly(is_async):
+    """Of 70 rows two requests have 35 each, a root and 34 nodes; of 256 six have 42."""
+    run = run_decoding(2, max_num_batched_tokens=70, is_async=is_async)
+    assert num_nodes_by_step(run)[1] == [34, 34]
+    run = run_decoding(6, max_num_batched_tokens=256, is_async=is_async)
+    assert num_nodes_by_step(run)[1] == [41] * 6
+    # Where there is room for all of them, none is cut.
+    run = run_decoding(6, max_num_batched_tokens=6 * (1 + NUM_NODES), is_async=is_async)
+    assert num_nodes_by_step(run)[1] == [NUM_NODES] * 6
+
+
+def test_prompts_come_before_trees():
+    run = run_decoding(2, max_num_batched_tokens=130)
+    # Of 128 rows besides the roots a prompt gets all that it can use.
+    run.scheduler.add_request(make_request("short", 80, 8, first_token=1000))
+    run.step()
+    assert run.steps[-1].output.num_scheduled_tokens == {"0": 25, "1": 25, "short": 80}
+    # A long one leaves trees a quarter of them.
+    run.scheduler.add_request(make_request("long", 400, 8, first_token=2000))
+    run.step()
+    assert run.steps[-1].output.num_scheduled_tokens == {"0": 11, "1": 11, "short": 11, "long": 97}
+
+
+def test_a_tree_preempts_nobody():
+    """The last free blocks go to nodes as far as they reach."""
+    run = run_decoding(2, num_blocks=1 + 2 * 4)
+    # Two blocks hold a prompt of 24 and its root, so each tree has the rest of its second and two more.
+    assert num_nodes_by_step(run)[1] == [4 * BLOCK_SIZE - 25] * 2
+    run.finish()
+    assert run.scheduler.kv_cache_manager.usage == 0
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_request_holds_no_more_blocks_than_its_rows_need(is_async):
+    """Those of plain decoding, and of the rows in flight: nothing is reserved for a draft, which has no cache."""
+    run = run_decoding(2, is_async=is_async)
+    scheduler = run.scheduler
+    most: dict[str, int] = {}
+    while scheduler.has_unfinished_requests():
+        run.step()
+        for name, computed in run.steps[-1].computed.items():
+            # vLLM counts the rows in flight as computed until they come back. It keeps blocks that were once needed.
+            most[name] = max(most.get(name, 0), computed)
+            assert run.steps[-1].held[name] <= -(-most[name] // BLOCK_SIZE)
+    assert scheduler.num_lookahead_tokens == 0
+    assert scheduler.vllm_config.speculative_config.max_num_new_slots_for_drafting == 0
+
+
+def test_a_cached_prompt_is_not_padded():
+    """One token is left of the second prompt; vLLM would give it a list of draft tokens that nobody has drawn."""
+    run = Run(make_scheduler())
+    run.scheduler.add_request(make_request("first", 33, 4))
+    run.finish()
+    run.scheduler.add_request(make_request("second", 33, 4))
+    run.step()
+    assert run.steps[-1].output.num_scheduled_tokens == {"second": 1}
+    assert run.steps[-1].output.scheduled_spec_decode_tokens == {}
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, 6, 100])
+def test_most_nodes(limit):
+    assert most_nodes(6, lambda nodes: nodes <= limit) == min(limit, 6)
+    assert most_nodes(1, lambda nodes: nodes <= limit) == min(limit, 1)
+
+
+def test_other_drafts_keep_what_they_reserve():
+    from vllm.config import SpeculativeConfig, VllmConfig
+
+    plugin.register()
+    other = SimpleNamespace(draft_model_config=None, num_speculative_tokens=3, parallel_drafting=False)
+    other.use_dflash = other.use_dspark = other.use_eagle = lambda: False
+    other.uses_draft_model = lambda: True
+    assert SpeculativeConfig.max_num_new_slots_for_drafting.fget(other) == 1
+    config = SimpleNamespace(speculative_config=other, num_speculative_tokens=3)
+    assert VllmConfig.num_lookahead_tokens.fget(config) == 3

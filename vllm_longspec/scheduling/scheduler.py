@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler for requests that carry trees: every step's rows fit its budgets, and no request pays for another's.
+
+vLLM schedules the running requests in order and gives each as many of its draft tokens as are left of the step's token
+budget. Draft tokens of a chain are few. A tree has ten times as many, so the first requests' trees would take the
+budget, or the last blocks of the cache, from the requests and prompts behind them. So before vLLM schedules a step,
+the lists of nodes are cut to what fits; any prefix of a list is a tree (`vllm_longspec/step/order.py`), down to none,
+which is plain decoding.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_longspec.config.cost import StepCost
+from vllm_longspec.config.options import adapts_nodes, tree_shape_of
+from vllm_longspec.config.sampling import needs_chain
+from vllm_longspec.config.schedule import nodes_by_batch_size
+from vllm_longspec.metrics import Kind, TreeDecodingStats, request_metrics
+from vllm_longspec.node_budget import NodeBudget
+
+if TYPE_CHECKING:
+    from vllm.config import SchedulerConfig
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+# While prompts wait or are computed, nodes leave them all of the token budget but this part.
+MAX_NODE_SHARE_BESIDE_PROMPTS = 0.25
+
+
+def most_nodes(max_nodes: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 0 to `max_nodes` that fits. What fits also does with fewer nodes, and 0 always does."""
+    if fits(max_nodes):
+        return max_nodes
+    low, high = 0, max_nodes
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class TreeSchedulerMixin(_Base):
+    """Stands before one of vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        shape, speculative_config = tree_shape_of(self.vllm_config), self.vllm_config.speculative_config
+        assert shape is not None and speculative_config is not None
+        self.tree_shape = shape
+        # Requests that came since the last step with drafts, by kind.
+        self.num_new_requests = dict.fromkeys(Kind, 0)
+        self.node_budget: NodeBudget | None = None
+        max_batch_size = self.scheduler_config.max_num_seqs
+        if adapts_nodes(self.vllm_config):
+            choices = nodes_by_batch_size(speculative_config, max_batch_size, adapt=True)
+            self.node_budget = NodeBudget(choices, StepCost.of(self.vllm_config), self._num_cached_tokens)
+            # vLLM reads the table by the batch's size and nothing else.
+            table: Any = self.node_budget
+            self.dynamic_sd_lookup = table
+        elif self.dynamic_sd_lookup is None:
+            # Without a table vLLM pads a request that has one token left to a whole list of draft tokens, or lets it
+            # wait for a step that has room for them. A root without nodes is as good.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_batch_size + 1)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._cut_lists()
+        return super().schedule(*args, **kwargs)
+
+    def _cut_lists(self) -> None:
+        """Cuts the running requests' lists of nodes to one length at which their rows fit this step."""
+        lengths = [len(request.spec_token_ids) for request in self.running if request.spec_token_ids]
+        if not lengths:
+            return
+        max_rows = self._max_node_rows()
+        in_cache = self._fits_in_cache()
+        num_nodes = most_nodes(
+            max(lengths), lambda nodes: sum(min(length, nodes) for length in lengths) <= max_rows and in_cache(nodes)
+        )
+        for request in self.running:
+            if len(request.spec_token_ids) > num_nodes:
+                # A list of placeholders may be shared with other requests.
+                request.spec_token_ids = request.spec_token_ids[:num_nodes]
+
+    def _max_node_rows(self) -> int:
+        """Rows of this step's token budget that are left for nodes."""
+        budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
+        # Every running request's own next token comes first.
+        rest = max(0, budget - len(self.running))
+        threshold = self._long_prefill_threshold() or budget
+        prompt_tokens = sum(min(_num_tokens_left(request), threshold) - 1 for request in self.running)
+        if self.pause_state == PauseState.UNPAUSED and len(self.running) < self.max_num_active_reqs:
+            for request in self.waiting:
+                # How much of it is cached is found out when it is scheduled.
+                prompt_tokens += min(request.num_tokens, threshold)
+                if prompt_tokens >= rest:
+                    break
+        return max(rest - prompt_tokens, int(rest * MAX_NODE_SHARE_BESIDE_PROMPTS) if prompt_tokens > 0 else rest)
+
+    def _long_prefill_threshold(self) -> int:
+        """The most tokens of a prompt in a step, 0 for no limit; as in vLLM's `schedule`."""
+        num_requests = sum(self.get_request_counts())
+        threshold = self.scheduler_config.long_prefill_token_threshold if num_requests > 1 else 0
+        if threshold > 0 and self.adaptive_long_prefill_threshold:
+            threshold = max(threshold, self.scheduler_config.max_num_batched_tokens // num_requests)
+        return threshold
+
+    def _fits_in_cache(self) -> Callable[[int], bool]:
+        """Whether so many nodes of each request have slots without a request being preempted for them."""
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        rows = [1 + len(request.spec_token_ids) for request in self.running]
+        budget = self.scheduler_config.max_num_batched_tokens
+        if free * self.block_size >= sum(rows) + budget + len(rows) * self.block_size:
+            return lambda nodes: True
+        # (tokens after this step without nodes, nodes, blocks that the request holds)
+        requests = [
+            (
+                request.num_computed_tokens + min(_num_tokens_left(request), budget),
+                len(request.spec_token_ids),
+                len(self.kv_cache_manager.get_blocks(request.request_id).blocks[0]),
+            )
+            for request in self.running
+        ]
+
+        def fits(nodes: int) -> bool:
+            needed = (
+                cdiv(min(tokens + min(length, nodes), self.max_model_len), self.block_size) - held
+                for tokens, length, held in requests
+            )
+            return sum(max(0, num_blocks) for num_blocks in needed) <= free
+
+        return fits
+
+    def _num_cached_tokens(self) -> int:
+        """Of all requests that decode."""
+        return sum(
+            request.num_computed_tokens
+            for request in self.running
+            # A prompt that is not over has no draft yet.
+            if request.num_computed_tokens >= request.num_prompt_tokens
+        )
+
+    # Metrics count a draft's tokens by their place in the list, and take its length for the most that a step accepts.
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        request = self.requests[request_id]
+        # What a grammar has cut from a list says nothing about lists of that length.
+        if self.node_budget is not None and not request.use_structured_output:
+            self.node_budget.observe(num_draft_tokens, num_accepted_tokens)
+        if not self.log_stats:
+            return None
+        stats = TreeDecodingStats.of(self.tree_shape) if spec_decoding_stats is None else spec_decoding_stats
+        assert isinstance(stats, TreeDecodingStats)
+        kind = _kind_of(request)
+        stats.observe_kinds(kind, self.num_new_requests)
+        self.num_new_requests = dict.fromkeys(Kind, 0)
+        if kind == Kind.CHAIN:
+            # vLLM takes the invalid ones off.
+            num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
+            num_draft_tokens = min(num_draft_tokens, self.tree_shape.max_depth + num_invalid)
+        return super().make_spec_decoding_stats(
+            stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
+        )
+
+    def add_request(self, request: Request) -> None:
+        is_new = request.request_id not in self.requests
+        super().add_request(request)
+        if is_new:
+            self.num_new_requests[_kind_of(request)] += 1
+        if request.spec_decode_metrics is not None:
+            request.spec_decode_metrics = request_metrics(self.tree_shape, request.sampling_params)
+
+
+def _num_tokens_left(request: Request) -> int:
+    """Tokens that a running request has not computed, without its nodes: 1, or what is left of its prompt."""
+    return max(1, request.num_tokens + request.num_output_placeholders - request.num_computed_tokens)
+
+
+def _kind_of(request: Request) -> Kind:
+    params = request.sampling_params
+    return Kind.CHAIN if params is not None and needs_chain(params) else Kind.TREE
+
+
+class TreeScheduler(TreeSchedulerMixin, Scheduler):
+    pass
+
+
+class AsyncTreeScheduler(TreeSchedulerMixin, AsyncScheduler):
+    pass
+
+
+def scheduler_name(config: "SchedulerConfig") -> str:
+    """The qualified name of the scheduler for this configuration, as vLLM's `scheduler_cls` takes it."""
+    cls: type = AsyncTreeScheduler if config.async_scheduling else TreeScheduler
+    return f"{cls.__module__}.{cls.__qualname__}"
