@@ -155,7 +155,7 @@ class Batch:
         return lse
 
     def attend_tree(self, prefix_lse: torch.Tensor) -> None:
-        from vllm_longspec.step.verify import tree_attention
+        from vllm_longspec.attention.tree import tree_attention
 
         tree_attention(
             self.query,
@@ -246,8 +246,8 @@ def sample() -> Iterator[Row]:
     from vllm.v1.worker.gpu.sample.sampler import Sampler
     from vllm.v1.worker.gpu.states import RequestState
 
-    from vllm_longspec.step.sample import TreeSampler
-    from vllm_longspec.tree import TreeState
+    from vllm_longspec.tree.sample import TreeSampler
+    from vllm_longspec.tree.state import TreeState
 
     vocab_size = QWQ_32B["vocab_size"]
     samplings = {
@@ -294,7 +294,7 @@ def sampled_batch(num_reqs: int, num_rows: int, vocab_size: int) -> SimpleNamesp
 
 
 def compact() -> Iterator[Row]:
-    from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
+    from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 
     num_layers, num_kv_heads = QWQ_32B["num_hidden_layers"], QWQ_32B["num_key_value_heads"]
     for num_reqs in BATCHES:

@@ -34,22 +34,22 @@ assert vllm.triton_utils.HAS_TRITON
 
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
 
+from vllm_longspec.attention.cache_scales import CacheScales
 from vllm_longspec.attention.prefix import prefix_attention
-from vllm_longspec.attention.quantised_cache import CacheScales
-from vllm_longspec.config.options import TreeShape
-from vllm_longspec.glide.best_children import best_children
-from vllm_longspec.glide.growing_trees import GrowingTrees
-from vllm_longspec.glide.quantised_rows import activate
-from vllm_longspec.glide.roots import read_roots
-from vllm_longspec.glide.window import DraftWindow
-from vllm_longspec.glide.window_attention import window_attention, write_nodes, write_window
-from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
-from vllm_longspec.step.order import order_tree
-from vllm_longspec.step.sample import _rows_of_emitted
-from vllm_longspec.step.synthetic import list_a_path_early, walk_synthetically
-from vllm_longspec.step.verify import tree_attention
-from vllm_longspec.step.walk import walk_tree
-from vllm_longspec.tree import TreeState, lay_out_trees
+from vllm_longspec.attention.tree import tree_attention
+from vllm_longspec.options import TreeShape
+from vllm_longspec.proposers.glide.best_children import best_children
+from vllm_longspec.proposers.glide.fp8_inputs import activate
+from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
+from vllm_longspec.proposers.glide.window import DraftWindow
+from vllm_longspec.proposers.glide.window_attention import window_attention, write_nodes, write_window
+from vllm_longspec.runner.roots import read_roots
+from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.tree.order import order_tree
+from vllm_longspec.tree.sample import _rows_of_emitted
+from vllm_longspec.tree.state import TreeState, lay_out_trees
+from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
+from vllm_longspec.tree.walk import walk_tree
 
 HOPPER = GPUTarget("cuda", 90, 32)
 compiled: set[str] = set()

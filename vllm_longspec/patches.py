@@ -12,24 +12,24 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.compatibility import unsupported_version
-from vllm_longspec.config import support
-from vllm_longspec.config.checkpoint import inspect_draft
-from vllm_longspec.config.draft import (
+from vllm_longspec.compat.versions import unsupported_version
+from vllm_longspec.configure import (
     building,
     choose_attention_backend,
     find_glide_draft,
     given_config,
     glide_hf_overrides,
 )
-from vllm_longspec.config.options import (
+from vllm_longspec.interpreter import interpreting
+from vllm_longspec.options import (
     DEFAULT_LEVELS,
     adapts_nodes,
     is_glide,
     speculates_with_glide,
 )
-from vllm_longspec.config.schedule import numbers_of_nodes
-from vllm_longspec.interpreter import interpreting
+from vllm_longspec.proposers.glide.checkpoint import inspect_draft
+from vllm_longspec.scheduling.schedule import numbers_of_nodes
+from vllm_longspec.targets import support
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ def apply() -> None:
         from vllm.v1.worker.gpu.sample import sampler
         from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
-        from vllm_longspec.interpreted_sampling import apply_grammar_bitmask, gumbel_sample
+        from vllm_longspec.interpreter.sampling import apply_grammar_bitmask, gumbel_sample
 
         _use_pytorch_top_k_top_p()
         # The sampler calls this function by name; nothing asks it for another.
@@ -226,7 +226,7 @@ def _init_speculator(
     # Speculators are listed in this function; a model class cannot bring its own.
     if not is_glide(vllm_config):
         return original(vllm_config, device, req_states)
-    from vllm_longspec.speculator import GlideSpeculator
+    from vllm_longspec.runner.speculator import GlideSpeculator
 
     return GlideSpeculator(vllm_config, device, req_states)
 
@@ -315,7 +315,7 @@ def _init_prometheus_counters(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    from vllm_longspec.metrics import KindCounters, by_depth
+    from vllm_longspec.scheduling.metrics import KindCounters, by_depth
 
     original(self, by_depth(speculative_config), *args, **kwargs)
     if speculates_with_glide(speculative_config):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of group `vllm.general_plugins`: makes GLIDE drafts known to vLLM, in every process."""
 
-MODEL = "vllm_longspec.glide.model:GlideForCausalLM"
+MODEL = "vllm_longspec.proposers.glide.model:GlideForCausalLM"
 
 
 def register() -> None:
@@ -11,8 +11,8 @@ def register() -> None:
     """
     # Everything is imported in here: importing this module must cost nothing.
     from vllm_longspec import patches
-    from vllm_longspec.compatibility import is_supported, warn_unsupported
-    from vllm_longspec.config.checkpoint import FAMILIES
+    from vllm_longspec.compat.versions import is_supported, warn_unsupported
+    from vllm_longspec.proposers.glide.checkpoint import FAMILIES
 
     if not is_supported():
         warn_unsupported()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine import Request, Result, generate, request
-from vllm_longspec.config.sampling import CHAIN_PARAMETERS
+from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 GREEDY = {"temperature": 0.0}

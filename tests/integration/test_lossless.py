@@ -10,8 +10,8 @@ import pytest
 
 from tests.engine import Request, Result, generate, request
 from tests.models import as_llama, untied, write_draft, write_target
-from vllm_longspec.config.options import DEFAULT_LEVELS
 from vllm_longspec.frequent_tokens import most_frequent
+from vllm_longspec.options import DEFAULT_LEVELS
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 DEFAULT_SHAPE = list(DEFAULT_LEVELS)

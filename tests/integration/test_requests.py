@@ -12,7 +12,7 @@ from tests.engine import generate
 from tests.integration.test_lossless import PAIR, assert_lossless, batches, random_prompts, source_code, speculative
 from tests.models import write_draft, write_target
 from tests.stepping_engine import play
-from vllm_longspec.config.sampling import CHAIN_PARAMETERS
+from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 
 MAX_MODEL_LEN = 160
 VOCAB_SIZE = 4096

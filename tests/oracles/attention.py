@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
+from vllm_longspec.attention.cache_scales import CacheScales, as_stored
 
 # Norm of the error over the norm of the result, for one row of one head.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

@@ -18,8 +18,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.models import write_draft, write_target
 from tests.quantised_models import write_cache_scales, write_gptq
 from vllm_longspec.attention.registry import FLASH_BACKEND, attention_backend
-from vllm_longspec.config.draft import choose_attention_backend, find_glide_draft
-from vllm_longspec.config.options import TreeShape, frequent_tokens_of, is_glide, speculates_with_glide, tree_shape_of
+from vllm_longspec.configure import choose_attention_backend, find_glide_draft
+from vllm_longspec.options import TreeShape, frequent_tokens_of, is_glide, speculates_with_glide, tree_shape_of
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_configuration_survives_a_spawned_process(target, draft):
     code = """if True:
         import pickle, sys
         config = pickle.load(sys.stdin.buffer)
-        from vllm_longspec.config.options import tree_shape_of
+        from vllm_longspec.options import tree_shape_of
         draft = config.speculative_config.draft_model_config
         print(*tree_shape_of(config).levels, draft.architectures[0], config.attention_config.backend.get_path())
     """
@@ -263,7 +263,7 @@ def find_draft(monkeypatch, on_gpu, target, draft, *, hopper=False, settings=Non
     ],
 )
 def test_a_large_draft_is_quantised(monkeypatch, target, draft, given, quantization):
-    monkeypatch.setattr("vllm_longspec.config.quantization.LEVEL", 1.0)
+    monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", 1.0)
     found = find_draft(monkeypatch, True, target, draft, **{"hopper": True, **given})
     assert found.options["quantization"] == quantization
 
@@ -271,7 +271,7 @@ def test_a_large_draft_is_quantised(monkeypatch, target, draft, given, quantizat
 def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
     # Starting its kernels takes longer than reading its weights.
     assert find_draft(monkeypatch, True, target, draft, hopper=True).options["quantization"] is None
-    monkeypatch.setattr("vllm_longspec.config.quantization.LEVEL", 1.0)
+    monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", 1.0)
     assert find_draft(monkeypatch, False, target, draft, hopper=True).options["quantization"] is None
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
     assert find_draft(monkeypatch, True, quantised, draft, hopper=True).options["quantization"] is None

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.models import SIZES, glide_shapes
-from vllm_longspec.config.checkpoint import FAMILIES, inspect_draft
+from vllm_longspec.proposers.glide.checkpoint import FAMILIES, inspect_draft
 
 CONFIG = {**SIZES, "vocab_size": 64, "model_type": "llama", "architectures": ["LlamaGlideDecoderLayer"]}
 

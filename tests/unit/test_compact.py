@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import tree as oracle
-from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_BLOCKS, MAX_NUM_BLOCKS = 12, 4

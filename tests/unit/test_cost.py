@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.shapes import SHAPES
-from vllm_longspec.config.cost import FURTHER_ROW, LEVEL, NODE, ROW, StepCost
+from vllm_longspec.scheduling.cost import FURTHER_ROW, LEVEL, NODE, ROW, StepCost
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "speed.jsonl"
 OTHERS = ("plain", "eagle3", "ngram")

@@ -5,8 +5,8 @@ import pytest
 from transformers import AutoConfig
 
 from tests.models import SIZES
-from vllm_longspec.config.checkpoint import DraftCheckpoint
-from vllm_longspec.config.fit import check_fit
+from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint
+from vllm_longspec.proposers.glide.fit import check_fit
 
 CONFIG = {**SIZES, "vocab_size": 64, "model_type": "llama"}
 

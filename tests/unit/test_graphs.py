@@ -11,9 +11,9 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_longspec import plugin
-from vllm_longspec.config.options import ADAPT_NODES_ATTRIBUTE, SHAPE_ATTRIBUTE
-from vllm_longspec.config.schedule import default_schedule, nodes_by_batch_size
-from vllm_longspec.glide.graphs import DraftGraphs
+from vllm_longspec.options import ADAPT_NODES_ATTRIBUTE, SHAPE_ATTRIBUTE
+from vllm_longspec.runner.graphs import DraftGraphs
+from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
 
 CAPTURE_SIZES = [1, 2, 4, *range(8, 513, 8)]
 

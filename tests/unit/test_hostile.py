@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.models import write_draft, write_target
-from vllm_longspec.config.options import is_glide
+from vllm_longspec.options import is_glide
 
 
 @pytest.fixture(scope="module")

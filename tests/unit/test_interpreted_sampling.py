@@ -8,8 +8,8 @@ import pytest
 import torch
 from vllm.v1.worker.gpu.sample import gumbel
 
-from vllm_longspec import interpreted_sampling
-from vllm_longspec.interpreted_sampling import apply_grammar_bitmask, gumbel_sample
+from vllm_longspec.interpreter import sampling as interpreted_sampling
+from vllm_longspec.interpreter.sampling import apply_grammar_bitmask, gumbel_sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

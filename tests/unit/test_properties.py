@@ -18,11 +18,11 @@ from tests.oracles import tree as oracle
 from tests.oracles.attention import TOLERANCE, attend_slots, make_batch, pack_masks, relative_error
 from tests.unit.test_sample import Step, emitted_by, random_request, without_a_gpu  # noqa: F401
 from tests.unit.test_verify import attended_slots, run_both
-from vllm_longspec.config.options import parse_tree_shape
-from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
-from vllm_longspec.step.order import order_tree
-from vllm_longspec.step.walk import walk_tree
-from vllm_longspec.tree import NO_TOKEN, TreeState, lay_out_trees
+from vllm_longspec.options import parse_tree_shape
+from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.tree.order import order_tree
+from vllm_longspec.tree.state import NO_TOKEN, TreeState, lay_out_trees
+from vllm_longspec.tree.walk import walk_tree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK_SIZE = 16

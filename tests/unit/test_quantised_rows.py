@@ -10,7 +10,7 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.linear import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticTensorSym
 
-from vllm_longspec.glide.quantised_rows import MAX_ROW, accept_quantised_rows, activate, normalise
+from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, accept_quantised_rows, activate, normalise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE, WIDTH, EPSILON = 64, 48, 1e-6

@@ -18,11 +18,11 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from tests.oracles import tree as oracle
-from vllm_longspec.interpreted_sampling import gumbel_sample
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.step import sample
-from vllm_longspec.step.sample import TreeSampler, _rows_of_emitted
-from vllm_longspec.tree import TreeState
+from vllm_longspec.interpreter.sampling import gumbel_sample
+from vllm_longspec.tree import sample
+from vllm_longspec.tree.sample import TreeSampler, _rows_of_emitted
+from vllm_longspec.tree.state import TreeState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_MODEL_LEN = 64

@@ -5,7 +5,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_longspec.config.sampling import CHAIN_PARAMETERS, needs_chain
+from vllm_longspec.tree.chain import CHAIN_PARAMETERS, needs_chain
 
 LINEAR = {
     "presence_penalty": 0.5,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from vllm_longspec.config.schedule import BATCH_ROWS, PREFIX_TILE, default_schedule, nodes_by_batch_size
+from vllm_longspec.scheduling.schedule import BATCH_ROWS, PREFIX_TILE, default_schedule, nodes_by_batch_size
 
 
 def config(num_nodes, schedule):

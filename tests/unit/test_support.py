@@ -6,7 +6,7 @@ import torch
 import vllm.platforms
 import vllm.triton_utils
 
-from vllm_longspec.config import support
+from vllm_longspec.targets import support
 
 
 def refused(error):

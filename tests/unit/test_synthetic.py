@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.oracles import tree as oracle
-from vllm_longspec.config.options import TreeShape
-from vllm_longspec.config.synthetic import conditional_rates, rates_by_depth
-from vllm_longspec.step.order import order_tree
-from vllm_longspec.step.synthetic import list_a_path_early, walk_synthetically
-from vllm_longspec.tree import NO_TOKEN, TreeState
+from vllm_longspec.options import TreeShape
+from vllm_longspec.tree.order import order_tree
+from vllm_longspec.tree.state import NO_TOKEN, TreeState
+from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
+from vllm_longspec.tree.synthetic_rates import conditional_rates, rates_by_depth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = TreeShape((2, 4, 4))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.oracles.attention import ancestors, pack_masks, random_tree
-from vllm_longspec.tree import TreeState, lay_out_trees
+from vllm_longspec.tree.state import TreeState, lay_out_trees
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAX_NUM_REQS = 9

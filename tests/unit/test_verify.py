@@ -26,7 +26,7 @@ from tests.oracles.attention import (
 )
 from vllm_longspec.attention import prefix
 from vllm_longspec.attention.prefix import prefix_attention
-from vllm_longspec.step.verify import tree_attention
+from vllm_longspec.attention.tree import tree_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

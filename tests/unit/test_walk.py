@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import tree as oracle
-from vllm_longspec.step.walk import walk_tree
+from vllm_longspec.tree.walk import walk_tree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_longspec.glide.model import WINDOW_SIZE
-from vllm_longspec.glide.roots import read_roots
-from vllm_longspec.glide.window import MAX_REBUILD_REQS, DraftWindow
+from vllm_longspec.proposers.glide.model import WINDOW_SIZE
+from vllm_longspec.proposers.glide.window import MAX_REBUILD_REQS, DraftWindow
+from vllm_longspec.runner.roots import read_roots
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_SLOTS = 12

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.oracles import window as oracle
-from vllm_longspec.glide.window_attention import window_attention, write_window
+from vllm_longspec.proposers.glide.window_attention import window_attention, write_window
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 has 8 bits of precision, and Triton's interpreter cuts the rest off instead of rounding.

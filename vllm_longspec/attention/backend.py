@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from vllm_longspec.attention.quantised_cache import CacheScales, cache_scales
-from vllm_longspec.step.verify import tree_attention
+from vllm_longspec.attention.cache_scales import CacheScales, cache_scales
+from vllm_longspec.attention.tree import tree_attention
 
 if TYPE_CHECKING:
-    from vllm_longspec.model_state import TreeBatch
+    from vllm_longspec.runner.model_state import TreeBatch
 
 
 @dataclass

@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import (
 )
 
 from vllm_longspec.attention.backend import TreeMetadataBuilderMixin
-from vllm_longspec.attention.quantised_cache import as_stored, cache_scales
+from vllm_longspec.attention.cache_scales import as_stored, cache_scales
 from vllm_longspec.attention.triton import TritonPrefixAttentionMixin
 
 

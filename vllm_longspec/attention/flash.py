@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin, TreeRequests
-from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
+from vllm_longspec.attention.cache_scales import CacheScales, as_stored
 
 
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]

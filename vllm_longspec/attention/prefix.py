@@ -2,7 +2,7 @@
 """Attention of every row of a tree to the tokens that all of them follow: the prefix, read without a mask.
 
 Nothing distinguishes the rows of a tree where the prefix is concerned, so a mask is not needed and the result comes
-with its log-sum-exp, for `vllm_longspec/step/verify.py` to merge the tree's own part into. The kernel serves wherever
+with its log-sum-exp, for `vllm_longspec/attention/tree.py` to merge the tree's own part into. The kernel serves where
 FlashAttention does not: float32, other devices, and Triton's interpreter.
 
 The rows of a tile are pairs of a query token and a query head of one KV head's group, so that a tile reads each K and
@@ -10,7 +10,7 @@ V once for the whole group, as FlashAttention does for grouped queries ("packed 
 pass over the keys with a running maximum and sum in float32 (Milakov and Gimelshein, "Online normalizer calculation
 for softmax", 2018; Dao et al., "FlashAttention", 2022).
 
-The functions of a tile are shared with the tree half in `vllm_longspec/step/verify.py`.
+The functions of a tile are shared with the tree half in `vllm_longspec/attention/tree.py`.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
+from vllm_longspec.attention.cache_scales import CacheScales, as_stored
 from vllm_longspec.interpreter import interpreting
 
 # tl.dot takes no operand with a smaller side.

@@ -9,8 +9,8 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin
+from vllm_longspec.attention.cache_scales import CacheScales
 from vllm_longspec.attention.prefix import prefix_attention
-from vllm_longspec.attention.quantised_cache import CacheScales
 
 
 class TritonPrefixAttentionMixin(TreeAttentionImplMixin):

@@ -4,7 +4,7 @@
 vLLM schedules the running requests in order and gives each as many of its draft tokens as are left of the step's token
 budget. Draft tokens of a chain are few. A tree has ten times as many, so the first requests' trees would take the
 budget, or the last blocks of the cache, from the requests and prompts behind them. So before vLLM schedules a step,
-the lists of nodes are cut to what fits; any prefix of a list is a tree (`vllm_longspec/step/order.py`), down to none,
+the lists of nodes are cut to what fits; any prefix of a list is a tree (`vllm_longspec/tree/order.py`), down to none,
 which is plain decoding.
 """
 
@@ -19,12 +19,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_longspec.config.cost import StepCost
-from vllm_longspec.config.options import adapts_nodes, tree_shape_of
-from vllm_longspec.config.sampling import needs_chain
-from vllm_longspec.config.schedule import nodes_by_batch_size
-from vllm_longspec.metrics import Kind, TreeDecodingStats, request_metrics
-from vllm_longspec.node_budget import NodeBudget
+from vllm_longspec.options import adapts_nodes, tree_shape_of
+from vllm_longspec.scheduling.adaptive import NodeBudget
+from vllm_longspec.scheduling.cost import StepCost
+from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats, request_metrics
+from vllm_longspec.scheduling.schedule import nodes_by_batch_size
+from vllm_longspec.tree.chain import needs_chain
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig

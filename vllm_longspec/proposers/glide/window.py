@@ -9,9 +9,9 @@ is answered by computing it again from the ids.
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.glide.model import WINDOW_SIZE, GlideForCausalLM
-from vllm_longspec.glide.window_attention import write_window
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.proposers.glide.model import WINDOW_SIZE, GlideForCausalLM
+from vllm_longspec.proposers.glide.window_attention import write_window
 
 # A rebuild of one request is up to 512 tokens wide; more requests at a time than this would only need more memory.
 MAX_REBUILD_REQS = 8

@@ -18,7 +18,7 @@ from typing import Any
 import huggingface_hub
 
 # The families of GLIDE drafts: `model_type` of the draft's config.json and the architecture it is served as.
-# All of them are served by vllm_longspec.glide.model.GlideForCausalLM.
+# All of them are served by vllm_longspec.proposers.glide.model.GlideForCausalLM.
 FAMILIES = {
     "llama": "LlamaGlideDecoderLayer",
     "qwen2": "Qwen2GlideDecoderLayer",

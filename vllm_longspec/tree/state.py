@@ -3,7 +3,7 @@
 
 A tree has `num_rows = 1 + num_nodes` rows. Row 0 is the root, the last sampled token, whose K and V are not in the
 target's cache yet. Rows 1.. are the drafted nodes, highest cumulative log-probability first, parents before children,
-so every prefix of the list is a tree (see `vllm_longspec/step/order.py`). A chain is shorter than that: the rows after
+so every prefix of the list is a tree (see `vllm_longspec/tree/order.py`). A chain is shorter than that: the rows after
 it hold no node, and as nothing is their parent the walk never comes to them.
 
 vLLM lays a request's draft tokens out one after the other: row i gets the KV slot of linear position root + i. The

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.config.checkpoint import FAMILIES
+from vllm_longspec.proposers.glide.checkpoint import FAMILIES
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig

@@ -27,22 +27,22 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_longspec.attention.quantised_cache import cache_scales, quantise_query
+from vllm_longspec.attention.cache_scales import cache_scales, quantise_query
 from vllm_longspec.attention.registry import replace_cpu_backend
-from vllm_longspec.config.options import adapts_nodes, frequent_tokens_of, tree_shape_of
-from vllm_longspec.config.sampling import CHAIN_PARAMETERS
-from vllm_longspec.config.schedule import nodes_by_batch_size
 from vllm_longspec.frequent_tokens import read_frequent_tokens
-from vllm_longspec.glide.graphs import DraftGraphs
-from vllm_longspec.glide.head import can_be_quantised
-from vllm_longspec.glide.model import GlideForCausalLM
-from vllm_longspec.glide.roots import Roots, read_roots
-from vllm_longspec.glide.window import DraftWindow
-from vllm_longspec.model_state import TreeModelState
-from vllm_longspec.step.draft import CrossAttention, grow_trees
-from vllm_longspec.step.order import order_tree
-from vllm_longspec.step.synthetic import list_a_path_early
-from vllm_longspec.tree import TreeState
+from vllm_longspec.options import adapts_nodes, frequent_tokens_of, tree_shape_of
+from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
+from vllm_longspec.proposers.glide.head import can_be_quantised
+from vllm_longspec.proposers.glide.model import GlideForCausalLM
+from vllm_longspec.proposers.glide.window import DraftWindow
+from vllm_longspec.runner.graphs import DraftGraphs
+from vllm_longspec.runner.model_state import TreeModelState
+from vllm_longspec.runner.roots import Roots, read_roots
+from vllm_longspec.scheduling.schedule import nodes_by_batch_size
+from vllm_longspec.tree.chain import CHAIN_PARAMETERS
+from vllm_longspec.tree.order import order_tree
+from vllm_longspec.tree.state import TreeState
+from vllm_longspec.tree.synthetic import list_a_path_early
 
 # vLLM shows what loggers below its own say.
 logger = init_logger(f"vllm.{__name__}")

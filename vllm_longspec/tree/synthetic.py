@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage "walk" with synthetic acceptance: as many drafted tokens are accepted as the user asks for, and no others.
 
-For timing models of full size without their weights (`vllm_longspec/config/synthetic.py`). Everything else is done as
+For timing models of full size without their weights (`vllm_longspec/tree/synthetic_rates.py`). Everything else is as
 always: the tree is drafted and verified, every row is sampled, an accepted path is one of the tree and its keys and
 values are moved. Two things differ, both because random weights make every token about as probable as any other:
 

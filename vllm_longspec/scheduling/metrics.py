@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_longspec.config.options import TreeShape, shape_of
-from vllm_longspec.config.sampling import needs_chain
+from vllm_longspec.options import TreeShape, shape_of
+from vllm_longspec.tree.chain import needs_chain
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -11,10 +11,10 @@ batches of 1 to 64 (benchmarks/results/speed.jsonl).
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_longspec.config.fit import layer_sizes
-from vllm_longspec.config.options import DEFAULT_LEVELS, frequent_tokens_of, tree_shape_of
-from vllm_longspec.config.schedule import BATCH_ROWS
 from vllm_longspec.frequent_tokens import read_frequent_tokens
+from vllm_longspec.options import DEFAULT_LEVELS, frequent_tokens_of, tree_shape_of
+from vllm_longspec.proposers.glide.fit import layer_sizes
+from vllm_longspec.scheduling.schedule import BATCH_ROWS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

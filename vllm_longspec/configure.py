@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_longspec.attention.registry import ATTENTION_BACKENDS, FLASH_BACKEND, TRITON_BACKEND, attention_backend
-from vllm_longspec.config import support
-from vllm_longspec.config.checkpoint import DraftCheckpoint, find_file, inspect_draft
-from vllm_longspec.config.fit import check_fit
-from vllm_longspec.config.options import (
+from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
+from vllm_longspec.options import (
     ADAPT_NODES_ATTRIBUTE,
     FREQUENT_TOKENS_ATTRIBUTE,
     OPTION_NAMES,
@@ -24,10 +22,12 @@ from vllm_longspec.config.options import (
     count_verified_nodes,
     parse_tree_shape,
 )
-from vllm_longspec.config.quantization import default_quantization
-from vllm_longspec.config.schedule import default_schedule
-from vllm_longspec.config.synthetic import rates_by_depth
-from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
+from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint, find_file, inspect_draft
+from vllm_longspec.proposers.glide.fit import check_fit
+from vllm_longspec.proposers.glide.quantization import default_quantization
+from vllm_longspec.scheduling.schedule import default_schedule
+from vllm_longspec.targets import support
+from vllm_longspec.tree.synthetic_rates import rates_by_depth
 
 if TYPE_CHECKING:
     import argparse
@@ -150,7 +150,7 @@ def find_glide_draft(
     if not isinstance(adapt_nodes, bool):
         raise ValueError(f"adapt_nodes must be true or false, got {adapt_nodes!r}")
     if adapt_nodes and target.quantization is not None:
-        # `vllm_longspec/config/cost.py` knows weights of two bytes.
+        # `vllm_longspec/scheduling/cost.py` knows weights of two bytes.
         raise ValueError(
             f"adapt_nodes is not supported with a target of quantization={target.quantization!r}: leave it out, or "
             "serve a target that is not quantised"

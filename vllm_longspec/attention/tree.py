@@ -25,6 +25,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.attention.cache_scales import CacheScales, as_stored
 from vllm_longspec.attention.prefix import (
     TileSizes,
     attend_tile,
@@ -35,7 +36,6 @@ from vllm_longspec.attention.prefix import (
     packed_rows,
     scale_arguments,
 )
-from vllm_longspec.attention.quantised_cache import CacheScales, as_stored
 from vllm_longspec.interpreter import interpreting
 
 

@@ -4,7 +4,7 @@
 - `tree_shape`, such as [4, 16, 16, 16, 16]: nodes at each level of the tree;
 - `gamma`, such as 5: the sequential method, which is the tree shape [1] * gamma;
 - `frequent_tokens`, a file: the tokens that are drafted, if not all (`vllm_longspec/frequent_tokens.py`);
-- `adapt_nodes`: whether the number of nodes follows what is accepted (`vllm_longspec/node_budget.py`);
+- `adapt_nodes`: whether the number of nodes follows what is accepted (`vllm_longspec/scheduling/adaptive.py`);
 - `num_speculative_tokens`, which is vLLM's own: verify at most so many of the tree's nodes.
 """
 

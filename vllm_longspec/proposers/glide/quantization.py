@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_longspec.config.cost import LEVEL, StepCost
+from vllm_longspec.scheduling.cost import LEVEL, StepCost
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig

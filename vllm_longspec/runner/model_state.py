@@ -23,12 +23,12 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_longspec.config.options import tree_shape_of
-from vllm_longspec.config.sampling import needs_chain
-from vllm_longspec.config.synthetic import conditional_rates
-from vllm_longspec.step.compact import KVCacheTable, compact_kv_caches
-from vllm_longspec.step.sample import TreeSampler
-from vllm_longspec.tree import TreeState, lay_out_trees
+from vllm_longspec.options import tree_shape_of
+from vllm_longspec.tree.chain import needs_chain
+from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.tree.sample import TreeSampler
+from vllm_longspec.tree.state import TreeState, lay_out_trees
+from vllm_longspec.tree.synthetic_rates import conditional_rates
 
 
 @dataclass(frozen=True)

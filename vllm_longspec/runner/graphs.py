@@ -3,7 +3,7 @@
 
 A draft is some hundred small kernels between which nothing is decided on the host. What it does depends on how many
 requests it drafts for and on how many nodes are kept. Not every number goes with every size of a batch
-(`vllm_longspec/config/schedule.py`), so there is a graph for every size with the numbers that do.
+(`vllm_longspec/scheduling/schedule.py`), so there is a graph for every size with the numbers that do.
 """
 
 from collections.abc import Callable, Sequence

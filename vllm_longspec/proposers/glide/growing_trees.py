@@ -9,9 +9,9 @@ here (`add_keys_values`).
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.config.options import TreeShape
-from vllm_longspec.glide.window_attention import write_nodes
-from vllm_longspec.tree import MASK_BITS
+from vllm_longspec.options import TreeShape
+from vllm_longspec.proposers.glide.window_attention import write_nodes
+from vllm_longspec.tree.state import MASK_BITS
 
 
 class GrowingTrees:

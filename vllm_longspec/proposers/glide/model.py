@@ -9,7 +9,7 @@
 
 Embedding, rotary embedding, head and logits processor are the target's own modules, not copies; only a head that is
 quantised or restricted to some tokens is a copy (`head.py`). One class serves every family whose layer has this form;
-`vllm_longspec/config/checkpoint.py` lists them.
+`vllm_longspec/proposers/glide/checkpoint.py` lists them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -35,8 +35,8 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.platforms import current_platform
 
-from vllm_longspec.glide.head import copy_head, has_rows
-from vllm_longspec.glide.quantised_rows import accept_quantised_rows, activate, normalise
+from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, normalise
+from vllm_longspec.proposers.glide.head import copy_head, has_rows
 
 # (positions, query, key or None) -> rotated query and key
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]

@@ -7,7 +7,7 @@ vLLM turns Triton off on CPU unless Triton has a "cpu" backend whose driver says
 
 import os
 
-from vllm_longspec.compatibility import name_cpu_build
+from vllm_longspec.compat.versions import name_cpu_build
 
 
 class InterpreterDriver:

@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.config.checkpoint import DraftCheckpoint
+from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

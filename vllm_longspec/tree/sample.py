@@ -18,9 +18,9 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import _iter_request_chunks, get_max_chunk_logits
 
-from vllm_longspec.step.synthetic import walk_synthetically
-from vllm_longspec.step.walk import walk_tree
-from vllm_longspec.tree import NO_TOKEN, TreeState
+from vllm_longspec.tree.state import NO_TOKEN, TreeState
+from vllm_longspec.tree.synthetic import walk_synthetically
+from vllm_longspec.tree.walk import walk_tree
 
 
 class TreeSampler:

@@ -10,17 +10,17 @@ more token, so it never exceeds its parent's, and two things follow:
 
 Cutting the list anywhere, as the scheduler does for its token budget, therefore leaves the best valid tree.
 
-A request that reads the history of its draft tokens (`vllm_longspec/config/sampling.py`) gets a chain: of all paths of
+A request that reads the history of its draft tokens (`vllm_longspec/tree/chain.py`) gets a chain: of all paths of
 the draft the one with the highest sum of probabilities, which is again the expected acceptance length. Row i has
 parent i - 1, so vLLM's own handling, for which draft tokens are a chain, is right. The scheduler counts on as many
-draft tokens from one request as from another; the rows that are left over hold no node (`vllm_longspec/tree.py`).
+draft tokens from one request as from another; the rows that are left over hold no node (`vllm_longspec/tree/state.py`).
 """
 
 import torch
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.tree import NO_TOKEN
+from vllm_longspec.tree.state import NO_TOKEN
 
 
 def order_tree(

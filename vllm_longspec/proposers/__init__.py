@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What draws candidate trees. Proposers do not import each other."""

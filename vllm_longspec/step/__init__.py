@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The stages of a speculative decoding step: draft, order, verify, sample, walk, compact."""

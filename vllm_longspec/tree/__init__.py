@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees of draft tokens: their state, and the stages of a step that see nothing else. Knows no proposer."""
