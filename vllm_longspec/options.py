@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that a GLIDE draft adds to vLLM's speculative configuration, and where every process finds them again.
+"""The options that this plugin adds to vLLM's speculative configuration, and where every process finds them again.
 
 - `tree_shape`, such as [4, 16, 16, 16, 16]: nodes at each level of the tree;
 - `gamma`, such as 5: the sequential method, which is the tree shape [1] * gamma;
 - `frequent_tokens`, a file: the tokens that are drafted, if not all (`vllm_longspec/frequent_tokens.py`);
-- `adapt_nodes`: whether the number of nodes follows what is accepted (`vllm_longspec/scheduling/adaptive.py`);
+- `adaptive_verification`, or `adapt_nodes`: whether the number of verified nodes follows what is accepted
+  (`vllm_longspec/scheduling/adaptive.py`);
 - `num_speculative_tokens`, which is vLLM's own: verify at most so many of the tree's nodes.
 """
 
@@ -12,58 +13,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_longspec.tree.shape import MAX_NODES, TreeShape
+
 if TYPE_CHECKING:
-    from vllm.config import SpeculativeConfig, VllmConfig
+    from vllm.config import SpeculativeConfig
 
 DEFAULT_LEVELS = (4, 16, 16, 16, 16)
-# An ancestor mask has one bit a row, the root's included: 256 rows are 8 words of int32.
-MAX_NODES = 255
 
-OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens", "adapt_nodes")
+OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens", "adaptive_verification", "adapt_nodes")
 
-# Every process finds these on the draft's Hugging Face config: it travels with vLLM's configuration as it is.
-SHAPE_ATTRIBUTE = "longspec_tree_shape"
-FREQUENT_TOKENS_ATTRIBUTE = "longspec_frequent_tokens"
-ADAPT_NODES_ATTRIBUTE = "longspec_adapt_nodes"
+# vLLM's SpeculativeConfig travels to every process as it is, and this attribute with it.
+_ATTRIBUTE = "longspec"
 
 
 @dataclass(frozen=True)
-class TreeShape:
-    """How many nodes a drafted tree has at each depth, from depth 1 on; depth 0 is the root."""
+class LongSpecOptions:
+    """What an engine with candidate trees was started with; None of these changes while it runs.
 
-    levels: tuple[int, ...]
+    Args:
+        proposer: name of what draws the candidates, see `vllm_longspec/proposers`.
+        tree_shape: of the drafted tree, before it is cut to the nodes that are verified.
+        frequent_tokens: file of the tokens that are drafted; None for all of the vocabulary.
+        adaptive_verification: whether the number of verified nodes follows what is accepted.
+    """
 
-    @property
-    def num_nodes(self) -> int:
-        """Drafted nodes in all, without the root."""
-        return sum(self.levels)
+    proposer: str
+    tree_shape: TreeShape
+    frequent_tokens: str | None = None
+    adaptive_verification: bool = False
 
-    @property
-    def num_rows(self) -> int:
-        """Nodes and the root."""
-        return 1 + self.num_nodes
 
-    @property
-    def max_depth(self) -> int:
-        return len(self.levels)
+def attach_options(config: "SpeculativeConfig", options: LongSpecOptions) -> None:
+    """Leaves the options where `options_of` finds them, in this process and in those that get a copy of `config`."""
+    setattr(config, _ATTRIBUTE, options)
 
-    @property
-    def max_width(self) -> int:
-        """Nodes of the widest level."""
-        return max(self.levels)
 
-    def for_best(self, num_nodes: int) -> "TreeShape":
-        """A narrower shape whose tree has the same `num_nodes` likeliest nodes.
-
-        With a node come all its ancestors, which are as likely or likelier. So none of these nodes is deeper than there
-        are nodes, and each is one of the `num_nodes` likeliest children of a level that has its parent. Deep levels
-        could do with fewer still, but every width is one more shape to compile kernels for.
-        """
-        return TreeShape(tuple(min(level, num_nodes) for level in self.levels[:num_nodes]))
-
-    def width(self, depth: int) -> int:
-        """Nodes at `depth`; the root is the only one at depth 0."""
-        return self.levels[depth - 1] if depth else 1
+def options_of(config: "SpeculativeConfig | None") -> LongSpecOptions | None:
+    """The options of an engine that verifies candidate trees; None for any other engine."""
+    return getattr(config, _ATTRIBUTE, None)
 
 
 def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
@@ -103,43 +90,6 @@ def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
             f"leave it out to verify all {shape.num_nodes} nodes of the tree"
         )
     return min(num_speculative_tokens, shape.num_nodes)
-
-
-def tree_shape_of(vllm_config: "VllmConfig") -> TreeShape | None:
-    """The tree shape of an engine that speculates with a GLIDE draft, in every process; None for any other engine."""
-    return shape_of(vllm_config.speculative_config)
-
-
-def frequent_tokens_of(vllm_config: "VllmConfig") -> str | None:
-    """The file of the tokens that the GLIDE draft of this engine draws; None when it draws any."""
-    assert vllm_config.speculative_config is not None
-    return getattr(vllm_config.speculative_config.draft_model_config.hf_config, FREQUENT_TOKENS_ATTRIBUTE)
-
-
-def adapts_nodes(vllm_config: "VllmConfig") -> bool:
-    """Whether this engine speculates with a GLIDE draft whose number of nodes follows what is accepted."""
-    config = vllm_config.speculative_config
-    if config is None or config.draft_model_config is None:
-        return False
-    return getattr(config.draft_model_config.hf_config, ADAPT_NODES_ATTRIBUTE, False)
-
-
-def is_glide(vllm_config: "VllmConfig") -> bool:
-    """Whether this engine speculates with a GLIDE draft."""
-    return tree_shape_of(vllm_config) is not None
-
-
-def speculates_with_glide(speculative_config: "SpeculativeConfig | None") -> bool:
-    """The same where only the speculative configuration is at hand."""
-    return shape_of(speculative_config) is not None
-
-
-def shape_of(speculative_config: "SpeculativeConfig | None") -> TreeShape | None:
-    """`tree_shape_of` where only the speculative configuration is at hand."""
-    if speculative_config is None or speculative_config.draft_model_config is None:
-        return None
-    levels = getattr(speculative_config.draft_model_config.hf_config, SHAPE_ATTRIBUTE, None)
-    return None if levels is None else TreeShape(tuple(levels))
 
 
 def _is_positive_int(value: Any) -> bool:

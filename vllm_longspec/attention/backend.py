@@ -9,17 +9,31 @@ The two mixins stand before a vLLM backend's builder and implementation; see fla
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from vllm_longspec.attention.cache_scales import CacheScales, cache_scales
 from vllm_longspec.attention.tree import tree_attention
 
-if TYPE_CHECKING:
-    from vllm_longspec.runner.model_state import TreeBatch
+
+@dataclass(frozen=True)
+class TreesToAttend(ModelSpecificAttnMetadata):
+    """Tells the builders which requests of the batch carry a tree: the leading `num_tree_reqs`."""
+
+    num_tree_reqs: int
+    ancestor_masks: torch.Tensor  # int32 [max_num_reqs, num_rows, num_words]
+    prefix_lens: torch.Tensor  # int32 [max_num_reqs]
+    # A bound on the prefix; for a CUDA graph on that of every batch that it will run.
+    max_prefix_len: int
+    # Whether attention runs as part of a CUDA graph of the whole forward pass.
+    in_graph: bool
+
+    def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
+        return {"to_attend": self}
 
 
 @dataclass
@@ -62,15 +76,15 @@ class TreeMetadataBuilderMixin:
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-        tree_batch: "TreeBatch | None" = None,
+        to_attend: TreesToAttend | None = None,
     ) -> TreeAttentionMetadata:
-        num_tree_reqs = tree_batch.num_tree_reqs if tree_batch is not None else 0
+        num_tree_reqs = to_attend.num_tree_reqs if to_attend is not None else 0
         if num_tree_reqs == 0:
             causal = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
             return TreeAttentionMetadata(trees=None, causal=causal)
 
-        assert tree_batch is not None
-        trees = _tree_requests(common_attn_metadata, tree_batch)
+        assert to_attend is not None
+        trees = _tree_requests(common_attn_metadata, to_attend)
         trees.prefix_schedule = self.schedule_prefix(trees)
         rest = _requests_after(common_attn_metadata, num_tree_reqs, trees.num_tokens)
         causal = super().build(0, rest, fast_build) if rest is not None else None  # type: ignore[misc]
@@ -85,8 +99,8 @@ class TreeMetadataBuilderMixin:
         return None
 
 
-def _tree_requests(common: CommonAttentionMetadata, tree_batch: "TreeBatch") -> TreeRequests:
-    num_reqs = tree_batch.num_tree_reqs
+def _tree_requests(common: CommonAttentionMetadata, to_attend: TreesToAttend) -> TreeRequests:
+    num_reqs = to_attend.num_tree_reqs
     query_start_loc = common.query_start_loc[: num_reqs + 1]
     query_start_loc_cpu = common.query_start_loc_cpu[: num_reqs + 1]
     num_tokens = int(query_start_loc_cpu[-1])
@@ -95,12 +109,12 @@ def _tree_requests(common: CommonAttentionMetadata, tree_batch: "TreeBatch") -> 
         num_tokens=num_tokens,
         query_start_loc=query_start_loc,
         max_query_len=int((query_start_loc_cpu[1:] - query_start_loc_cpu[:-1]).max()),
-        prefix_lens=tree_batch.prefix_lens[:num_reqs],
-        max_prefix_len=tree_batch.max_prefix_len,
+        prefix_lens=to_attend.prefix_lens[:num_reqs],
+        max_prefix_len=to_attend.max_prefix_len,
         block_table=common.block_table_tensor[:num_reqs],
         slot_mapping=common.slot_mapping[:num_tokens],
-        ancestor_masks=tree_batch.ancestor_masks[:num_reqs],
-        in_graph=tree_batch.in_graph,
+        ancestor_masks=to_attend.ancestor_masks[:num_reqs],
+        in_graph=to_attend.in_graph,
     )
 
 

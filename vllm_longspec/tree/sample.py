@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import _iter_request_chunks, get_max_chunk_logits
 
+from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.state import NO_TOKEN, TreeState
 from vllm_longspec.tree.synthetic import walk_synthetically
 from vllm_longspec.tree.walk import walk_tree
@@ -32,12 +33,14 @@ class TreeSampler:
     def __init__(
         self,
         sampler: Sampler,
-        tree: TreeState,
+        state: TreeState,
+        batch: TreeBatch,
         max_depth: int,
         synthetic_conditional_rates: torch.Tensor | None = None,  # float32 [max_depth], None: the target decides
     ):
         self.sampler = sampler
-        self.tree = tree
+        self.state = state
+        self.batch = batch
         self.max_depth = max_depth
         self.synthetic_conditional_rates = synthetic_conditional_rates
 
@@ -118,13 +121,13 @@ class TreeSampler:
             return_logprobs=logprobs_dims is not None,
         )
         cu_num_logits = input_batch.cu_num_logits[start : end + 1] - first
-        path_rows = self.tree.batch_path_rows[start:end]
+        path_rows = self.batch.path_rows[start:end]
         walked = (
             sampled,
             draft_tokens[rows],
             cu_num_logits,
             input_batch.idx_mapping[start:end],
-            self.tree.parent_rows,
+            self.state.parent_rows,
             emitted[start:end],
             num_emitted[start:end],
             path_rows,
@@ -134,7 +137,7 @@ class TreeSampler:
         else:
             positions = input_batch.positions[logits_indices]
             seeds = self.sampler.sampling_states.seeds.gpu
-            walk_synthetically(self.synthetic_conditional_rates, seeds, positions, self.tree.depths, *walked)
+            walk_synthetically(self.synthetic_conditional_rates, seeds, positions, self.state.depths, *walked)
         if logprobs_dims is None:
             return None
         num_logprobs, num_named_tokens = logprobs_dims
