@@ -442,7 +442,7 @@ def test_without_the_interpreter_a_cpu_is_refused(target, draft, monkeypatch):
     if not vllm.platforms.current_platform.is_cpu():
         pytest.skip("the interpreter is for CPUs")
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ValueError, match="install triton and set TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match="on a CPU its interpreter: set TRITON_INTERPRET=1 before vLLM starts"):
         create(target, spec_model=draft)
 
 
