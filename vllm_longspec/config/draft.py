@@ -10,11 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
 from vllm_longspec.attention.registry import ATTENTION_BACKENDS, FLASH_BACKEND, TRITON_BACKEND, attention_backend
 from vllm_longspec.config import support
-from vllm_longspec.config.checkpoint import DraftCheckpoint, find_file, inspect_draft
+from vllm_longspec.config.checkpoint import (
+    FAMILIES,
+    DraftCheckpoint,
+    NoGlideDraftError,
+    UnseenDraftError,
+    find_file,
+    read_draft,
+)
 from vllm_longspec.config.fit import check_fit
+from vllm_longspec.config.loading import draft_load_config
 from vllm_longspec.config.options import (
     ADAPT_NODES_ATTRIBUTE,
     FREQUENT_TOKENS_ATTRIBUTE,
@@ -35,6 +44,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
+
+# vLLM shows what loggers below its own say.
+logger = init_logger(f"vllm.{__name__}")
 
 # The same order as vLLM's: flag, key of the speculative configuration, field of EngineArgs.
 _FLAGS = (
@@ -115,11 +127,17 @@ def find_glide_draft(
     options = read_options(engine_args)
     tree_options = {name: options.pop(name) for name in OPTION_NAMES if name in options}
     model = options.get("model")
-    checkpoint = inspect_draft(model, options.get("revision")) if isinstance(model, str) else None
-    if checkpoint is None:
+    try:
+        if not isinstance(model, str):
+            given = "no draft was given" if model is None else f"the model must be a string, got {model!r}"
+            raise NoGlideDraftError(f"{given}, add --speculative-model DRAFT")
+        checkpoint = read_draft(model, options.get("revision"), expected=bool(tree_options))
+    except NoGlideDraftError as error:
         for name in tree_options:
-            draft = f"{model} is not one" if model else "no draft was given, add --speculative-model DRAFT"
-            raise ValueError(f"{name} needs a GLIDE draft: {draft}")
+            raise ValueError(f"{name} needs a GLIDE draft: {error}") from None
+        # Of a draft of another kind vLLM needs to know more, and will say so.
+        if isinstance(error, UnseenDraftError) and not options.keys() & {"method", "num_speculative_tokens"}:
+            logger.warning("Draft %s. If it is a GLIDE draft, it is not recognised.", error)
         return None
 
     from vllm.platforms import current_platform
@@ -166,6 +184,7 @@ def find_glide_draft(
     options["num_speculative_tokens"] = num_nodes
     if "quantization" not in options:
         options["quantization"] = default_quantization(engine_args, target, parallel_config, draft_vocab_size)
+    options["draft_load_config"] = draft_load_config(engine_args, options.get("draft_load_config"), checkpoint)
     options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
     return GlideDraft(checkpoint, tree_shape, frequent_tokens, adapt_nodes, options)
