@@ -18,6 +18,7 @@ from vllm_longspec.config.checkpoint import inspect_draft
 from vllm_longspec.config.cost import StepCost
 from vllm_longspec.config.draft import (
     building,
+    check_other_draft,
     choose_attention_backend,
     find_glide_draft,
     given_config,
@@ -191,7 +192,9 @@ def _create_speculative_config(
 ) -> SpeculativeConfig | None:
     draft = find_glide_draft(self, target_model_config, target_parallel_config)
     if draft is None:
-        return original(self, target_model_config, target_parallel_config)
+        config = original(self, target_model_config, target_parallel_config)
+        check_other_draft(config)
+        return config
     choose_attention_backend(self, target_model_config)
     with building(draft, self):
         return original(self, target_model_config, target_parallel_config)

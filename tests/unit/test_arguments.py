@@ -7,9 +7,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm.config.model as model_module
 import vllm.platforms
 from safetensors.torch import load_file
 from vllm import SamplingParams
@@ -438,6 +440,22 @@ def test_draft_that_is_not_seen_goes_to_vllm_with_a_warning(target, monkeypatch,
     assert len(said) == is_warned
     assert all(line.startswith("Draft s3://bucket/draft is in object storage, where no") for line in said)
     assert engine_args.speculative_config == {"model": "s3://bucket/draft", **given}
+
+
+def test_glide_draft_that_only_vllm_sees_is_refused(target, draft, ordinary_draft, monkeypatch):
+    """From object storage vLLM pulls what it needs, and finds an architecture that it knows."""
+
+    def pulls(folder):
+        pulled = SimpleNamespace(dir=folder, pull_files=lambda *args, **kwargs: None)
+        monkeypatch.setattr(model_module, "ObjectStorageModel", lambda url: pulled)
+
+    given = {"model": "s3://bucket/draft", "num_speculative_tokens": 3}
+    pulls(ordinary_draft)
+    assert create(target, speculative_config=given).speculative_config.method == "draft_model"
+    pulls(draft)
+    with pytest.raises(ValueError, match=r"a GLIDE draft cannot be served from where it is: s3://.*in object") as error:
+        create(target, speculative_config=given)
+    refused(error)
 
 
 def as_bin(draft, folder, file_name="pytorch_model.bin"):

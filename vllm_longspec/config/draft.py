@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import argparse
 
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
 
 # vLLM shows what loggers below its own say.
@@ -188,6 +188,26 @@ def find_glide_draft(
     options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
     return GlideDraft(checkpoint, tree_shape, frequent_tokens, adapt_nodes, options)
+
+
+def check_other_draft(config: "SpeculativeConfig | None") -> None:
+    """Refuses a GLIDE draft that vLLM has found where `find_glide_draft` sees none, such as in object storage.
+
+    vLLM knows its architecture, and would build it and drive it as an ordinary model.
+
+    Raises:
+        ValueError: in one line, with the way out.
+    """
+    if config is None or config.draft_model_config is None:
+        return
+    if not set(config.draft_model_config.architectures) & set(FAMILIES.values()):
+        return
+    assert config.model is not None
+    try:
+        read_draft(config.model, config.revision, expected=True)
+    except NoGlideDraftError as error:
+        raise ValueError(f"a GLIDE draft cannot be served from where it is: {error}") from None
+    raise ValueError(f"draft {config.model} is a GLIDE draft, but was not to be seen at first: start vLLM again")
 
 
 def _find_frequent_tokens(option: Any, checkpoint: DraftCheckpoint, revision: str | None) -> str | None:
