@@ -10,9 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
 from vllm_longspec.attention.registry import ATTENTION_BACKENDS, FLASH_BACKEND, TRITON_BACKEND, attention_backend
 from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
+from vllm_longspec.targets import support
+from vllm_longspec.proposers.glide.checkpoint import (
+    FAMILIES,
+    DraftCheckpoint,
+    NoGlideDraftError,
+    UnseenDraftError,
+    find_file,
+    read_draft,
+)
+from vllm_longspec.proposers.glide.fit import check_fit
+from vllm_longspec.proposers.glide.loading import draft_load_config
 from vllm_longspec.options import (
     ADAPT_NODES_ATTRIBUTE,
     FREQUENT_TOKENS_ATTRIBUTE,
@@ -22,8 +34,6 @@ from vllm_longspec.options import (
     count_verified_nodes,
     parse_tree_shape,
 )
-from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint, find_file, inspect_draft
-from vllm_longspec.proposers.glide.fit import check_fit
 from vllm_longspec.proposers.glide.quantization import default_quantization
 from vllm_longspec.scheduling.schedule import default_schedule
 from vllm_longspec.targets import support
@@ -33,8 +43,11 @@ if TYPE_CHECKING:
     import argparse
 
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
+
+# vLLM shows what loggers below its own say.
+logger = init_logger(f"vllm.{__name__}")
 
 # The same order as vLLM's: flag, key of the speculative configuration, field of EngineArgs.
 _FLAGS = (
@@ -115,11 +128,17 @@ def find_glide_draft(
     options = read_options(engine_args)
     tree_options = {name: options.pop(name) for name in OPTION_NAMES if name in options}
     model = options.get("model")
-    checkpoint = inspect_draft(model, options.get("revision")) if isinstance(model, str) else None
-    if checkpoint is None:
+    try:
+        if not isinstance(model, str):
+            given = "no draft was given" if model is None else f"the model must be a string, got {model!r}"
+            raise NoGlideDraftError(f"{given}, add --speculative-model DRAFT")
+        checkpoint = read_draft(model, options.get("revision"), expected=bool(tree_options))
+    except NoGlideDraftError as error:
         for name in tree_options:
-            draft = f"{model} is not one" if model else "no draft was given, add --speculative-model DRAFT"
-            raise ValueError(f"{name} needs a GLIDE draft: {draft}")
+            raise ValueError(f"{name} needs a GLIDE draft: {error}") from None
+        # Of a draft of another kind vLLM needs to know more, and will say so.
+        if isinstance(error, UnseenDraftError) and not options.keys() & {"method", "num_speculative_tokens"}:
+            logger.warning("Draft %s. If it is a GLIDE draft, it is not recognised.", error)
         return None
 
     from vllm.platforms import current_platform
@@ -166,9 +185,30 @@ def find_glide_draft(
     options["num_speculative_tokens"] = num_nodes
     if "quantization" not in options:
         options["quantization"] = default_quantization(engine_args, target, parallel_config, draft_vocab_size)
+    options["draft_load_config"] = draft_load_config(engine_args, options.get("draft_load_config"), checkpoint)
     options.update(rates_by_depth(options, tree_shape))
     options["method"] = "draft_model"
     return GlideDraft(checkpoint, tree_shape, frequent_tokens, adapt_nodes, options)
+
+
+def check_other_draft(config: "SpeculativeConfig | None") -> None:
+    """Refuses a GLIDE draft that vLLM has found where `find_glide_draft` sees none, such as in object storage.
+
+    vLLM knows its architecture, and would build it and drive it as an ordinary model.
+
+    Raises:
+        ValueError: in one line, with the way out.
+    """
+    if config is None or config.draft_model_config is None:
+        return
+    if not set(config.draft_model_config.architectures) & set(FAMILIES.values()):
+        return
+    assert config.model is not None
+    try:
+        read_draft(config.model, config.revision, expected=True)
+    except NoGlideDraftError as error:
+        raise ValueError(f"a GLIDE draft cannot be served from where it is: {error}") from None
+    raise ValueError(f"draft {config.model} is a GLIDE draft, but was not to be seen at first: start vLLM again")
 
 
 def _find_frequent_tokens(option: Any, checkpoint: DraftCheckpoint, revision: str | None) -> str | None:

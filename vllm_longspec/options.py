@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
     Raises:
         ValueError: for a shape that cannot be drafted, in one line that says what to give instead.
     """
-    tree_shape, gamma = options.get("tree_shape"), options.get("gamma")
+    tree_shape, gamma = options.get("tree_shape"), _read_int(options.get("gamma"))
     if tree_shape is not None and gamma is not None:
         raise ValueError("tree_shape and gamma are mutually exclusive: gamma N is the tree shape [1] * N")
     if gamma is not None:
@@ -82,6 +83,7 @@ def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
     Raises:
         ValueError: when `num_speculative_tokens` is given and is not a positive integer.
     """
+    num_speculative_tokens = _read_int(num_speculative_tokens)
     if num_speculative_tokens is None:
         return shape.num_nodes
     if not _is_positive_int(num_speculative_tokens):
@@ -90,6 +92,15 @@ def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
             f"leave it out to verify all {shape.num_nodes} nodes of the tree"
         )
     return min(num_speculative_tokens, shape.num_nodes)
+
+
+def _read_int(value: Any) -> Any:
+    """An integer that is written as a string, as vLLM's `--option.name+ 2,4` gives every entry of a list."""
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdecimal():
+        # Python refuses to read more digits than a number of nodes will ever have.
+        with suppress(ValueError):
+            return int(value)
+    return value
 
 
 def _is_positive_int(value: Any) -> bool:
@@ -102,10 +113,11 @@ def _checked_levels(tree_shape: Any) -> tuple[int, ...]:
         raise ValueError(f"tree_shape must be a list of nodes per level, got {tree_shape!r}: {example}")
     if not tree_shape:
         raise ValueError(f"tree_shape is empty: give at least one level, {example}, or leave it out")
-    for level in tree_shape:
+    levels = tuple(map(_read_int, tree_shape))
+    for level in levels:
         if not _is_positive_int(level):
             raise ValueError(f"tree_shape must hold positive integers only, got {level!r} in {tree_shape!r}: {example}")
-    return tuple(tree_shape)
+    return levels
 
 
 def _check_widths(levels: tuple[int, ...], vocab_size: int) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_longspec.compat.versions import unsupported_version
 from vllm_longspec.configure import (
     building,
+    check_other_draft,
     choose_attention_backend,
     find_glide_draft,
     given_config,
@@ -187,7 +188,9 @@ def _create_speculative_config(
 ) -> SpeculativeConfig | None:
     draft = find_glide_draft(self, target_model_config, target_parallel_config)
     if draft is None:
-        return original(self, target_model_config, target_parallel_config)
+        config = original(self, target_model_config, target_parallel_config)
+        check_other_draft(config)
+        return config
     choose_attention_backend(self, target_model_config)
     with building(draft, self):
         return original(self, target_model_config, target_parallel_config)

@@ -2,20 +2,28 @@
 """From the command line, or from Python, to the configuration of an engine."""
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import vllm.config.model as model_module
 import vllm.platforms
+from safetensors.torch import load_file
 from vllm import SamplingParams
-from vllm.config import ParallelConfig
+from vllm.config import LoadConfig, ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import get_draft_load_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tests.models import write_draft, write_target
+import vllm_longspec.configure as draft_module
+from tests.models import glide_shapes, write_draft, write_target
 from tests.quantised_models import write_cache_scales, write_gptq
 from vllm_longspec.attention.registry import FLASH_BACKEND, attention_backend
 from vllm_longspec.configure import choose_attention_backend, find_glide_draft
@@ -166,6 +174,14 @@ def test_command_line_reaches_the_engine(target, draft, arguments):
         (["--speculative-config", '{"model": "DRAFT", "tree_shape": [3, 3]}'], (3, 3), 6),
         (["--speculative-config", '{"model": "DRAFT"}', "--speculative-tree-shape", "1", "1"], (1, 1), 2),
         (["--speculative-model", "DRAFT", "--speculative-config.gamma", "2"], (1, 1), 2),
+        # vLLM gives the entries of such a list as strings.
+        (["--speculative-model", "DRAFT", "--speculative-config.tree_shape+", "2,4"], (2, 4), 6),
+        (
+            ["--spec-model", "DRAFT", "--speculative-config.tree-shape+", "2", "--speculative-config.tree-shape+=4"],
+            (2, 4),
+            6,
+        ),
+        (["--speculative-config", '{"model": "DRAFT", "gamma": "4", "num_speculative_tokens": "3"}'], (1,) * 4, 3),
     ],
 )
 def test_spellings_of_the_command_line(target, draft, options, levels, num_verified):
@@ -387,6 +403,145 @@ def test_the_command_line_takes_integers_only(target, draft, shape, capsys):
     assert "--speculative-tree-shape" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["2,four", "2,", "2 4", "[2,4]"])
+def test_lists_of_the_command_line_hold_integers_only(target, draft, given):
+    args = parse(target, "--speculative-model", draft, "--speculative-config.tree_shape+", given)
+    with pytest.raises(ValueError, match="tree_shape must hold positive integers only, got '") as error:
+        EngineArgs.from_cli_args(args).create_engine_config()
+    refused(error)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("s3://bucket/draft", "is in object storage, where no GLIDE draft is looked for: copy it to a local folder"),
+        # The tests are offline.
+        ("misspelt/draft", "is not in the cache of the Hugging Face hub, and the hub is not asked .*HF_HUB_OFFLINE"),
+        ("/no/such/draft", "is neither a local folder nor the name of a repository: check it"),
+    ],
+)
+def test_where_a_draft_is_not_is_said(target, model, said):
+    args = parse(target, "--speculative-model", model, "--speculative-tree-shape", "2", "4")
+    with pytest.raises(ValueError, match=f"tree_shape needs a GLIDE draft: {model} {said}") as error:
+        EngineArgs.from_cli_args(args).create_engine_config()
+    refused(error)
+
+
+@pytest.mark.parametrize(("given", "is_warned"), [({}, True), ({"num_speculative_tokens": 3}, False)])
+def test_draft_that_is_not_seen_goes_to_vllm_with_a_warning(target, monkeypatch, caplog, given, is_warned):
+    """A draft of another kind may be in object storage. vLLM needs to be told how many tokens it drafts."""
+    monkeypatch.setattr(draft_module.logger, "propagate", True)
+    engine_args = EngineArgs(
+        model=target, skip_tokenizer_init=True, speculative_config={"model": "s3://bucket/draft", **given}
+    )
+    with caplog.at_level(logging.WARNING, logger=draft_module.logger.name):
+        assert find_glide_draft(engine_args, None, None) is None
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == is_warned
+    assert all(line.startswith("Draft s3://bucket/draft is in object storage, where no") for line in said)
+    assert engine_args.speculative_config == {"model": "s3://bucket/draft", **given}
+
+
+def test_glide_draft_that_only_vllm_sees_is_refused(target, draft, ordinary_draft, monkeypatch):
+    """From object storage vLLM pulls what it needs, and finds an architecture that it knows."""
+
+    def pulls(folder):
+        pulled = SimpleNamespace(dir=folder, pull_files=lambda *args, **kwargs: None)
+        monkeypatch.setattr(model_module, "ObjectStorageModel", lambda url: pulled)
+
+    given = {"model": "s3://bucket/draft", "num_speculative_tokens": 3}
+    pulls(ordinary_draft)
+    assert create(target, speculative_config=given).speculative_config.method == "draft_model"
+    pulls(draft)
+    with pytest.raises(ValueError, match=r"a GLIDE draft cannot be served from where it is: s3://.*in object") as error:
+        create(target, speculative_config=given)
+    refused(error)
+
+
+def as_bin(draft, folder, file_name="pytorch_model.bin"):
+    """A copy of a draft with its weights in a .bin file, beside what Hugging Face's trainer leaves there."""
+    folder = Path(with_config(folder, draft))
+    torch.save(load_file(folder / "model.safetensors"), folder / file_name)
+    (folder / "model.safetensors").unlink()
+    (folder / "training_args.bin").write_bytes(pickle.dumps(json.JSONEncoder()))
+    return str(folder)
+
+
+TARGETS_FORMATS = [
+    ("auto", {}),
+    ("safetensors", {"model_loader_extra_config": {"enable_multithread_load": True}}),
+    ("fastsafetensors", {}),
+    ("sharded_state", {"model_loader_extra_config": {"pattern": "*.safetensors"}}),
+    ("runai_streamer", {"model_loader_extra_config": {"concurrency": 4}}),
+    ("npcache", {}),
+    ("pt", {"ignore_patterns": ["*.bin", "*.safetensors"]}),
+    ("mistral", {"safetensors_load_strategy": "torchao"}),
+]
+
+
+@pytest.mark.parametrize(("load_format", "settings"), TARGETS_FORMATS)
+@pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin", "model.pt"])
+def test_a_draft_is_loaded_in_the_format_of_its_own_files(target, draft, tmp_path, load_format, settings, file_name):
+    if file_name != "model.safetensors":
+        draft = as_bin(draft, tmp_path / "draft", file_name)
+    config = create(target, load_format=load_format, download_dir="/downloads", spec_model=draft, **settings)
+    assert config.load_config.load_format == load_format
+    load_config = get_draft_load_config(config)
+    assert load_config.download_dir == "/downloads"
+    # As the speculator does it.
+    loader = get_model_loader(load_config)
+    draft_config = config.speculative_config.draft_model_config
+    weights = dict(loader.get_all_weights(draft_config, torch.nn.Module()))
+    assert weights.keys() == glide_shapes(json.loads((Path(target) / "config.json").read_text())).keys()
+
+
+@pytest.mark.parametrize(
+    "given", [{"load_format": "safetensors"}, {"load-format": "SAFETENSORS"}, LoadConfig(load_format="safetensors")]
+)
+def test_draft_load_config_of_the_user_goes_first(target, draft, given):
+    config = create(target, load_format="dummy", speculative_config={"model": draft, "draft_load_config": given})
+    assert get_draft_load_config(config) == LoadConfig(load_format="safetensors")
+
+
+def test_dummy_weights_are_for_both(target, draft, tmp_path):
+    """As vLLM documents it, and as models are timed without any weights."""
+    without = Path(with_config(tmp_path / "draft", draft))
+    (without / "model.safetensors").unlink()
+    for model in (draft, str(without)):
+        assert get_draft_load_config(create(target, load_format="dummy", spec_model=model)).load_format == "dummy"
+    given = {"model": str(without), "draft_load_config": {"load_format": "dummy"}}
+    assert get_draft_load_config(create(target, speculative_config=given)).load_format == "dummy"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "has no file of weights: download or export it again, or give draft_load_config {"),
+        (
+            {"load_format": "pt"},
+            "has no file of weights of load_format 'pt', which draft_load_config asks for: download",
+        ),
+        ("dummy", "draft_load_config must be vLLM's LoadConfig, got 'dummy': give an object such as"),
+        ({"format": "pt"}, "draft_load_config has no option 'format', its options are load_format, "),
+        ({"download_dir": 5}, "draft_load_config has a download_dir that is none (Input should be a valid string)"),
+    ],
+)
+def test_draft_without_weights_names_draft_load_config(target, draft, tmp_path, given, said):
+    without = Path(with_config(tmp_path / "draft", draft))
+    (without / "model.safetensors").unlink()
+    with pytest.raises(ValueError) as error:
+        create(target, speculative_config={"model": str(without), "draft_load_config": given})
+    assert said in refused(error)
+
+
+def test_draft_load_config_that_does_not_fit_the_draft_is_refused(target, draft, tmp_path):
+    draft = as_bin(draft, tmp_path / "draft")
+    said = "load_format 'safetensors', which draft_load_config asks for: its weights are in pytorch_model.bin, leave"
+    with pytest.raises(ValueError, match=said) as error:
+        create(target, speculative_config={"model": draft, "draft_load_config": {"load_format": "safetensors"}})
+    refused(error)
+
+
 def test_draft_of_another_size_is_refused(tmp_path, target, draft):
     other = with_config(tmp_path / "draft", draft, intermediate_size=256)
     with pytest.raises(ValueError, match="intermediate_size is 256 in the draft, 128 in the target") as error:
@@ -413,6 +568,7 @@ def test_sliding_window_of_the_target_is_refused(tmp_path):
     ("settings", "said"),
     [
         ({"enable_lora": True}, "LoRA is not supported with a GLIDE draft"),
+        ({"model_impl": "transformers"}, "model_impl='transformers'"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "a KV cache of fp8_e5m2 with a model of float32 is not supported"),
         (
             {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
@@ -442,7 +598,7 @@ def test_without_the_interpreter_a_cpu_is_refused(target, draft, monkeypatch):
     if not vllm.platforms.current_platform.is_cpu():
         pytest.skip("the interpreter is for CPUs")
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ValueError, match="install triton and set TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match="on a CPU its interpreter: set TRITON_INTERPRET=1 before vLLM starts"):
         create(target, spec_model=draft)
 
 

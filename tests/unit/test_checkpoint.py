@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import json
+import logging
+import os
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -8,7 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 from tests.models import SIZES, glide_shapes
-from vllm_longspec.proposers.glide.checkpoint import FAMILIES, inspect_draft
+from vllm_longspec.proposers.glide import checkpoint
+from vllm_longspec.proposers.glide.checkpoint import (
+    FAMILIES,
+    NoGlideDraftError,
+    UnseenDraftError,
+    find_file,
+    inspect_draft,
+    read_draft,
+)
 
 CONFIG = {**SIZES, "vocab_size": 64, "model_type": "llama", "architectures": ["LlamaGlideDecoderLayer"]}
 
@@ -136,13 +151,13 @@ def hub(tmp_path, monkeypatch):
     def download(repo_id, file_name, revision=None):
         assert (repo_id, revision) == ("someone/draft", "main")
         if file_name not in state.files:
-            raise huggingface_hub.errors.LocalEntryNotFoundError(file_name)
+            raise huggingface_hub.errors.EntryNotFoundError(file_name)
         state.downloads.append(file_name)
         return state.files[file_name]
 
     def parse_header(self, repo_id, file_name, revision=None):
         if file_name not in state.files:
-            raise huggingface_hub.errors.LocalEntryNotFoundError(file_name)
+            raise huggingface_hub.errors.EntryNotFoundError(file_name)
         state.headers += 1
         return SimpleNamespace(
             tensors={name: SimpleNamespace(shape=list(shape)) for name, shape in glide_shapes(CONFIG).items()}
@@ -206,3 +221,279 @@ def test_cache_is_enough_without_a_network(tmp_path, monkeypatch, file_name):
     (repository / "refs" / "main").write_text("0123abcd")
     assert inspect_draft("someone/draft").architecture == "LlamaGlideDecoderLayer"
     assert inspect_draft("someone/other") is None
+
+
+# Where nothing is seen, the reason is said: through the hub's real client, from a server of our own.
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does: what is wrong is in a header, a file's commit and hash in others."""
+
+    files: dict[str, bytes] = {}
+    # Repository -> status and error code.
+    refusals = {
+        "someone/gated": (403, "GatedRepo"),
+        "someone/private": (401, "RepoNotFound"),
+        "someone/forbidden": (403, ""),
+        "someone/busy": (503, ""),
+    }
+
+    def do_GET(self):
+        owner, name, _, revision, file_name = self.path.lstrip("/").split("/")
+        status, code = self.refusals.get(f"{owner}/{name}", (404, "RepoNotFound"))
+        content = b""
+        if name == "draft":
+            status, code, content = 200, "", self.files.get(file_name, b"")
+            if revision not in ("main", COMMIT):
+                status, code = 404, "RevisionNotFound"
+            elif file_name not in self.files:
+                status, code = 404, "EntryNotFound"
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{file_name}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Lets the hub's client ask a server of our own, whose files can be set, with an empty local cache."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    constants = huggingface_hub.constants
+    path = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + path)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Hub, "files", {})
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    # The client asks several times, and waits in between.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    huggingface_hub.close_session()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    huggingface_hub.close_session()
+
+
+def reason(error, model):
+    said = str(error.value)
+    assert "\n" not in said
+    assert said.startswith(f"{model} ")
+    return said.removeprefix(f"{model} ")
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin"])
+def test_hub_is_asked(server, tmp_path, file_name):
+    Hub.files.update(files_of(write(tmp_path / "hub", glide_weights(), file_name=file_name, architectures=None)))
+    for revision in (None, "main", COMMIT):
+        assert read_draft("someone/draft", revision).shapes == glide_shapes(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "said"),
+    [
+        ("someone/mispelt", None, "is neither a local folder nor a repository that the Hugging Face hub shows"),
+        ("someone/private", None, "check the name, and for a private repository give your token in HF_TOKEN"),
+        ("someone/gated", None, "is a gated repository: ask for access on its page of the Hugging Face hub"),
+        ("someone/draft", "v2", "has no revision 'v2': give one of its branches, tags or commits"),
+        ("someone/forbidden", None, "cannot be read with this user's access to the Hugging Face hub (status 403)"),
+        ("someone/busy", None, "could not be read from the Hugging Face hub, which answered with status 503"),
+        ("not a/name", None, "is neither a local folder nor a possible name of a repository"),
+    ],
+)
+def test_hub_that_does_not_give_the_draft(server, model, revision, said):
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft(model, revision, expected=True)
+    assert said in reason(error, model)
+    assert inspect_draft(model, revision) is None
+
+
+def test_repository_that_is_no_draft(server):
+    with pytest.raises(NoGlideDraftError) as error:
+        read_draft("someone/draft", expected=True)
+    assert reason(error, "someone/draft") == "is not one, it has no config.json"
+
+
+def test_hub_that_is_not_there(server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft("someone/draft", "v2", expected=True)
+    said = reason(error, "someone/draft")
+    assert said.startswith(
+        "is not in the cache of the Hugging Face hub at revision v2, and the hub could not be asked ("
+    )
+    assert said.endswith("check the network and HF_ENDPOINT, or give a local folder")
+
+
+def test_hub_that_is_not_asked(server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft("someone/draft", expected=True)
+    assert "the hub is not asked (HF_HUB_OFFLINE): download it first, or unset" in reason(error, "someone/draft")
+
+
+def test_hub_that_goes_away_before_the_weights_are_seen(server, tmp_path):
+    """Whether it is a GLIDE draft only its parameters say, and they are not in the cache."""
+    Hub.files.update(files_of(write(tmp_path / "hub", glide_weights(), architectures=["LlamaForCausalLM"])))
+    huggingface_hub.hf_hub_download("someone/draft", "config.json")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft("someone/draft", expected=True)
+    assert "the hub could not be asked" in reason(error, "someone/draft")
+
+
+def test_hub_that_does_not_answer_is_asked_once(server, monkeypatch):
+    """The client waits for it half a minute each time."""
+    asked = []
+
+    def busy(self):
+        asked.append(self.path)
+        self.send_error(503)
+
+    monkeypatch.setattr(Hub, "do_HEAD", busy)
+    monkeypatch.setattr(Hub, "do_GET", busy)
+    with pytest.raises(UnseenDraftError):
+        read_draft("someone/draft", expected=True)
+    assert len(set(asked)) == 1
+
+
+def test_hub_with_a_damaged_header(server, tmp_path):
+    files = files_of(write(tmp_path / "hub", glide_weights(), architectures=None))
+    Hub.files.update(files | {"model.safetensors": (10**12).to_bytes(8, "little") + b"{}"})
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft("someone/draft", expected=True)
+    assert "has a model.safetensors that is damaged" in reason(error, "someone/draft")
+
+
+def test_bin_file_of_a_draft_that_is_asked_for_is_looked_at(server, tmp_path):
+    """An ordinary architecture says nothing against it then."""
+    folder = write(tmp_path / "hub", glide_weights(), file_name="pytorch_model.bin", architectures=["LlamaForCausalLM"])
+    Hub.files.update(files_of(folder))
+    assert inspect_draft("someone/draft") is None
+    assert read_draft("someone/draft", expected=True).shapes == glide_shapes(CONFIG)
+
+
+def test_full_cache_is_named(server, tmp_path, monkeypatch):
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_space)
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft("someone/draft", expected=True)
+    assert "cannot be put into the cache of the Hugging Face hub" in reason(error, "someone/draft")
+
+
+def test_file_beside_the_weights_that_cannot_be_looked_for_is_named(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint.logger, "propagate", True)
+    caplog.set_level(logging.WARNING, logger=checkpoint.logger.name)
+    Hub.files.update(files_of(write(tmp_path / "hub", glide_weights())))
+
+    def said():
+        return [record.getMessage() for record in caplog.records if record.name == checkpoint.logger.name]
+
+    assert find_file("someone/draft", "frequent_tokens.json") is None
+    assert not said()
+    server.shutdown()
+    server.server_close()
+    assert find_file("someone/draft", "other.json") is None
+    (line,) = said()
+    assert line.startswith("other.json of draft someone/draft is not used: the draft is not in the cache")
+    # Offline the cache is all there is.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_file("someone/draft", "other.json") is None
+    assert len(said()) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("s3://bucket/draft", "is in object storage, where no GLIDE draft is looked for: copy it to a local folder"),
+        ("GS://bucket/draft", "is in object storage, where no GLIDE draft is looked for: copy it to a local folder"),
+        ("az://bucket", "is in object storage, where no GLIDE draft is looked for: copy it to a local folder"),
+        ("https://huggingface.co/someone/draft", "is an address, where no GLIDE draft is looked for"),
+        ("/no/such/draft", "is neither a local folder nor the name of a repository: check it"),
+        ("draft", "is neither a local folder nor the name of a repository: check it"),
+        (__file__, "is a file: give the folder that it lies in"),
+    ],
+)
+def test_place_where_no_draft_is_looked_for(model, said):
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft(model, expected=True)
+    assert said in reason(error, model)
+
+
+def test_modelscope_is_not_searched(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft("someone/draft", expected=True)
+    assert "no GLIDE draft is looked for on ModelScope" in reason(error, "someone/draft")
+
+
+@pytest.mark.parametrize("revision", [2, 1.0, ["main"]])
+def test_revision_that_is_no_string(revision):
+    """vLLM reads `--speculative-config.revision 2` as a number."""
+    with pytest.raises(NoGlideDraftError, match="revision must be a string, got"):
+        read_draft("someone/draft", revision)
+
+
+def test_local_folder_that_is_no_draft(tmp_path):
+    for break_it, said in (
+        (lambda: None, "is not one, it has no config.json"),
+        (lambda: (tmp_path / "config.json").write_text("{"), "is not known to be one, its config.json is not JSON"),
+        (lambda: write(tmp_path, {"a": torch.zeros(1)}, architectures=None), "is not one"),
+        (
+            lambda: (tmp_path / "model.safetensors").write_text("not a header"),
+            "is not known to be one, its model.safetensors is damaged",
+        ),
+    ):
+        break_it()
+        with pytest.raises(NoGlideDraftError) as error:
+            read_draft(str(tmp_path), expected=True)
+        assert reason(error, tmp_path).startswith(said)
+        assert not isinstance(error.value, UnseenDraftError)
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Permissions mean nothing to the user that runs tests in a container."""
+    folder, weights = write(tmp_path, glide_weights()), str(tmp_path / "model.safetensors")
+    may_read = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != weights and may_read(path, mode))
+    with pytest.raises(ValueError, match=r"but its model\.safetensors may not be read: change its permissions"):
+        read_draft(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != folder and may_read(path, mode))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(UnseenDraftError) as error:
+        read_draft(folder, expected=True)
+    assert reason(error, folder) == "is a folder that may not be read: change its permissions"
+
+
+def test_files_of_a_trainer_are_no_weights(tmp_path):
+    write(tmp_path, glide_weights(), file_name="pytorch_model.bin", architectures=None)
+    for name in ("training_args.bin", "optimizer.pt"):
+        (tmp_path / name).write_bytes(b"no weights")
+    assert read_draft(str(tmp_path)).shapes == glide_shapes(CONFIG)

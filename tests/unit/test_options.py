@@ -18,6 +18,12 @@ def test_tree_shape(options):
     assert parse_tree_shape(options, VOCAB_SIZE) == TreeShape((2, 4, 4))
 
 
+@pytest.mark.parametrize("options", [{"tree_shape": ["2", "4", "4"]}, {"tree_shape": (2, " 4", "04")}])
+def test_integers_may_be_written_as_strings(options):
+    assert parse_tree_shape(options, VOCAB_SIZE) == TreeShape((2, 4, 4))
+    assert parse_tree_shape({"gamma": "3"}, VOCAB_SIZE) == TreeShape((1, 1, 1))
+
+
 def test_gamma_is_a_chain():
     assert parse_tree_shape({"gamma": 3}, VOCAB_SIZE) == parse_tree_shape({"tree_shape": [1, 1, 1]}, VOCAB_SIZE)
 
@@ -36,7 +42,16 @@ def test_widest_shapes():
         ({"tree_shape": [4, -1]}, VOCAB_SIZE, ["tree_shape", "got -1"]),
         ({"tree_shape": [4, 16.0]}, VOCAB_SIZE, ["tree_shape", "got 16.0"]),
         ({"tree_shape": [True, 4]}, VOCAB_SIZE, ["tree_shape", "got True"]),
-        ({"tree_shape": ["4", 16]}, VOCAB_SIZE, ["tree_shape", "got '4'"]),
+        ({"tree_shape": ["four", 16]}, VOCAB_SIZE, ["tree_shape", "got 'four' in ['four', 16]"]),
+        ({"tree_shape": ["2", ""]}, VOCAB_SIZE, ["tree_shape", "got ''"]),
+        ({"tree_shape": ["2", "0"]}, VOCAB_SIZE, ["tree_shape", "got 0 in ['2', '0']"]),
+        ({"tree_shape": ["2", "-4"]}, VOCAB_SIZE, ["tree_shape", "got '-4'"]),
+        ({"tree_shape": ["2.0"]}, VOCAB_SIZE, ["tree_shape", "got '2.0'"]),
+        ({"tree_shape": ["1_0"]}, VOCAB_SIZE, ["tree_shape", "got '1_0'"]),
+        ({"tree_shape": ["٤"]}, VOCAB_SIZE, ["tree_shape", "got '٤'"]),
+        ({"tree_shape": ["9" * 30]}, VOCAB_SIZE, ["tree_shape", "at most 255"]),
+        ({"tree_shape": ["9" * 5000]}, VOCAB_SIZE, ["tree_shape must hold positive integers only"]),
+        ({"tree_shape": "2,4"}, VOCAB_SIZE, ["tree_shape must be a list", "got '2,4'"]),
         ({"tree_shape": [None]}, VOCAB_SIZE, ["tree_shape", "got None"]),
         ({"tree_shape": 4}, VOCAB_SIZE, ["tree_shape must be a list", "got 4", "for example"]),
         ({"tree_shape": "4 16"}, VOCAB_SIZE, ["tree_shape must be a list", "got '4 16'"]),
@@ -49,7 +64,8 @@ def test_widest_shapes():
         ({"gamma": -2}, VOCAB_SIZE, ["gamma", "got -2"]),
         ({"gamma": 2.0}, VOCAB_SIZE, ["gamma", "got 2.0"]),
         ({"gamma": True}, VOCAB_SIZE, ["gamma", "got True"]),
-        ({"gamma": "5"}, VOCAB_SIZE, ["gamma", "got '5'"]),
+        ({"gamma": "five"}, VOCAB_SIZE, ["gamma", "got 'five'"]),
+        ({"gamma": ["5"]}, VOCAB_SIZE, ["gamma", "got ['5']"]),
         ({"gamma": 256}, VOCAB_SIZE, ["gamma is 256", "at most 255"]),
         ({"gamma": 4, "tree_shape": [1, 1]}, VOCAB_SIZE, ["tree_shape and gamma are mutually exclusive"]),
     ],
@@ -63,12 +79,12 @@ def test_wrong_shapes_are_refused_in_one_line(options, vocab_size, said):
         assert part in message
 
 
-@pytest.mark.parametrize(("given", "verified"), [(None, 10), (1, 1), (10, 10), (11, 10)])
+@pytest.mark.parametrize(("given", "verified"), [(None, 10), (1, 1), (10, 10), (11, 10), ("8", 8)])
 def test_verified_nodes(given, verified):
     assert count_verified_nodes(given, TreeShape((2, 4, 4))) == verified
 
 
-@pytest.mark.parametrize("given", [0, -1, 2.0, True, "8"])
+@pytest.mark.parametrize("given", [0, -1, 2.0, True, "eight", "8.0", "0", ["8"]])
 def test_wrong_number_of_verified_nodes_is_refused(given):
     with pytest.raises(ValueError, match=r"num_speculative_tokens must be a positive integer.*all 10 nodes"):
         count_verified_nodes(given, TreeShape((2, 4, 4)))

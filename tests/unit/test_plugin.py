@@ -116,13 +116,13 @@ def test_compiled_top_k_and_top_p_are_left_alone(monkeypatch):
     assert topk_topp_sampler.HAS_TRITON
 
 
-def run(code):
+def run(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200", **environment},
     )
 
 
@@ -170,6 +170,43 @@ def test_processes_that_vllm_starts_say_nothing(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger=versions.logger.name):
         versions.warn_unsupported.__wrapped__()
     assert len(caplog.records) == 1
+
+
+ENGINE = """if True:
+    import sys
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    options = ["--model", {target!r}, "--skip-tokenizer-init", "--speculative-model", {draft!r}]
+    args = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(options)
+    try:
+        AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    except ValueError as error:
+        sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("plugins", "said"),
+    [
+        ("longspec_interpreter,longspec", None),
+        ("longspec_interpreter", "leaves the plugin longspec out: set VLLM_PLUGINS=longspec_interpreter,longspec"),
+        ("longspec", "leaves the plugin longspec_interpreter out: set VLLM_PLUGINS=longspec,longspec_interpreter"),
+    ],
+)
+def test_plugin_that_is_left_out_is_named(tmp_path, plugins, said):
+    if not interpreting():
+        pytest.skip("a machine with a GPU needs no interpreter")
+    target = write_target(tmp_path / "target", "llama")
+    draft = write_draft(tmp_path / "draft", target)
+    child = run(ENGINE.format(target=str(target), draft=str(draft)), VLLM_PLUGINS=plugins)
+    lines = [line for line in child.stderr.splitlines() if "leaves the plugin" in line]
+    if said is None:
+        assert (child.returncode, lines) == (0, []), child.stderr
+        return
+    assert child.returncode != 0
+    assert len(lines) == 1
+    assert f"VLLM_PLUGINS={plugins!r} {said}" in lines[0]
 
 
 def test_help_shows_the_options():

@@ -20,6 +20,9 @@ def target(**settings):
     text_config = SimpleNamespace(**{"model_type": "llama", **settings.pop("hf_text_config", {})})
     served = {
         "model": "TARGET",
+        "model_impl": "auto",
+        "architectures": ["LlamaForCausalLM"],
+        "using_transformers_backend": lambda: False,
         "hf_text_config": text_config,
         "runner_type": "generate",
         "is_multimodal_model": False,
@@ -46,6 +49,7 @@ def target(**settings):
     [
         {},
         {"hf_text_config": {"model_type": "qwen2"}},
+        {"model_impl": "vllm"},
         # a window that no layer has, and layers that have none (any more)
         {"get_sliding_window": lambda: 64, "hf_text_config": {"layer_types": ["full_attention"]}},
         {"hf_text_config": {"layer_types": ["sliding_attention"]}},
@@ -77,6 +81,13 @@ def test_supported_target(settings):
         ({"uses_alibi": True}, "ALiBi"),
         ({"uses_mrope": True}, "multi-dimensional RoPE"),
         ({"hf_text_config": {"model_type": "mistral"}}, "a target of the mistral family"),
+        ({"model_impl": "transformers"}, "model_impl='transformers'"),
+        ({"model_impl": "terratorch"}, "model_impl='terratorch'"),
+        # what vLLM does with an architecture that it does not know
+        (
+            {"using_transformers_backend": lambda: True, "architectures": ["TheirsForCausalLM"]},
+            "the architecture TheirsForCausalLM, which vLLM runs with the Transformers backend",
+        ),
         ({"get_head_size": lambda: 16}, "head size 16"),
         ({"get_head_size": lambda: 512}, "head size 512"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
@@ -261,26 +272,59 @@ class Platform:
         return self.device_name == "cuda"
 
 
+WITHOUT_TRITON = {"is_installed": False, "has_triton": False}
+BOTH = "longspec,longspec_interpreter"
+
+
 @pytest.mark.parametrize(
-    ("platform", "interpret", "has_triton", "said"),
+    ("platform", "settings", "said"),
     [
-        ("cpu", "1", True, None),
-        ("cuda", None, True, None),
-        ("cpu", None, False, "install triton and set TRITON_INTERPRET=1"),
-        ("cpu", None, True, "install triton and set TRITON_INTERPRET=1"),
-        ("cpu", "0", False, "install triton and set TRITON_INTERPRET=1"),
-        ("cpu", "1", False, "install triton"),
-        ("cuda", None, False, "install triton"),
-        ("rocm", None, True, "not on rocm"),
-        ("xpu", None, True, "not on xpu"),
+        ("cpu", {"TRITON_INTERPRET": "1"}, None),
+        ("cpu", {"TRITON_INTERPRET": "1", "VLLM_PLUGINS": BOTH}, None),
+        ("cuda", {}, None),
+        # On a GPU nobody needs the interpreter.
+        ("cuda", {"VLLM_PLUGINS": "longspec"}, None),
+        ("cpu", WITHOUT_TRITON, "install triton and set TRITON_INTERPRET=1"),
+        ("cpu", {}, "its interpreter: set TRITON_INTERPRET=1"),
+        ("cpu", {"TRITON_INTERPRET": "0", "has_triton": False}, "its interpreter: set TRITON_INTERPRET=1"),
+        ("cpu", {"TRITON_INTERPRET": "1", **WITHOUT_TRITON}, "install triton (pip install triton)"),
+        (
+            "cpu",
+            {"TRITON_INTERPRET": "1", "has_triton": False, "VLLM_PLUGINS": "longspec"},
+            f"VLLM_PLUGINS='longspec' leaves the plugin longspec_interpreter out: set VLLM_PLUGINS={BOTH}",
+        ),
+        (
+            # vLLM takes the space for part of the name.
+            "cpu",
+            {"TRITON_INTERPRET": "1", "has_triton": False, "VLLM_PLUGINS": "longspec, longspec_interpreter,theirs"},
+            f"leaves the plugin longspec_interpreter out: set VLLM_PLUGINS={BOTH},theirs",
+        ),
+        (
+            "cpu",
+            {"TRITON_INTERPRET": "1", "has_triton": False, "VLLM_TARGET_DEVICE": "cpu"},
+            "VLLM_TARGET_DEVICE=cpu keeps it from asking plugins for a platform, unset it",
+        ),
+        (
+            "cpu",
+            {"TRITON_INTERPRET": "1", "has_triton": False},
+            "its plugin longspec_interpreter was not loaded in time",
+        ),
+        ("cuda", WITHOUT_TRITON, "install triton (pip install triton)"),
+        ("cuda", {"has_triton": False}, "install triton again"),
+        ("rocm", {}, "not on rocm"),
+        ("xpu", {}, "not on xpu"),
     ],
 )
-def test_platform(monkeypatch, platform, interpret, has_triton, said):
+def test_platform(monkeypatch, platform, settings, said):
+    environment = {"is_installed": True, "has_triton": True, **settings}
+    is_installed, has_triton = environment.pop("is_installed"), environment.pop("has_triton")
     monkeypatch.setattr(vllm.platforms, "_current_platform", Platform(platform))
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", has_triton)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if interpret is not None:
-        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(support, "find_spec", lambda name: name if is_installed else None)
+    for name in ("TRITON_INTERPRET", "VLLM_PLUGINS", "VLLM_TARGET_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     if said is None:
         support.check_platform()
         return

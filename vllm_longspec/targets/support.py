@@ -8,6 +8,7 @@ vLLM works out for itself once the engine's configuration is complete, sampling 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vllm_longspec.proposers.glide.checkpoint import FAMILIES
@@ -179,6 +180,16 @@ def check_target(target: "ModelConfig") -> None:
             (target.uses_alibi, "a target with ALiBi", without),
             (target.uses_mrope, "a target with multi-dimensional RoPE", without),
             (
+                target.model_impl not in ("auto", "vllm"),
+                f"model_impl={target.model_impl!r}",
+                "serve with --model-impl auto or vllm: a draft shares the modules of vLLM's own implementation",
+            ),
+            (
+                target.using_transformers_backend(),
+                f"the architecture {', '.join(target.architectures)}, which vLLM runs with the Transformers backend",
+                without,
+            ),
+            (
                 config.model_type not in FAMILIES,
                 f"a target of the {config.model_type} family",
                 f"the families supported are {', '.join(FAMILIES)}; {without}",
@@ -207,25 +218,38 @@ def check_platform() -> None:
     Raises:
         ValueError: in one line, with the way to get a Triton that can.
     """
+    from vllm import envs
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
-    from vllm_longspec.interpreter import interpreting
+    from vllm_longspec.interpreter import INTERPRETER_PLUGIN, interpreting, left_out
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         raise ValueError(
             f"A GLIDE draft runs on NVIDIA GPUs and on CPUs, not on {current_platform.device_name}: "
             "serve without --speculative-model"
         )
+    is_installed = find_spec("triton") is not None
     if current_platform.is_cpu() and not interpreting():
+        install = "" if is_installed else "install triton and "
         raise ValueError(
-            "A GLIDE draft needs Triton, on a CPU its interpreter: install triton and set TRITON_INTERPRET=1 "
-            "before vLLM starts"
+            f"A GLIDE draft needs Triton, on a CPU its interpreter: {install}set TRITON_INTERPRET=1 before vLLM starts"
         )
-    if not HAS_TRITON:
-        raise ValueError(
-            "A GLIDE draft needs Triton and vLLM found none that works: install triton (pip install triton)"
+    if HAS_TRITON:
+        return
+    if not is_installed:
+        reason = "install triton (pip install triton)"
+    elif current_platform.is_cpu():
+        # vLLM turns Triton off on a CPU unless the plugin is there before it looks.
+        reason = left_out(INTERPRETER_PLUGIN) or (
+            "VLLM_TARGET_DEVICE=cpu keeps it from asking plugins for a platform, unset it"
+            if envs.VLLM_TARGET_DEVICE == "cpu"
+            else f"its plugin {INTERPRETER_PLUGIN} was not loaded in time, install vllm-longspec with pip and set "
+            "TRITON_INTERPRET=1 before vLLM is imported"
         )
+    else:
+        reason = "install triton again (pip install --force-reinstall triton), or see in vLLM's log why it is off"
+    raise ValueError(f"A GLIDE draft needs Triton and vLLM found none that works: {reason}")
 
 
 def check_engine(vllm_config: "VllmConfig") -> None:

@@ -6,6 +6,7 @@ A name of a repository or a folder says nothing. Everything here works from a lo
 somebody else's code will load.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -16,6 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import errors as hub_errors
+from vllm import envs
+from vllm.logger import init_logger
+
+# vLLM shows what loggers below its own say.
+logger = init_logger(f"vllm.{__name__}")
 
 # The families of GLIDE drafts: `model_type` of the draft's config.json and the architecture it is served as.
 # All of them are served by vllm_longspec.proposers.glide.model.GlideForCausalLM.
@@ -43,8 +50,24 @@ _MARKERS = ("self_attn.q_proj.weight", "cross_attn.q_proj.weight")
 
 _NAMES_SHOWN = 3
 
+# From where vLLM pulls models; a draft's parameters cannot be seen there without downloading them.
+_OBJECT_STORAGE = ("s3://", "gs://", "az://")
+
+_CACHE_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 # Parameter name -> shape; None where only the name is known.
 Shapes = Mapping[str, tuple[int, ...] | None]
+
+
+class NoGlideDraftError(Exception):
+    """A model that is not a GLIDE draft, or cannot be seen to be one, with the reason and the way out in one line.
+
+    Other kinds of draft are vLLM's business, so this is no error unless the user asks for a GLIDE draft.
+    """
+
+
+class UnseenDraftError(NoGlideDraftError):
+    """A model of which nothing can be seen from here, or not enough."""
 
 
 class _UnreadableError(Exception):
@@ -72,9 +95,29 @@ def inspect_draft(model: str, revision: str | None = None) -> DraftCheckpoint | 
         revision: Branch, tag or commit of the repository.
 
     Raises:
+        ValueError: as `read_draft`.
+    """
+    try:
+        return read_draft(model, revision)
+    except NoGlideDraftError:
+        return None
+
+
+def read_draft(model: str, revision: str | None = None, *, expected: bool = False) -> DraftCheckpoint:
+    """Looks at a draft that may be a GLIDE checkpoint.
+
+    Args:
+        model: A local folder or a repository of the Hugging Face hub.
+        revision: Branch, tag or commit of the repository.
+        expected: Whether the user says that it is one, so that its weights may be downloaded to see it.
+
+    Raises:
+        NoGlideDraftError: for another kind of draft, and for a place where nothing can be seen.
         ValueError: in one line, for a GLIDE draft of an unknown family, with missing or unexpected parameters, or with
             files that cannot be read or must not be (pickled code, an index that points elsewhere).
     """
+    if revision is not None and not isinstance(revision, str):
+        raise NoGlideDraftError(f"revision must be a string, got {revision!r}: give it in quotes")
     repository = _Repository(model, revision)
     try:
         config = repository.read_json("config.json")
@@ -82,26 +125,30 @@ def inspect_draft(model: str, revision: str | None = None) -> DraftCheckpoint | 
         # Whose draft this is, only the parameters can tell now.
         if _prefix(repository.readable_shapes()) is not None:
             raise ValueError(f"draft {model} is a GLIDE draft, but {error}") from None
-        return None
+        raise NoGlideDraftError(f"{model} is not known to be one, {error}") from None
     if config is None:
         if _prefix(repository.readable_shapes()) is not None:
             raise ValueError(
                 f"draft {model} has the parameters of a GLIDE draft, but no config.json: copy its target's there"
             )
-        return None
+        if repository.obstacle is not None:
+            raise UnseenDraftError(f"{model} {repository.obstacle}")
+        raise NoGlideDraftError(f"{model} is not one, it has no config.json")
     architectures = config.get("architectures")
     architectures = architectures if isinstance(architectures, list) else []
     named = any(architecture in FAMILIES.values() for architecture in architectures)
     try:
-        shapes = repository.parameter_shapes(download_weights=named or not architectures)
+        shapes = repository.parameter_shapes(download_weights=expected or named or not architectures)
     except _UnreadableError as error:
         if named:
             raise ValueError(f"draft {model} is a GLIDE draft, but {error}") from None
         # Whatever is wrong with the file, it may belong to no GLIDE draft at all.
-        return None
+        raise NoGlideDraftError(f"{model} is not known to be one, {error}") from None
     prefix = _prefix(shapes)
     if not named and prefix is None:
-        return None
+        if shapes or repository.obstacle is None:
+            raise NoGlideDraftError(f"{model} is not one")
+        raise UnseenDraftError(f"{model} {repository.obstacle}")
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -117,8 +164,26 @@ def inspect_draft(model: str, revision: str | None = None) -> DraftCheckpoint | 
 
 
 def find_file(model: str, file_name: str, revision: str | None = None) -> Path | None:
-    """A file that lies beside the weights of a checkpoint; None when it is not there."""
-    return _Repository(model, revision)._find(file_name)
+    """A file that may lie beside the weights of a checkpoint; None when it is not there."""
+    repository = _Repository(model, revision)
+    path = repository._find(file_name)
+    # Offline the cache is all there is. Elsewhere a file that is not found goes without saying, one not seen does not.
+    if path is None and repository.obstacle is not None and not huggingface_hub.constants.is_offline_mode():
+        logger.warning("%s of draft %s is not used: the draft %s.", file_name, model, repository.obstacle)
+    return path
+
+
+def weight_files(folder: str) -> list[Path]:
+    """The files of weights in a local folder, as vLLM takes them: of one format only. They may be links."""
+    from vllm.model_executor.model_loader.weight_utils import filter_files_not_needed_for_inference
+
+    for pattern in ("*.safetensors", "*.bin", "*.pt"):
+        files = sorted(str(path) for path in Path(folder).glob(pattern))
+        if pattern != "*.safetensors":
+            files = filter_files_not_needed_for_inference(files)
+        if files:
+            return [Path(file) for file in files]
+    return []
 
 
 def _prefix(names: Iterable[str]) -> str | None:
@@ -143,14 +208,23 @@ def _check_names(model: str, names: Iterable[str], prefix: str) -> None:
 
 
 class _Repository:
-    """The files of a checkpoint, wherever they are. What is not there is None, never an error."""
+    """The files of a checkpoint, wherever they are. What is not there is None, never an error.
+
+    What kept a file from being looked for is remembered in `obstacle`, in one line with the way out, to be said by
+    whoever cannot do without the file.
+    """
 
     def __init__(self, model: str, revision: str | None):
         self.model = model
         self.revision = revision
         self.is_local = os.path.isdir(model)
         # Method names and dotted paths of proposer classes are not worth a question to the hub.
-        self.is_remote = not self.is_local and model.count("/") == 1
+        self.is_remote = not self.is_local and model.count("/") == 1 and not envs.VLLM_USE_MODELSCOPE
+        self.obstacle: str | None = None
+        if self.is_local and not os.access(model, os.R_OK | os.X_OK):
+            self.obstacle = "is a folder that may not be read: change its permissions"
+        elif not self.is_local and not self.is_remote:
+            self.obstacle = _why_nowhere(model)
 
     def read_json(self, file_name: str) -> dict[str, Any] | None:
         path = self._find(file_name)
@@ -191,9 +265,7 @@ class _Repository:
                 named_by_index = _names_in_index(index, content)
                 break
         if self.is_local:
-            # The order in which vLLM looks for weights. A file may be a link, as all files of the hub's cache are.
-            files = sorted(Path(self.model).glob("*.safetensors")) or sorted(Path(self.model).glob("*.bin"))
-            return {name: shape for file in files for name, shape in _shapes_in_file(file).items()}
+            return {name: shape for file in weight_files(self.model) for name, shape in _shapes_in_file(file).items()}
         return named_by_index or self._shapes_in_remote_file(download_weights)
 
     def _shapes_in_remote_file(self, download_weights: bool) -> Shapes:
@@ -202,28 +274,39 @@ class _Repository:
         for file_name in ("model.safetensors", "pytorch_model.bin"):
             if cached := self._find_cached(file_name):
                 return _shapes_in_file(cached)
+        if self.obstacle is not None:
+            return {}
         try:
             header = huggingface_hub.HfApi().parse_safetensors_file_metadata(
                 self.model, "model.safetensors", revision=self.revision
             )
             return {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
-        except Exception:  # no such file, no network, no header
-            pass
+        except Exception as error:
+            self._remember(error)
         weights = self._find("pytorch_model.bin") if download_weights else None
         return _shapes_in_file(weights) if weights else {}
 
     def _find(self, file_name: str) -> Path | None:
         if self.is_local:
             path = Path(self.model) / file_name
-            return path if path.is_file() else None
+            # Unlike `Path.is_file` it raises nothing in a folder that may not be read.
+            return path if os.path.isfile(path) else None
         if not self.is_remote:
             return None
         if cached := self._find_cached(file_name):
             return cached
+        if self.obstacle is not None:
+            # A hub that does not answer keeps its client waiting each time.
+            return None
         try:
             return Path(huggingface_hub.hf_hub_download(self.model, file_name, revision=self.revision))
-        except Exception:  # no such file or repository, no network
+        except Exception as error:
+            self._remember(error)
             return None
+
+    def _remember(self, error: Exception) -> None:
+        # The first one: what comes after it has mostly the same reason.
+        self.obstacle = self.obstacle or _why_unreachable(self.model, self.revision, error)
 
     def _find_cached(self, file_name: str) -> Path | None:
         try:
@@ -231,6 +314,66 @@ class _Repository:
         except ValueError:  # not a name that the hub could have
             return None
         return Path(cached) if isinstance(cached, str) else None
+
+
+def _why_nowhere(model: str) -> str:
+    """Why `model` is no place that is looked at, and the way out."""
+    if "://" in model:
+        place = "in object storage" if model.lower().startswith(_OBJECT_STORAGE) else "an address"
+        return f"is {place}, where no GLIDE draft is looked for: copy it to a local folder and give that"
+    if os.path.exists(model):
+        return "is a file: give the folder that it lies in"
+    if envs.VLLM_USE_MODELSCOPE and model.count("/") == 1:
+        return (
+            "is no local folder, and no GLIDE draft is looked for on ModelScope (VLLM_USE_MODELSCOPE): download it and "
+            "give its folder"
+        )
+    return "is neither a local folder nor the name of a repository: check it, OWNER/NAME is the name of a repository"
+
+
+def _why_unreachable(model: str, revision: str | None, error: Exception) -> str | None:
+    """What kept a file of a repository from being looked for, and the way out; None if it is known not to be there."""
+    if isinstance(error, hub_errors.LocalEntryNotFoundError):
+        # Whatever has kept the client from asking the hub, when the file is not in the cache either.
+        cause = error.__cause__
+        error = cause if isinstance(cause, Exception) else hub_errors.OfflineModeIsEnabled()
+    if isinstance(error, hub_errors.EntryNotFoundError | hub_errors.NotASafetensorsRepoError):
+        return None
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    at = "" if revision is None else f" at revision {revision}"
+    if isinstance(error, hub_errors.HFValidationError):
+        return "is neither a local folder nor a possible name of a repository: check it"
+    if isinstance(error, hub_errors.GatedRepoError):
+        return (
+            "is a gated repository: ask for access on its page of the Hugging Face hub, and give your token in HF_TOKEN"
+        )
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return (
+            "is neither a local folder nor a repository that the Hugging Face hub shows to this user: check the name, "
+            "and for a private repository give your token in HF_TOKEN"
+        )
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return f"has no revision {revision!r}: give one of its branches, tags or commits"
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
+        return (
+            f"is not in the cache of the Hugging Face hub{at}, and the hub is not asked (HF_HUB_OFFLINE): download it "
+            "first, or unset HF_HUB_OFFLINE"
+        )
+    if isinstance(error, hub_errors.HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return f"cannot be read with this user's access to the Hugging Face hub (status {status}): check HF_TOKEN"
+        return f"could not be read from the Hugging Face hub, which answered with status {status}: try again later"
+    if isinstance(error, hub_errors.SafetensorsParsingError):
+        return f"has a model.safetensors that is damaged ({reason}): export it again"
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in _CACHE_IS_FULL):
+        return (
+            f"cannot be put into the cache of the Hugging Face hub ({reason}): make room there, or move it with HF_HOME"
+        )
+    return (
+        f"is not in the cache of the Hugging Face hub{at}, and the hub could not be asked ({reason}): check the "
+        "network and HF_ENDPOINT, or give a local folder"
+    )
 
 
 def _names_in_index(file_name: str, index: dict[str, Any]) -> dict[str, None]:
@@ -249,6 +392,8 @@ def _names_in_index(file_name: str, index: dict[str, Any]) -> dict[str, None]:
 def _shapes_in_file(path: Path) -> Shapes:
     if not path.is_file():
         raise _UnreadableError(f"its {path.name} is no file: download or export it again")
+    if not os.access(path, os.R_OK):
+        raise _UnreadableError(f"its {path.name} may not be read: change its permissions")
     try:
         return _safetensors_shapes(path) if path.suffix == ".safetensors" else _pickled_shapes(path)
     except pickle.UnpicklingError:
