@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_longspec.attention.registry import CPU_BACKEND
 from vllm_longspec.compatibility import unsupported_version
 from vllm_longspec.config import support
 from vllm_longspec.config.checkpoint import inspect_draft
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
     from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
@@ -59,6 +63,7 @@ def apply() -> None:
     import vllm.v1.worker.gpu.spec_decode as spec_decode
     from vllm.config import SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
@@ -78,6 +83,10 @@ def apply() -> None:
     _replace(SpecDecodingProm, "__init__", _init_prometheus_counters)
     _replace(spec_decode, "init_speculator", _init_speculator)
     _replace(inplace, "reload_weights", _reload_weights)
+    if current_platform.is_cpu():
+        from vllm.platforms.cpu import CpuPlatform
+
+        _replace(CpuPlatform, "get_attn_backend_cls", _get_attn_backend_cls)
     # The model runner imports these two by name, usually later than this.
     if model_runner := sys.modules.get("vllm.v1.worker.gpu.model_runner"):
         _replace(model_runner, "init_speculator", _init_speculator)
@@ -206,10 +215,31 @@ def _create_engine_config(
     original: Callable[..., VllmConfig], self: EngineArgs, *args: Any, **kwargs: Any
 ) -> VllmConfig:
     # A complete configuration is shown to platforms only; checked here, an error is the user's own process's.
-    vllm_config = original(self, *args, **kwargs)
+    given_backend = self.attention_backend
+    try:
+        vllm_config = original(self, *args, **kwargs)
+    finally:
+        # The draft's choice is this engine's own; the arguments may be used again, with another draft or none.
+        self.attention_backend = given_backend
     if is_glide(vllm_config):
         support.check_engine(vllm_config)
     return vllm_config
+
+
+# A CPU has one attention backend for everything but MLA, whichever is selected; other platforms take any that is
+# registered.
+
+
+def _get_attn_backend_cls(
+    original: Callable[..., str],
+    cls: type[CpuPlatform],
+    selected_backend: AttentionBackendEnum | None,
+    attn_selector_config: AttentionSelectorConfig,
+    num_heads: int | None = None,
+) -> str:
+    if selected_backend is not None and selected_backend.name == CPU_BACKEND:
+        return selected_backend.get_path()
+    return original(cls, selected_backend, attn_selector_config, num_heads)
 
 
 def _validate_spec_decode(
