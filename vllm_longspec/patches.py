@@ -92,14 +92,17 @@ def apply() -> None:
         _replace(model_runner, "init_speculator", _init_speculator)
         _replace(model_runner, "reload_weights", _reload_weights)
     if interpreting():
+        from vllm.v1.worker.gpu.metrics import logits
         from vllm.v1.worker.gpu.sample import sampler
         from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
-        from vllm_longspec.interpreted_sampling import apply_grammar_bitmask, gumbel_sample
+        from vllm_longspec.interpreted_sampling import apply_grammar_bitmask, get_num_nans, gumbel_sample
 
         _use_pytorch_top_k_top_p()
-        # The sampler calls this function by name; nothing asks it for another.
+        # The sampler calls these functions by name; nothing asks it for others.
         _replace(sampler, "gumbel_sample", gumbel_sample)
+        _replace(sampler, "get_num_nans", get_num_nans)
+        _replace(logits, "get_num_nans", get_num_nans)
         # The runner makes this worker itself, with its kernel.
         _replace(StructuredOutputsWorker, "apply_grammar_bitmask", apply_grammar_bitmask)
 
