@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
-from vllm_longspec.attention.registry import ATTENTION_BACKENDS, FLASH_BACKEND, TRITON_BACKEND, attention_backend
+from vllm_longspec.attention.registry import CPU_BACKEND, FLASH_BACKEND, TRITON_BACKEND, attention_backend
 from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
 from vllm_longspec.targets import support
 from vllm_longspec.proposers.glide.checkpoint import (
@@ -280,23 +280,32 @@ def _describe(
 
 
 def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig") -> None:
-    """Selects the tree attention backend for the target, unless the platform has only one (the CPU).
+    """Selects the tree attention backend for the target: it is what `attention_backend` says from then on.
 
     Raises:
         ValueError: when the user asks for a backend that cannot verify a tree.
     """
     from vllm.platforms import current_platform
 
-    given = engine_args.attention_backend or engine_args.attention_config.backend or "auto"
+    supported = (CPU_BACKEND,) if current_platform.is_cpu() else (FLASH_BACKEND, TRITON_BACKEND)
+    config = engine_args.attention_config
+    given = engine_args.attention_backend or config.backend or "auto"
     name = (given if isinstance(given, str) else given.name).upper()
-    # A CPU has one attention backend; workers put the tree's in its place.
-    if name not in (("AUTO", "CPU_ATTN") if current_platform.is_cpu() else ("AUTO", *ATTENTION_BACKENDS)):
+    if name not in ("AUTO", *supported):
         raise ValueError(
             f"attention backend {name} cannot verify the tree of a GLIDE draft: leave --attention-backend out"
         )
-    if current_platform.is_cpu() or engine_args.attention_config.backend is not None:
+    for kind, backend in config.backend_per_kind.items():
+        if backend.name not in supported:
+            raise ValueError(
+                f"attention backend {backend.name} for {kind} cannot verify the tree of a GLIDE draft: leave "
+                "backend_per_kind out of --attention-config"
+            )
+    if config.backend is not None:
         return
-    if name == "AUTO":
+    if name == "AUTO" and len(supported) == 1:
+        name = supported[0]
+    elif name == "AUTO":
         name = FLASH_BACKEND if _flash_attention_serves(engine_args, target) else TRITON_BACKEND
     engine_args.attention_backend = attention_backend(name)
 

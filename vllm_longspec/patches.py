@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_longspec.attention.registry import CPU_BACKEND
 from vllm_longspec.compat.versions import unsupported_version
 from vllm_longspec.configure import (
     building,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
     from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
     from vllm.v1.worker.gpu.states import RequestState
@@ -56,6 +60,7 @@ def apply() -> None:
     import vllm.v1.worker.gpu.spec_decode as spec_decode
     from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.sampling_params import SamplingParams
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
@@ -75,19 +80,26 @@ def apply() -> None:
     _replace(SpecDecodingProm, "observe", _observe_prometheus_counters)
     _replace(spec_decode, "init_speculator", _init_speculator)
     _replace(inplace, "reload_weights", _reload_weights)
+    if current_platform.is_cpu():
+        from vllm.platforms.cpu import CpuPlatform
+
+        _replace(CpuPlatform, "get_attn_backend_cls", _get_attn_backend_cls)
     # The model runner imports these two by name, usually later than this.
     if model_runner := sys.modules.get("vllm.v1.worker.gpu.model_runner"):
         _replace(model_runner, "init_speculator", _init_speculator)
         _replace(model_runner, "reload_weights", _reload_weights)
     if interpreting():
+        from vllm.v1.worker.gpu.metrics import logits
         from vllm.v1.worker.gpu.sample import sampler
         from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
-        from vllm_longspec.interpreter.sampling import apply_grammar_bitmask, gumbel_sample
+        from vllm_longspec.interpreter.sampling import apply_grammar_bitmask, get_num_nans, gumbel_sample
 
         _use_pytorch_top_k_top_p()
-        # The sampler calls this function by name; nothing asks it for another.
+        # The sampler calls these functions by name; nothing asks it for others.
         _replace(sampler, "gumbel_sample", gumbel_sample)
+        _replace(sampler, "get_num_nans", get_num_nans)
+        _replace(logits, "get_num_nans", get_num_nans)
         # The runner makes this worker itself, with its kernel.
         _replace(StructuredOutputsWorker, "apply_grammar_bitmask", apply_grammar_bitmask)
 
@@ -205,7 +217,12 @@ def _create_engine_config(
     original: Callable[..., VllmConfig], self: EngineArgs, *args: Any, **kwargs: Any
 ) -> VllmConfig:
     # A complete configuration is shown to platforms only; checked here, an error is the user's own process's.
-    vllm_config = original(self, *args, **kwargs)
+    given_backend = self.attention_backend
+    try:
+        vllm_config = original(self, *args, **kwargs)
+    finally:
+        # The draft's choice is this engine's own; the arguments may be used again, with another draft or none.
+        self.attention_backend = given_backend
     if is_glide(vllm_config):
         support.check_engine(vllm_config)
         from vllm_longspec.scheduling.scheduler import scheduler_name
@@ -213,6 +230,22 @@ def _create_engine_config(
         # Only now is it known whether scheduling is asynchronous.
         vllm_config.scheduler_config.scheduler_cls = scheduler_name(vllm_config.scheduler_config)
     return vllm_config
+
+
+# A CPU has one attention backend for everything but MLA, whichever is selected; other platforms take any that is
+# registered.
+
+
+def _get_attn_backend_cls(
+    original: Callable[..., str],
+    cls: type[CpuPlatform],
+    selected_backend: AttentionBackendEnum | None,
+    attn_selector_config: AttentionSelectorConfig,
+    num_heads: int | None = None,
+) -> str:
+    if selected_backend is not None and selected_backend.name == CPU_BACKEND:
+        return selected_backend.get_path()
+    return original(cls, selected_backend, attn_selector_config, num_heads)
 
 
 def _validate_spec_decode(

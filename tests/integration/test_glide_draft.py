@@ -24,8 +24,6 @@ from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_envir
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader import get_model
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from tests.models import write_draft, write_target
 from tests.oracles import tree as tree_oracle
@@ -84,8 +82,6 @@ def one_process(tmp_path_factory) -> Iterator[None]:
             initialize_model_parallel()
         yield
         cleanup_dist_env_and_memory()
-    AttentionBackendEnum.CPU_ATTN.clear_override()
-    _cached_get_attn_backend.cache_clear()
 
 
 @dataclass

@@ -157,3 +157,25 @@ def test_a_draft_of_nan_costs_nothing_but_acceptance(tmp_path):
     requests = batches(random_prompts(64, (1, 33, 60)), max_tokens=8)
     result = generate(target, requests, **speculative(draft, [2, 4, 4]))
     assert_lossless(generate(target, requests), result)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_nan_is_blamed_on_the_request_that_has_it(tmp_path, monkeypatch, drafts):
+    """Of three requests the second says the token whose embedding is NaN; the engine says whose logits that spoils."""
+    target = write_target(tmp_path / "target", "llama")
+    weights = load_file(target / "model.safetensors")
+    poison = 63
+    weights["model.embed_tokens.weight"][poison] = torch.nan
+    # So unlikely that nobody says or drafts it unless nothing else is allowed.
+    weights["lm_head.weight"][poison] = 0.0
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    options = speculative(write_draft(tmp_path / "draft", target), [2, 2]) if drafts else {}
+    running = {
+        name: {"prompt": prompt, "sampling": GREEDY}
+        for name, prompt in zip(("first", "second", "third"), random_prompts(poison, (5, 20, 33)), strict=True)
+    }
+    running["second"]["sampling"] = {**GREEDY, "allowed_token_ids": [poison]}
+    monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+    monkeypatch.setenv("VLLM_RAISE_ON_LOGIT_NANS", "1")
+    with pytest.raises(AssertionError, match=r"NaNs detected in logits: \{'second[^,]*': \d+\}"):
+        play([{"running": running}], model=str(target), **options)

@@ -25,7 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 import vllm_longspec.configure as draft_module
 from tests.models import glide_shapes, write_draft, write_target
 from tests.quantised_models import write_cache_scales, write_gptq
-from vllm_longspec.attention.registry import FLASH_BACKEND, attention_backend
+from vllm_longspec.attention.registry import CPU_BACKEND, FLASH_BACKEND, TRITON_BACKEND, attention_backend
 from vllm_longspec.configure import choose_attention_backend, find_glide_draft
 from vllm_longspec.options import TreeShape, frequent_tokens_of, is_glide, speculates_with_glide, tree_shape_of
 
@@ -657,6 +657,39 @@ def test_attention_backend_on_a_gpu(target, monkeypatch, dtype, flash_version, g
         choose_attention_backend(engine_args, model_config)
         assert engine_args.attention_backend.name == chosen
     assert engine_args.attention_backend is attention_backend(chosen)
+
+
+def test_attention_backend_on_a_cpu(target, draft):
+    if not vllm.platforms.current_platform.is_cpu():
+        pytest.skip("a CPU has a backend of its own")
+    member = attention_backend(CPU_BACKEND)
+    assert create(target, spec_model=draft).attention_config.backend is member
+    assert create(target, spec_model=draft, attention_backend="longspec_cpu").attention_config.backend is member
+    given = create(target, spec_model=draft, attention_config={"backend": "LONGSPEC_CPU"})
+    assert given.attention_config.backend is member
+    for backend in ("CPU_ATTN", "LONGSPEC_TRITON"):
+        attention_backend(TRITON_BACKEND)
+        with pytest.raises(ValueError, match=f"attention backend {backend} cannot verify the tree"):
+            create(target, spec_model=draft, attention_backend=backend)
+
+
+def test_attention_backend_of_one_kind_of_layer(target, draft):
+    per_kind = {"backend_per_kind": {"full_attention": "TRITON_ATTN"}}
+    with pytest.raises(ValueError, match=r"TRITON_ATTN for full_attention cannot .* leave backend_per_kind out of"):
+        create(target, spec_model=draft, attention_config=per_kind)
+
+
+def test_arguments_that_are_used_again_know_nothing_of_the_draft(target, draft):
+    options = {"model": draft, "tree_shape": [2, 2]}
+    engine_args = EngineArgs(model=target, skip_tokenizer_init=True, speculative_config=options)
+    config = engine_args.create_engine_config()
+    assert config.attention_config.backend.name.startswith("LONGSPEC_")
+    # vLLM itself fills in some that were left out.
+    plain = EngineArgs(model=target, skip_tokenizer_init=True)
+    assert plain.create_engine_config().attention_config.backend is None
+    assert vars(engine_args) == {**vars(plain), "speculative_config": {"model": draft, "tree_shape": [2, 2]}}
+    engine_args.speculative_config = None
+    assert engine_args.create_engine_config().attention_config.backend is None
 
 
 def test_sampling_parameters_are_judged_by_the_kind_of_draft(target, draft, ordinary_draft):

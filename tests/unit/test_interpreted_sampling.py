@@ -9,7 +9,7 @@ import torch
 from vllm.v1.worker.gpu.sample import gumbel
 
 from vllm_longspec.interpreter import sampling as interpreted_sampling
-from vllm_longspec.interpreter.sampling import apply_grammar_bitmask, gumbel_sample
+from vllm_longspec.interpreter.sampling import apply_grammar_bitmask, get_num_nans, gumbel_sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -79,3 +79,10 @@ def test_grammar_bitmask(vocab_size, num_drafts):
     names = [batch.req_ids[request] for request in grammar_requests]
     apply_grammar_bitmask(unexpected, worker, masked, batch, names, bitmask)
     assert torch.equal(masked.cpu(), expected)
+
+
+def test_nans_of_every_row():
+    logits = torch.tensor([[0.0, torch.nan, 1.0], [torch.inf, -torch.inf, 0.0], [torch.nan] * 3], device=DEVICE)
+    num_nans = get_num_nans(unexpected, logits)
+    assert num_nans.dtype == torch.int32
+    assert num_nans.tolist() == [1, 0, 3]

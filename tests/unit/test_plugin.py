@@ -13,7 +13,9 @@ import torch
 import vllm.v1.worker.gpu.spec_decode as spec_decode
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tests.models import write_draft, write_target
 from vllm_longspec import patches, plugin
@@ -77,6 +79,20 @@ def test_attention_backends(name):
     assert member is registry.attention_backend(name) is AttentionBackendEnum[name]
     assert member.get_path() == registry.ATTENTION_BACKENDS[name]
     assert pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is member
+
+
+def test_a_cpu_answers_with_our_backend_where_it_is_selected_and_nowhere_else():
+    if not current_platform.is_cpu():
+        pytest.skip("other platforms take any registered backend")
+    plugin.register()
+    config = AttentionSelectorConfig(head_size=32, dtype=torch.float32, kv_cache_dtype="auto", block_size=32)
+    ours = registry.attention_backend(registry.CPU_BACKEND)
+    answers = {
+        backend: current_platform.get_attn_backend_cls(backend, attn_selector_config=config)
+        for backend in (None, AttentionBackendEnum.CPU_ATTN, ours)
+    }
+    theirs = AttentionBackendEnum.CPU_ATTN.value
+    assert answers == {None: theirs, AttentionBackendEnum.CPU_ATTN: theirs, ours: ours.value}
 
 
 def test_speculators_of_other_drafts_are_vllms_business():

@@ -12,14 +12,15 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
 from vllm.v1.worker.gpu import buffer_utils
+from vllm.v1.worker.gpu.metrics import logits as logits_metrics
 from vllm.v1.worker.gpu.sample import sampler as vllm_sampler
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from tests.oracles import tree as oracle
+from vllm_longspec.interpreter.sampling import get_num_nans, gumbel_sample
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.interpreter.sampling import gumbel_sample
 from vllm_longspec.tree import sample
 from vllm_longspec.tree.sample import TreeSampler, _rows_of_emitted
 from vllm_longspec.tree.state import TreeState
@@ -37,6 +38,7 @@ def without_a_gpu(monkeypatch):
         monkeypatch.setattr(topk_topp_sampler, "HAS_TRITON", False)
         many_rows = functools.partial(gumbel_sample, vllm_sampler.gumbel_sample)
         monkeypatch.setattr(vllm_sampler, "gumbel_sample", many_rows)
+        monkeypatch.setattr(logits_metrics, "get_num_nans", functools.partial(get_num_nans, None))
 
 
 class Request:
@@ -235,6 +237,23 @@ def test_a_draft_token_that_no_grammar_allowed_is_not_accepted():
             assert tokens == all_tokens[:2]
         else:
             assert tokens == all_tokens
+
+
+def test_every_request_is_told_its_own_nans():
+    requests = mixed_requests(5)
+    greedy = SamplingParams(temperature=0.0)
+    # A chain of two nodes; its other rows hold none.
+    requests.append(Request([-1, 0, 1, -1, -1], [1, 2, 3, 0, 0], torch.zeros(5, 5), 9, greedy))
+    assert [len(request.parents) for request in requests] == [1, 2, 3, 4, 5, 5]
+    # Request, row, tokens: roots, inner nodes, the last rows, and rows that hold no node.
+    for request, row, tokens in ((1, 1, [4]), (3, 0, [0, 1]), (3, 3, [0, 1, 2, 3, 4]), (5, 2, [2]), (5, 3, [0, 1])):
+        requests[request].logits[row, tokens] = torch.nan
+    step = Step(requests, max_depth=8)
+    assert step.run().num_nans is None
+    step.sampler.compute_nans = True
+    num_nans = step.run().num_nans
+    assert num_nans is not None and num_nans.dtype == torch.int32
+    assert num_nans.tolist() == [0, 1, 0, 7, 0, 1]
 
 
 def test_a_prompt_that_goes_on_emits_nothing():

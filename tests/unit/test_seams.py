@@ -89,7 +89,6 @@ NAMES = [
     "vllm.v1.sample.ops.topk_topp_sampler.HAS_TRITON",
     "vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p_pytorch",
     "vllm.v1.attention.backend.AttentionCGSupport.NEVER",
-    "vllm.v1.attention.backends.registry.AttentionBackendEnum.CPU_ATTN",
     "vllm.v1.attention.backends.registry.AttentionBackendEnum.get_path",
     "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.vllm_flash_attn_version",
     "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.head_size",

@@ -164,8 +164,7 @@ class TreeCpuAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        # vLLM's CPU platform knows no other backend; this one takes its place when a GLIDE draft is served.
-        return "CPU_ATTN"
+        return "LONGSPEC_CPU"
 
     @staticmethod
     def get_impl_cls() -> type[TreeCpuAttentionImpl]:

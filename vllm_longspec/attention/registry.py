@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 # The name of each in `--attention-backend` and its class.
-FLASH_BACKEND, TRITON_BACKEND = "LONGSPEC_FLASH", "LONGSPEC_TRITON"
+FLASH_BACKEND, TRITON_BACKEND, CPU_BACKEND = "LONGSPEC_FLASH", "LONGSPEC_TRITON", "LONGSPEC_CPU"
 ATTENTION_BACKENDS = {
     FLASH_BACKEND: "vllm_longspec.attention.flash.TreeFlashAttentionBackend",
     TRITON_BACKEND: "vllm_longspec.attention.triton.TreeTritonAttentionBackend",
+    CPU_BACKEND: "vllm_longspec.attention.cpu.TreeCpuAttentionBackend",
 }
-CPU_BACKEND = "vllm_longspec.attention.cpu.TreeCpuAttentionBackend"
 
 
 def attention_backend(name: str) -> "AttentionBackendEnum":
@@ -27,15 +27,3 @@ def attention_backend(name: str) -> "AttentionBackendEnum":
         # A spawned process unpickles vLLM's configuration before it loads plugins, when its enum has no such member.
         member.__reduce_ex__ = lambda protocol: (attention_backend, (name,))  # type: ignore[assignment]
     return AttentionBackendEnum[name]
-
-
-def replace_cpu_backend() -> None:
-    """Puts the tree backend in the place of vLLM's CPU backend, in this process.
-
-    The CPU platform answers CPU_ATTN whatever it is asked for, so a name of our own would never be chosen.
-    """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    from vllm.v1.attention.selector import _cached_get_attn_backend
-
-    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
-    _cached_get_attn_backend.cache_clear()

@@ -7,6 +7,8 @@ of a step. The draws are the same, bit for bit, because vLLM's own functions mak
 
 **Grammar bitmasks** in PyTorch. vLLM's kernel combines a condition of a whole program with conditions of its elements
 into the mask of a store. The interpreter makes integers of that, and then takes no mask but booleans.
+
+**NaN counts** in PyTorch. vLLM's kernel calls a function of the device's library, which the interpreter does not have.
 """
 
 from collections.abc import Callable
@@ -131,3 +133,11 @@ def apply_grammar_bitmask(
     bits = (words[:, :, None] >> torch.arange(32, device=logits.device)) & 1
     is_forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
     logits[rows] = logits[rows].masked_fill(is_forbidden, float("-inf"))
+
+
+def get_num_nans(
+    original: Callable[..., torch.Tensor],
+    logits: torch.Tensor,  # [num_rows, vocab_size]
+) -> torch.Tensor:  # int32 [num_rows]
+    """NaNs in every row."""
+    return logits.isnan().sum(dim=-1, dtype=torch.int32)

@@ -15,7 +15,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.utils import get_draft_load_config
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -28,7 +27,6 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec.attention.cache_scales import cache_scales, quantise_query
-from vllm_longspec.attention.registry import replace_cpu_backend
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.options import adapts_nodes, frequent_tokens_of, tree_shape_of
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
@@ -53,9 +51,6 @@ class GlideSpeculator(DraftModelSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState):
         super().__init__(vllm_config, device)
-        if current_platform.is_cpu():
-            # The runner builds its speculator before the target, so this comes before the target's first layer.
-            replace_cpu_backend()
         shape = tree_shape_of(vllm_config)
         assert shape is not None
         self.shape = shape

@@ -8,11 +8,12 @@ position, so the tokens are also the very ones that plain decoding emits with th
 """
 
 import torch
+from torch import nn
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.triton_utils import tl, triton
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
-from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.metrics import logits as logits_metrics
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -51,7 +52,8 @@ class TreeSampler:
         draft_logits: torch.Tensor | None = None,
         invalid_drafts: torch.Tensor | None = None,
     ) -> SamplerOutput:
-        num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
+        # As in vLLM: before penalties and temperature are applied.
+        num_nans = self._count_nans(logits, input_batch) if self.sampler.compute_nans else None
         num_reqs = input_batch.num_reqs
         # What the walk compares. A draft token that vLLM's scheduler did not check against the request's grammar must
         # not be accepted; everything but the walk still sees it.
@@ -91,6 +93,22 @@ class TreeSampler:
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
+
+    def _count_nans(
+        self,
+        logits: torch.Tensor,  # [num_logits, vocab_size]
+        input_batch: InputBatch,
+    ) -> torch.Tensor:  # int32 [num_reqs]
+        """NaNs in the logits of each request, at the root and at every node.
+
+        Rows that hold no node are run like all others, but what comes out of them is no request's.
+        """
+        row = input_batch.expanded_local_pos
+        holds_node = self.tree.parent_rows[input_batch.expanded_idx_mapping, row] >= 0
+        row_nans = logits_metrics.get_num_nans(logits).masked_fill(~holds_node & (row > 0), 0)
+        # vLLM takes the i-th count for that of the i-th request.
+        nans_before = nn.functional.pad(row_nans.cumsum(0), (1, 0))
+        return nans_before[input_batch.cu_num_logits].diff().to(torch.int32)
 
     def _sample_requests(
         self,
