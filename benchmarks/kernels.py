@@ -246,6 +246,7 @@ def sample() -> Iterator[Row]:
     from vllm.v1.worker.gpu.sample.sampler import Sampler
     from vllm.v1.worker.gpu.states import RequestState
 
+    from vllm_longspec.tree.batch import TreeBatch
     from vllm_longspec.tree.sample import TreeSampler
     from vllm_longspec.tree.state import TreeState
 
@@ -258,7 +259,8 @@ def sample() -> Iterator[Row]:
     for num_rows in (25, DEFAULT_ROWS):
         for num_reqs in (1, 4):
             state = RequestState(num_reqs, 32768, 4096, num_rows - 1, vocab_size, DEVICE)
-            trees = TreeState.allocate(num_reqs, num_rows - 1, MAX_DEPTH, DEVICE)
+            trees = TreeState.allocate(num_reqs, num_rows - 1, DEVICE)
+            tree_batch = TreeBatch.allocate(trees, MAX_DEPTH)
             trees.parent_rows[:, 1:] = torch.arange(num_rows - 1, device=DEVICE, dtype=torch.int32) // 4
             batch: Any = sampled_batch(num_reqs, num_rows, vocab_size)
             logits = torch.randn(num_reqs * num_rows, vocab_size, device=DEVICE, dtype=DTYPE)
@@ -267,7 +269,7 @@ def sample() -> Iterator[Row]:
                 for slot in range(num_reqs):
                     sampler.add_request(slot, params)
                 sampler.apply_staged_writes()
-                took = measure_without_graph(partial(TreeSampler(sampler, trees, MAX_DEPTH), logits, batch))
+                took = measure_without_graph(partial(TreeSampler(sampler, trees, tree_batch, MAX_DEPTH), logits, batch))
                 yield {"batch": num_reqs, "rows": num_rows, "sampling": name, "sampler and walk": took}
 
 

@@ -37,7 +37,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 from vllm_longspec.attention.cache_scales import CacheScales
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.tree import tree_attention
-from vllm_longspec.options import TreeShape
 from vllm_longspec.proposers.glide.best_children import best_children
 from vllm_longspec.proposers.glide.fp8_inputs import activate
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
@@ -47,6 +46,7 @@ from vllm_longspec.runner.roots import read_roots
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.sample import _rows_of_emitted
+from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.state import TreeState, lay_out_trees
 from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
 from vllm_longspec.tree.walk import walk_tree

@@ -94,6 +94,21 @@ def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
     return min(num_speculative_tokens, shape.num_nodes)
 
 
+def read_flag(options: Mapping[str, Any], name: str, old_name: str) -> tuple[str, bool | None]:
+    """An option that is true or false, under either of its names: the name that the user took, and the value or None.
+
+    Raises:
+        ValueError: in one line, for another value, or both names at once.
+    """
+    if options.get(name) is not None and options.get(old_name) is not None:
+        raise ValueError(f"{name} and {old_name} are the same option: leave one of the two out")
+    taken = old_name if options.get(old_name) is not None else name
+    value = options.get(taken)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{taken} must be true or false, got {value!r}")
+    return taken, value
+
+
 def _read_int(value: Any) -> Any:
     """An integer that is written as a string, as vLLM's `--option.name+ 2,4` gives every entry of a list."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdecimal():

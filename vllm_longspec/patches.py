@@ -12,24 +12,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.attention.registry import CPU_BACKEND
+from vllm_longspec.attention.registry import CPU_BACKEND, choose_attention_backend
 from vllm_longspec.compat.versions import unsupported_version
-from vllm_longspec.configure import (
-    building,
-    check_other_draft,
-    choose_attention_backend,
-    find_glide_draft,
-    given_config,
-    glide_hf_overrides,
-)
+from vllm_longspec.configure import building, configure, draft_hf_overrides, given_config
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.options import (
-    DEFAULT_LEVELS,
-    adapts_nodes,
-    is_glide,
-    speculates_with_glide,
-)
+from vllm_longspec.options import DEFAULT_LEVELS, attach_options, options_of
 from vllm_longspec.proposers.glide.checkpoint import inspect_draft
+from vllm_longspec.proposers.glide.setup import check_other_draft
 from vllm_longspec.scheduling.schedule import numbers_of_nodes
 from vllm_longspec.targets import support
 
@@ -198,19 +187,22 @@ def _create_speculative_config(
     target_model_config: ModelConfig,
     target_parallel_config: ParallelConfig,
 ) -> SpeculativeConfig | None:
-    draft = find_glide_draft(self, target_model_config, target_parallel_config)
-    if draft is None:
+    speculation = configure(self, target_model_config, target_parallel_config)
+    if speculation is None:
         config = original(self, target_model_config, target_parallel_config)
         check_other_draft(config)
         return config
     choose_attention_backend(self, target_model_config)
-    with building(draft, self):
-        return original(self, target_model_config, target_parallel_config)
+    with building(speculation, self):
+        config = original(self, target_model_config, target_parallel_config)
+    assert config is not None
+    attach_options(config, speculation.options)
+    return config
 
 
 def _compose_draft_hf_overrides(original: Callable[..., Any], target_hf_overrides: Any) -> Any:
     # The draft's ModelConfig takes no other change to its Hugging Face config, such as another architecture.
-    return glide_hf_overrides(original(target_hf_overrides))
+    return draft_hf_overrides(original(target_hf_overrides))
 
 
 def _create_engine_config(
@@ -223,7 +215,7 @@ def _create_engine_config(
     finally:
         # The draft's choice is this engine's own; the arguments may be used again, with another draft or none.
         self.attention_backend = given_backend
-    if is_glide(vllm_config):
+    if options_of(vllm_config.speculative_config) is not None:
         support.check_engine(vllm_config)
         from vllm_longspec.scheduling.scheduler import scheduler_name
 
@@ -252,7 +244,7 @@ def _validate_spec_decode(
     original: Callable[..., None], self: SamplingParams, speculative_config: SpeculativeConfig | None
 ) -> None:
     # vLLM refuses min_p and logit_bias with any draft. Sampling every node of the tree makes both exact.
-    if not speculates_with_glide(speculative_config):
+    if options_of(speculative_config) is None:
         original(self, speculative_config)
 
 
@@ -260,11 +252,11 @@ def _init_speculator(
     original: Callable[..., Any], vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> Any:
     # Speculators are listed in this function; a model class cannot bring its own.
-    if not is_glide(vllm_config):
+    if options_of(vllm_config.speculative_config) is None:
         return original(vllm_config, device, req_states)
-    from vllm_longspec.runner.speculator import GlideSpeculator
+    from vllm_longspec.runner.speculator import TreeSpeculator
 
-    return GlideSpeculator(vllm_config, device, req_states)
+    return TreeSpeculator(vllm_config, device, req_states)
 
 
 # Nobody but the model itself is told that its weights are others, and that is before all of them are in their places.
@@ -274,19 +266,19 @@ def _reload_weights(
     original: Callable[..., None], vllm_config: VllmConfig, model: Any, *args: Any, **kwargs: Any
 ) -> None:
     original(vllm_config, model, *args, **kwargs)
-    if is_glide(vllm_config):
-        model.renew_draft_head()
+    if options_of(vllm_config.speculative_config) is not None:
+        model.renew_proposer()
 
 
 # vLLM reserves cache slots and rows for a draft that writes to the cache, as all but GLIDE's of this method do.
 
 
 def _num_lookahead_tokens(original: Callable[..., int], self: VllmConfig) -> int:
-    return 0 if is_glide(self) else original(self)
+    return 0 if options_of(self.speculative_config) is not None else original(self)
 
 
 def _max_num_new_slots_for_drafting(original: Callable[..., int], self: SpeculativeConfig) -> int:
-    return 0 if speculates_with_glide(self) else original(self)
+    return 0 if options_of(self) is not None else original(self)
 
 
 # The scheduler's class is an option, but vLLM warns that one from outside will be slow.
@@ -306,13 +298,14 @@ def _get_scheduler_cls(original: Callable[..., type], self: SchedulerConfig) -> 
 
 def _init_candidates(original: Callable[..., None], self: CudaGraphManager) -> None:
     config = self.vllm_config.speculative_config
-    if config is None or not config.uses_dynamic_speculative_decoding() or not is_glide(self.vllm_config):
+    options = options_of(config)
+    if config is None or options is None or not config.uses_dynamic_speculative_decoding():
         original(self)
         return
     from vllm.v1.worker.gpu import cudagraph_utils
 
     build_lookup = cudagraph_utils.build_dynamic_sd_schedule_lookup
-    if adapts_nodes(self.vllm_config):
+    if options.adaptive_verification:
         numbers = numbers_of_nodes(config)
         # All that is read of the table is which numbers it has, behind entry 0.
         cudagraph_utils.build_dynamic_sd_schedule_lookup = lambda *_, **__: [0, *numbers]
@@ -337,7 +330,7 @@ def _init_candidates(original: Callable[..., None], self: CudaGraphManager) -> N
 
 
 def _maybe_disable_dynamic_sd_for_data_parallel(original: Callable[..., None], self: VllmConfig) -> None:
-    if not is_glide(self):
+    if options_of(self.speculative_config) is None:
         original(self)
 
 
@@ -354,7 +347,7 @@ def _init_prometheus_counters(
     from vllm_longspec.scheduling.metrics import KindCounters, by_depth
 
     original(self, by_depth(speculative_config), *args, **kwargs)
-    if speculates_with_glide(speculative_config):
+    if options_of(speculative_config) is not None:
         setattr(self, _KIND_COUNTERS, KindCounters(self._counter_cls, *args, **kwargs))
 
 

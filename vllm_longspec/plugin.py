@@ -12,7 +12,7 @@ def register() -> None:
     # Everything is imported in here: importing this module must cost nothing.
     from vllm_longspec import patches
     from vllm_longspec.compat.versions import is_supported, warn_unsupported
-    from vllm_longspec.proposers.glide.checkpoint import FAMILIES
+    from vllm_longspec.targets.families import FAMILIES
 
     if not is_supported():
         warn_unsupported()

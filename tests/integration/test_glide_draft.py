@@ -29,7 +29,6 @@ from tests.models import write_draft, write_target
 from tests.oracles import tree as tree_oracle
 from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
-from vllm_longspec.options import TreeShape
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
@@ -37,6 +36,7 @@ from vllm_longspec.proposers.glide.window import MAX_REBUILD_REQS, DraftWindow
 from vllm_longspec.runner.model_state import TreeModelState
 from vllm_longspec.runner.speculator import GlideSpeculator
 from vllm_longspec.tree.order import order_tree
+from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.state import NO_TOKEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

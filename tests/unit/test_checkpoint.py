@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from tests.models import SIZES, glide_shapes
 from vllm_longspec.proposers.glide import checkpoint
 from vllm_longspec.proposers.glide.checkpoint import (
-    FAMILIES,
     NoGlideDraftError,
     UnseenDraftError,
     find_file,
     inspect_draft,
     read_draft,
 )
+from vllm_longspec.targets.families import FAMILIES
 
 CONFIG = {**SIZES, "vocab_size": 64, "model_type": "llama", "architectures": ["LlamaGlideDecoderLayer"]}
 

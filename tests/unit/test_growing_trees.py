@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.oracles.tree import describe_tree, mask_to_rows
-from vllm_longspec.options import TreeShape
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
+from vllm_longspec.tree.shape import TreeShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAX_POSITION = 105

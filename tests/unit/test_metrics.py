@@ -15,7 +15,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, S
 
 from vllm_longspec import plugin
 from vllm_longspec.options import SHAPE_ATTRIBUTE, TreeShape
-from vllm_longspec.scheduling.adaptive import NodeBudget
+from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats
 from vllm_longspec.scheduling.scheduler import TreeScheduler
 
@@ -44,12 +44,12 @@ def request(sampling_params=None, use_structured_output=False):
     )
 
 
-def scheduler_of(speculative_config, requests, log_stats=True, node_budget=None):
+def scheduler_of(speculative_config, requests, log_stats=True, adaptive=None):
     """What the statistics read of a scheduler; vLLM's own for a draft of another kind."""
     scheduler = object.__new__(TreeScheduler if speculative_config is TREE else Scheduler)
     vars(scheduler).update(
         tree_shape=TreeShape((4, 16, 16, 16, 16)),
-        node_budget=node_budget,
+        adaptive=adaptive,
         num_new_requests={Kind.TREE: 0, Kind.CHAIN: 0},
         log_stats=log_stats,
         num_spec_tokens=68,
@@ -105,13 +105,13 @@ def test_another_draft_is_counted_as_ever():
 
 def test_nothing_is_counted_where_nobody_asked_for_statistics():
     """But the number of nodes follows what is accepted all the same, of a request that takes a chain too."""
-    budget = NodeBudget([[], [24, 8, 0], [8, 0]], cost=lambda *_: 1.0, num_cached_tokens=lambda: 0)
+    budget = AdaptiveVerification([[], [24, 8, 0], [8, 0]], cost=lambda *_: 1.0, num_cached_tokens=lambda: 0)
     requests = {
         "tree": request(),
         "chain": request(sampling_params=SamplingParams(presence_penalty=1.0)),
         "grammar": request(use_structured_output=True),
     }
-    scheduler = scheduler_of(TREE, requests, log_stats=False, node_budget=budget)
+    scheduler = scheduler_of(TREE, requests, log_stats=False, adaptive=budget)
     steps = [(24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree"), (8, 8, "grammar")]
     for verified, accepted, request_id in steps:
         assert scheduler.make_spec_decoding_stats(None, verified, accepted, None, request_id) is None

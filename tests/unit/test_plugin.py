@@ -22,7 +22,7 @@ from vllm_longspec import patches, plugin
 from vllm_longspec.attention import registry
 from vllm_longspec.compat import versions
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.proposers.glide.checkpoint import FAMILIES
+from vllm_longspec.targets.families import FAMILIES
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from tests.oracles import tree as oracle
-from vllm_longspec.interpreter.sampling import get_num_nans, gumbel_sample
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.interpreter.sampling import get_num_nans, gumbel_sample
 from vllm_longspec.tree import sample
 from vllm_longspec.tree.sample import TreeSampler, _rows_of_emitted
 from vllm_longspec.tree.state import TreeState

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.oracles import tree as oracle
-from vllm_longspec.options import TreeShape
 from vllm_longspec.tree.order import order_tree
+from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.state import NO_TOKEN, TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
 from vllm_longspec.tree.synthetic_rates import conditional_rates, rates_by_depth

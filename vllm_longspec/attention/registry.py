@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the tree attention backends known to vLLM, when a target with a GLIDE draft first needs one.
+"""Makes the tree attention backends known to vLLM, when a target first needs one, and chooses among them.
 
-No engine without a GLIDE draft ever sees them.
+No engine without trees ever sees them.
 """
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 # The name of each in `--attention-backend` and its class.
@@ -27,3 +31,49 @@ def attention_backend(name: str) -> "AttentionBackendEnum":
         # A spawned process unpickles vLLM's configuration before it loads plugins, when its enum has no such member.
         member.__reduce_ex__ = lambda protocol: (attention_backend, (name,))  # type: ignore[assignment]
     return AttentionBackendEnum[name]
+
+
+def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig") -> None:
+    """Selects the tree attention backend for the target: it is what `attention_backend` says from then on.
+
+    Raises:
+        ValueError: when the user asks for a backend that cannot verify a tree.
+    """
+    from vllm.platforms import current_platform
+
+    supported = (CPU_BACKEND,) if current_platform.is_cpu() else (FLASH_BACKEND, TRITON_BACKEND)
+    config = engine_args.attention_config
+    given = engine_args.attention_backend or config.backend or "auto"
+    name = (given if isinstance(given, str) else given.name).upper()
+    if name not in ("AUTO", *supported):
+        raise ValueError(
+            f"attention backend {name} cannot verify the tree of a GLIDE draft: leave --attention-backend out"
+        )
+    for kind, backend in config.backend_per_kind.items():
+        if backend.name not in supported:
+            raise ValueError(
+                f"attention backend {backend.name} for {kind} cannot verify the tree of a GLIDE draft: leave "
+                "backend_per_kind out of --attention-config"
+            )
+    if config.backend is not None:
+        return
+    if name == "AUTO" and len(supported) == 1:
+        name = supported[0]
+    elif name == "AUTO":
+        name = FLASH_BACKEND if _flash_attention_serves(engine_args, target) else TRITON_BACKEND
+    engine_args.attention_backend = attention_backend(name)
+
+
+def _flash_attention_serves(engine_args: "EngineArgs", target: "ModelConfig") -> bool:
+    from vllm.utils.torch_utils import is_quantized_kv_cache, resolve_kv_cache_dtype_string
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if target.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    version: int | None = engine_args.attention_config.flash_attn_version
+    version = version or get_flash_attn_version(head_size=target.get_head_size())
+    # The checkpoint may ask for a quantised cache too; of compressed-tensors vLLM finds that out later, in the worker.
+    cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, target)
+    scheme = (getattr(target.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
+    is_quantised = is_quantized_kv_cache(cache_dtype) or (cache_dtype == "auto" and scheme is not None)
+    return version in ((3,) if is_quantised else (2, 3))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's per-step hooks: lay trees out before its forward pass, compact its cache after the walk.
 
-vLLM's `ModelState` is the seam; `GlideSpeculator.load_draft_model` gives it to the target.
+vLLM's `ModelState` is the seam; `TreeSpeculator.load_draft_model` gives it to the target.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,45 +22,39 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_longspec.options import tree_shape_of
+from vllm_longspec.attention.backend import TreesToAttend
+from vllm_longspec.options import options_of
+from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.chain import needs_chain
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.sample import TreeSampler
-from vllm_longspec.tree.state import TreeState, lay_out_trees
+from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.synthetic_rates import conditional_rates
-
-
-@dataclass(frozen=True)
-class TreeBatch(ModelSpecificAttnMetadata):
-    """Tells the attention backend which requests of the batch carry a tree."""
-
-    num_tree_reqs: int
-    ancestor_masks: torch.Tensor  # int32 [max_num_reqs, num_rows, num_words]
-    prefix_lens: torch.Tensor  # int32 [max_num_reqs]
-    # A bound on the prefix; for a CUDA graph on that of every batch that it will run.
-    max_prefix_len: int
-    # Whether attention runs as part of a CUDA graph of the whole forward pass.
-    in_graph: bool
-
-    def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
-        return {"tree_batch": self}
 
 
 class TreeModelState(DefaultModelState):
     def __init__(
-        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+        *,
+        tree_state: TreeState,
+        tree_batch: TreeBatch,
     ):
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.tree: TreeState = model.tree_state
-        shape = tree_shape_of(vllm_config)
-        assert shape is not None
-        self.max_depth = shape.max_depth
-        assert vllm_config.speculative_config is not None
+        self.tree_state = tree_state
+        self.tree_batch = tree_batch
+        options = options_of(vllm_config.speculative_config)
+        assert options is not None and vllm_config.speculative_config is not None
+        self.max_depth = options.tree_shape.max_depth
         rates = conditional_rates(vllm_config.speculative_config, self.max_depth)
         self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
-        # By slot, the host's copy of the tree's.
+        # By req_state_idx, the host's copy of the tree state's.
         self.takes_chain = np.zeros(self.max_num_reqs, dtype=np.int32)
-        self.added_slots: list[int] = []
+        self.added_requests: list[int] = []
         # Of the step in flight.
         self.num_tree_reqs = 0
         self.block_table: torch.Tensor | None = None
@@ -77,19 +70,19 @@ class TreeModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         assert new_req_data.sampling_params is not None
         self.takes_chain[req_index] = needs_chain(new_req_data.sampling_params)
-        self.added_slots.append(req_index)
+        self.added_requests.append(req_index)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
-        if self.added_slots:
-            self.tree.add_requests(
-                async_tensor_h2d(self.added_slots, device=self.device, dtype=torch.int64),
-                async_tensor_h2d(self.takes_chain[self.added_slots], device=self.device),
+        if self.added_requests:
+            self.tree_state.add_requests(
+                async_tensor_h2d(self.added_requests, device=self.device, dtype=torch.int64),
+                async_tensor_h2d(self.takes_chain[self.added_requests], device=self.device),
             )
-            self.added_slots.clear()
+            self.added_requests.clear()
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
-        return sampler, TreeSampler(sampler, self.tree, self.max_depth, self.synthetic_rates)
+        return sampler, TreeSampler(sampler, self.tree_state, self.tree_batch, self.max_depth, self.synthetic_rates)
 
     def prepare_attn(
         self,
@@ -112,7 +105,8 @@ class TreeModelState(DefaultModelState):
         self.block_table = block_tables[0]
         if self.num_tree_reqs > 0:
             lay_out_trees(
-                self.tree,
+                self.tree_state,
+                self.tree_batch,
                 self.num_tree_reqs,
                 input_batch.idx_mapping,
                 input_batch.query_start_loc,
@@ -121,11 +115,11 @@ class TreeModelState(DefaultModelState):
                 input_batch.positions,
             )
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
-        tree_batch = TreeBatch(
+        to_attend = TreesToAttend(
             # A graph's batch is all trees; those that pad it have no rows.
             input_batch.num_reqs_after_padding if in_graph and self.num_tree_reqs else self.num_tree_reqs,
-            self.tree.batch_ancestor_masks,
-            self.tree.batch_prefix_lens,
+            self.tree_batch.ancestor_masks,
+            self.tree_batch.prefix_lens,
             max_prefix_len=self.max_model_len if in_graph else int(input_batch.seq_lens_cpu_upper_bound.max()),
             in_graph=in_graph,
         )
@@ -136,10 +130,10 @@ class TreeModelState(DefaultModelState):
             slot_mappings,
             attn_groups,
             kv_cache_config,
-            # What is special about metadata to capture, `tree_batch` says; vLLM would leave it out.
+            # What is special about metadata to capture, `to_attend` says; vLLM would leave it out.
             for_capture and self.num_tree_reqs == 0,
             ubatch_idx,
-            tree_batch,
+            to_attend,
         )
 
     def postprocess_state(
@@ -159,7 +153,7 @@ class TreeModelState(DefaultModelState):
             self.kv_caches,
             self.block_table[:num_reqs],
             first_positions,
-            self.tree.batch_path_rows[:num_reqs],
+            self.tree_batch.path_rows[:num_reqs],
             num_sampled,
             self.max_depth,
         )

@@ -1,42 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where trees begin, out of vLLM's request states.
-
-The root of a tree is the last token of its request: sampled, but not yet seen by the target.
-"""
-
-from typing import NamedTuple
+"""Where trees begin, out of vLLM's request states."""
 
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.proposers.interface import Roots
+
 BLOCK = 128
 
 
-class Roots(NamedTuple):
-    tokens: torch.Tensor  # int64 [num_reqs]
-    positions: torch.Tensor  # int64 [num_reqs]
-    # The tokens before the root, all of which the target has cached: int32 [num_reqs], the same numbers.
-    prefix_lens: torch.Tensor
-
-
 def read_roots(
-    slots: torch.Tensor,  # int64 [num_reqs]; -1 for a request that only pads the batch
-    num_computed_tokens: torch.Tensor,  # int32 [max_num_reqs], by slot
-    last_sampled_tokens: torch.Tensor,  # int64 [max_num_reqs, 1], by slot
+    idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for a request that only pads the batch
+    num_computed_tokens: torch.Tensor,  # int32 [max_num_reqs], by req_state_idx
+    last_sampled_tokens: torch.Tensor,  # int64 [max_num_reqs, 1], by req_state_idx
 ) -> Roots:
     """The roots of these requests; token 0 at position 0 for one that only pads the batch."""
-    num_reqs = slots.shape[0]
-    tokens, positions = torch.empty_like(slots), torch.empty_like(slots)
-    prefix_lens = torch.empty_like(slots, dtype=torch.int32)
+    num_reqs = idx_mapping.shape[0]
+    tokens, positions = torch.empty_like(idx_mapping), torch.empty_like(idx_mapping)
+    prefix_lens = torch.empty_like(idx_mapping, dtype=torch.int32)
     _read_roots_kernel[(triton.cdiv(num_reqs, BLOCK),)](
-        slots, num_computed_tokens, last_sampled_tokens, tokens, positions, prefix_lens, num_reqs, BLOCK=BLOCK
+        idx_mapping, num_computed_tokens, last_sampled_tokens, tokens, positions, prefix_lens, num_reqs, BLOCK=BLOCK
     )
     return Roots(tokens, positions, prefix_lens)
 
 
 @triton.jit(do_not_specialize=["num_reqs"])
 def _read_roots_kernel(
-    slots_ptr,
+    idx_mapping_ptr,
     num_computed_tokens_ptr,
     last_sampled_tokens_ptr,
     tokens_ptr,
@@ -47,9 +37,9 @@ def _read_roots_kernel(
 ):
     request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_request = request < num_reqs
-    slot = tl.load(slots_ptr + request, mask=is_request, other=-1)
-    token = tl.load(last_sampled_tokens_ptr + slot, mask=slot >= 0, other=0)
-    position = tl.load(num_computed_tokens_ptr + slot, mask=slot >= 0, other=0)
+    req_state_idx = tl.load(idx_mapping_ptr + request, mask=is_request, other=-1)
+    token = tl.load(last_sampled_tokens_ptr + req_state_idx, mask=req_state_idx >= 0, other=0)
+    position = tl.load(num_computed_tokens_ptr + req_state_idx, mask=req_state_idx >= 0, other=0)
     tl.store(tokens_ptr + request, token.to(tl.int64), mask=is_request)
     tl.store(positions_ptr + request, position.to(tl.int64), mask=is_request)
     tl.store(prefix_lens_ptr + request, position.to(tl.int32), mask=is_request)

@@ -2,9 +2,9 @@
 """How many nodes the next step verifies: the number that is worth most, by what has been accepted lately.
 
 A step with K nodes emits 1 + accepted(K) tokens and takes as long as cost(batch size, K, cached tokens) steps without
-drafts (`vllm_longspec/scheduling/cost.py`). `NodeBudget` chooses the K of the schedule with the best ratio, none above
-the schedule's own for the batch, or K = 0. That is plain decoding: a draft that the target does not follow is not
-verified at all, and tried again once in a while.
+drafts (`vllm_longspec/scheduling/cost.py`). `AdaptiveVerification` chooses the K of the schedule with the best ratio,
+none above the schedule's own for the batch, or K = 0. That is plain decoding: a draft that the target does not follow
+is not verified at all, and tried again once in a while.
 
 What K nodes have accepted lately is counted, and counts less with every step. It is joined with a guess, which is all
 there is of a K that has not been used: K nodes accept as much as `typical_acceptance` says, times how much better or
@@ -32,7 +32,7 @@ def typical_acceptance(num_nodes: int) -> float:
     return 2.9 * (1 - (1 + num_nodes) ** -0.5)
 
 
-class NodeBudget:
+class AdaptiveVerification:
     """Stands in the place of the scheduler's table: `budget[batch size]` is the K of the next step.
 
     Args:

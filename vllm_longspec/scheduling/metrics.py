@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_longspec.options import TreeShape, shape_of
+from vllm_longspec.options import options_of
 from vllm_longspec.tree.chain import needs_chain
+from vllm_longspec.tree.shape import TreeShape
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -86,11 +87,11 @@ def request_metrics(shape: TreeShape, params: "SamplingParams | None") -> Reques
 
 def by_depth(speculative_config: "SpeculativeConfig | None") -> "SpeculativeConfig | None":
     """The configuration as vLLM's Prometheus counters should see it: with one token for each depth of a tree."""
-    shape = shape_of(speculative_config)
-    if speculative_config is None or shape is None:
+    options = options_of(speculative_config)
+    if speculative_config is None or options is None:
         return speculative_config
     seen = copy.copy(speculative_config)
-    seen.num_speculative_tokens = shape.max_depth
+    seen.num_speculative_tokens = options.tree_shape.max_depth
     return seen
 
 

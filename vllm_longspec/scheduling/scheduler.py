@@ -19,8 +19,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_longspec.options import adapts_nodes, tree_shape_of
-from vllm_longspec.scheduling.adaptive import NodeBudget
+from vllm_longspec.options import options_of
+from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.cost import StepCost
 from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats, request_metrics
 from vllm_longspec.scheduling.schedule import nodes_by_batch_size
@@ -53,18 +53,19 @@ class TreeSchedulerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        shape, speculative_config = tree_shape_of(self.vllm_config), self.vllm_config.speculative_config
-        assert shape is not None and speculative_config is not None
-        self.tree_shape = shape
+        speculative_config = self.vllm_config.speculative_config
+        options = options_of(speculative_config)
+        assert options is not None and speculative_config is not None
+        self.tree_shape = options.tree_shape
         # Requests that came since the last step with drafts, by kind.
         self.num_new_requests = dict.fromkeys(Kind, 0)
-        self.node_budget: NodeBudget | None = None
+        self.adaptive: AdaptiveVerification | None = None
         max_batch_size = self.scheduler_config.max_num_seqs
-        if adapts_nodes(self.vllm_config):
+        if options.adaptive_verification:
             choices = nodes_by_batch_size(speculative_config, max_batch_size, adapt=True)
-            self.node_budget = NodeBudget(choices, StepCost.of(self.vllm_config), self._num_cached_tokens)
+            self.adaptive = AdaptiveVerification(choices, StepCost.of(self.vllm_config), self._num_cached_tokens)
             # vLLM reads the table by the batch's size and nothing else.
-            table: Any = self.node_budget
+            table: Any = self.adaptive
             self.dynamic_sd_lookup = table
         elif self.dynamic_sd_lookup is None:
             # Without a table vLLM pads a request that has one token left to a whole list of draft tokens, or lets it
@@ -160,8 +161,8 @@ class TreeSchedulerMixin(_Base):
     ) -> SpecDecodingStats | None:
         request = self.requests[request_id]
         # What a grammar has cut from a list says nothing about lists of that length.
-        if self.node_budget is not None and not request.use_structured_output:
-            self.node_budget.observe(num_draft_tokens, num_accepted_tokens)
+        if self.adaptive is not None and not request.use_structured_output:
+            self.adaptive.observe(num_draft_tokens, num_accepted_tokens)
         if not self.log_stats:
             return None
         stats = TreeDecodingStats.of(self.tree_shape) if spec_decoding_stats is None else spec_decoding_stats

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.proposers.glide.checkpoint import FAMILIES
+from vllm_longspec.targets.families import FAMILIES
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig

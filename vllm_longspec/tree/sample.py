@@ -104,7 +104,7 @@ class TreeSampler:
         Rows that hold no node are run like all others, but what comes out of them is no request's.
         """
         row = input_batch.expanded_local_pos
-        holds_node = self.tree.parent_rows[input_batch.expanded_idx_mapping, row] >= 0
+        holds_node = self.state.parent_rows[input_batch.expanded_idx_mapping, row] >= 0
         row_nans = logits_metrics.get_num_nans(logits).masked_fill(~holds_node & (row > 0), 0)
         # vLLM takes the i-th count for that of the i-th request.
         nans_before = nn.functional.pad(row_nans.cumsum(0), (1, 0))

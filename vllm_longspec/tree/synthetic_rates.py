@@ -8,7 +8,7 @@ many depths as tokens. In a tree only the depth counts, so here rates are by dep
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.options import TreeShape
+from vllm_longspec.tree.shape import TreeShape
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig

@@ -21,15 +21,10 @@ from huggingface_hub import errors as hub_errors
 from vllm import envs
 from vllm.logger import init_logger
 
+from vllm_longspec.targets.families import FAMILIES
+
 # vLLM shows what loggers below its own say.
 logger = init_logger(f"vllm.{__name__}")
-
-# The families of GLIDE drafts: `model_type` of the draft's config.json and the architecture it is served as.
-# All of them are served by vllm_longspec.proposers.glide.model.GlideForCausalLM.
-FAMILIES = {
-    "llama": "LlamaGlideDecoderLayer",
-    "qwen2": "Qwen2GlideDecoderLayer",
-}
 
 _PREFIXES = ("", "glide.", "model.")
 _REQUIRED = frozenset(

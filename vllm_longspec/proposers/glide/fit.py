@@ -4,6 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint
+from vllm_longspec.targets.families import layer_sizes, size_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -59,12 +60,12 @@ def check_fit(draft: DraftCheckpoint, target: "ModelConfig") -> None:
             "use its target's config.json"
         ) from None
     for name in _SIZES:
-        _compare(draft, target, name, _size(draft_config, name))
+        _compare(draft, target, name, size_of(draft_config, name))
     _check_shapes(draft, target)
 
 
 def _compare(draft: DraftCheckpoint, target: "ModelConfig", name: str, in_draft: Any) -> None:
-    in_target = _size(target.hf_text_config, name)
+    in_target = size_of(target.hf_text_config, name)
     if in_draft != in_target:
         raise ValueError(
             f"draft {draft.model} does not fit target {target.model}: {name} is {in_draft} in the draft, "
@@ -93,18 +94,3 @@ def _check_shapes(draft: DraftCheckpoint, target: "ModelConfig") -> None:
                 f"draft {draft.model} does not fit target {target.model}: {name} has shape {list(shape)}, where "
                 f"{list(expected)} is needed; use the draft that was trained for this target"
             )
-
-
-def layer_sizes(config: Any) -> list[int]:
-    """Hidden and intermediate size, heads, KV heads and head size of a layer of the Llama or Qwen2 family."""
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return [_size(config, name) for name in names]
-
-
-def _size(config: Any, name: str) -> Any:
-    value = getattr(config, name, None)
-    if value is None and name == "num_key_value_heads":
-        return config.num_attention_heads
-    if value is None and name == "head_dim":
-        return config.hidden_size // config.num_attention_heads
-    return value

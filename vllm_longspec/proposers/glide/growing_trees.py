@@ -9,8 +9,8 @@ here (`add_keys_values`).
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.options import TreeShape
 from vllm_longspec.proposers.glide.window_attention import write_nodes
+from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.state import MASK_BITS
 
 

@@ -8,8 +8,8 @@
     logits = lm_head(h)                                      no norm before the head
 
 Embedding, rotary embedding, head and logits processor are the target's own modules, not copies; only a head that is
-quantised or restricted to some tokens is a copy (`head.py`). One class serves every family whose layer has this form;
-`vllm_longspec/proposers/glide/checkpoint.py` lists them.
+quantised or restricted to some tokens is a copy (`head.py`). One class serves every family of
+`vllm_longspec/targets/families.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +37,7 @@ from vllm.platforms import current_platform
 
 from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, normalise
 from vllm_longspec.proposers.glide.head import copy_head, has_rows
+from vllm_longspec.targets.families import modules_of
 
 # (positions, query, key or None) -> rotated query and key
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]
@@ -213,13 +214,14 @@ class GlideForCausalLM(nn.Module):
 
     def share_with(self, target: nn.Module) -> None:
         """Takes the target's embedding, rotary embedding, head and logits processor; none is copied."""
-        self.embed_tokens = target.model.embed_tokens
+        modules = modules_of(target)
+        self.embed_tokens = modules.embed_tokens
         self.embeds_by_row = get_tensor_model_parallel_world_size() == 1 and isinstance(
             self.embed_tokens.quant_method, UnquantizedEmbeddingMethod
         )
-        self.rotary_emb = target.model.layers[-1].self_attn.rotary_emb
-        self.lm_head = self.target_head = target.lm_head
-        self.logits_processor = target.logits_processor
+        self.rotary_emb = modules.rotary_emb
+        self.lm_head = self.target_head = modules.lm_head
+        self.logits_processor = modules.logits_processor
         self.token_ids = None
 
     def take_own_head(

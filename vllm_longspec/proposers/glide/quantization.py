@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_longspec.scheduling.cost import LEVEL, StepCost
+from vllm_longspec.proposers.glide.cost import LEVEL, GlideCost
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -30,7 +30,7 @@ def default_quantization(
     kernels = engine_args.kernel_config
     if {engine_args.linear_backend, kernels.linear_backend} != {"auto"} or kernels.linear_backend_per_quant:
         return None
-    cost = StepCost.of_shape(
+    cost = GlideCost.of_shape(
         target.hf_text_config, vocab_size=target.get_vocab_size(), draft_vocab_size=draft_vocab_size
     )
     return "fp8_per_channel" if cost.level > LEVEL else None

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from tests.unit.test_schedule import config
-from vllm_longspec.scheduling.adaptive import HALF_LIFE, NodeBudget, typical_acceptance
+from vllm_longspec.scheduling.adaptive import HALF_LIFE, AdaptiveVerification, typical_acceptance
 from vllm_longspec.scheduling.cost import StepCost
 from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
 
@@ -19,8 +19,8 @@ def choices(max_batch_size: int = 256) -> list[list[int]]:
     return nodes_by_batch_size(config(24, default_schedule(68, QUERIES_PER_KV_HEAD)), max_batch_size, adapt=True)
 
 
-def budget_of(num_tokens: int = 16384, **settings) -> NodeBudget:
-    return NodeBudget(choices(**settings), COST, num_cached_tokens=lambda: num_tokens)
+def budget_of(num_tokens: int = 16384, **settings) -> AdaptiveVerification:
+    return AdaptiveVerification(choices(**settings), COST, num_cached_tokens=lambda: num_tokens)
 
 
 class Draft:
@@ -38,7 +38,7 @@ class Draft:
         return int(whole) + (self.source.random() < part)
 
 
-def play(budget: NodeBudget, draft: Draft, batch_size: int, num_steps: int) -> list[int]:
+def play(budget: AdaptiveVerification, draft: Draft, batch_size: int, num_steps: int) -> list[int]:
     numbers = []
     for _ in range(num_steps):
         numbers.append(budget[batch_size])

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLIDE's trees: bring the window of the last tokens up to date, then grow a tree by beam search."""
+
+from copy import copy
+from functools import cache
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig, replace, set_current_vllm_config
+from vllm.config.compilation import CompilationMode
+from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.utils import get_draft_load_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.mem_utils import format_gib
+
+from vllm_longspec.attention.cache_scales import cache_scales, quantise_query
+from vllm_longspec.frequent_tokens import read_frequent_tokens
+from vllm_longspec.options import options_of
+from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
+from vllm_longspec.proposers.glide.head import can_be_quantised
+from vllm_longspec.proposers.glide.model import GlideForCausalLM
+from vllm_longspec.proposers.glide.window import DraftWindow
+from vllm_longspec.proposers.interface import Candidates, Proposer, Requests, Roots
+from vllm_longspec.tree.shape import TreeShape
+
+
+class GlideProposer(Proposer):
+    model: GlideForCausalLM
+
+    def __init__(self, vllm_config: VllmConfig, shape: TreeShape, device: torch.device):
+        super().__init__(vllm_config, shape, device)
+        assert vllm_config.speculative_config is not None
+        self.speculative_config = vllm_config.speculative_config
+        self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        # The rotary embedding knows no position beyond.
+        self.max_position = vllm_config.model_config.max_model_len - 1
+
+    def load(self, target: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        self.draft_vllm_config = draft_vllm_config = replace(
+            self.vllm_config,
+            model_config=self.speculative_config.draft_model_config,
+            load_config=get_draft_load_config(self.vllm_config),
+            # A quantised target says nothing about its draft.
+            quant_config=None,
+            parallel_config=replace(
+                self.speculative_config.draft_parallel_config, rank=self.vllm_config.parallel_config.rank
+            ),
+        )
+        # A CUDA graph runs the draft whole, without vLLM's compiler. So its operations are vLLM's own kernels, whatever
+        # the target's are.
+        draft_vllm_config.compilation_config = compilation_config = copy(self.vllm_config.compilation_config)
+        compilation_config.mode = CompilationMode.NONE
+        compilation_config.custom_ops = ["all"]
+        with set_model_tag("glide_draft"):
+            model = get_model(vllm_config=draft_vllm_config, prefix="glide")
+        model.share_with(target)
+        self.vocab_size = self.vllm_config.model_config.get_vocab_size()
+        options = options_of(self.speculative_config)
+        assert options is not None
+        with set_current_vllm_config(draft_vllm_config):
+            if options.frequent_tokens:
+                token_ids = read_frequent_tokens(options.frequent_tokens, self.vocab_size)
+                model.take_own_head(torch.tensor(token_ids, device=self.device))
+            elif model.quant_config is not None and can_be_quantised(model.lm_head):
+                model.take_own_head(None)
+        self.model = model
+        self.target_layer_name = max(target_attn_layer_names, key=extract_layer_index)
+        self.window = DraftWindow(self.max_num_reqs, model, self.vllm_config.model_config.dtype, self.device)
+        return model
+
+    def describe(self) -> str:
+        num_bytes = self.window.bytes_per_request
+        return (
+            f"{self.model.draft_vocab_size} of {self.vocab_size} tokens drafted, quantization "
+            f"{self.speculative_config.quantization}, draft state {num_bytes} bytes per request "
+            f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all), "
+        )
+
+    def renew(self) -> None:
+        with set_current_vllm_config(self.draft_vllm_config):
+            self.model.renew_head()
+
+    def start(self, idx_mapping: torch.Tensor, roots: Roots, token_ids: torch.Tensor, max_root_position: int) -> None:
+        self.window.rebuild(token_ids, idx_mapping, roots.positions, max_root_position)
+
+    def skip(self, requests: Requests) -> None:
+        """Adds the tokens that the last step settled to the windows."""
+        # For requests whose window was just rebuilt this writes the same values once more.
+        self.window.append(
+            requests.token_ids,
+            requests.idx_mapping,
+            requests.roots.positions,
+            requests.num_new_tokens,
+            max_new=self.shape.max_depth + 1,
+        )
+
+    def propose(self, requests: Requests, num_nodes: int) -> Candidates:
+        self.skip(requests)
+        shape = self.shape.for_best(num_nodes)
+        drafted = grow_trees(
+            self.model,
+            shape,
+            requests.roots.tokens,
+            requests.roots.positions,
+            requests.idx_mapping,
+            self.window.kv,
+            self._cross_attention(requests),
+            self.max_position,
+        )
+        return Candidates(drafted.tokens, drafted.parents, drafted.log_probs, shape)
+
+    def _cross_attention(self, requests: Requests) -> CrossAttention:
+        """Attention of the tree's nodes to all that the target has cached, in its last layer."""
+        layer = self.vllm_config.compilation_config.static_forward_context[self.target_layer_name]
+        scales = cache_scales(layer)
+        num_reqs = requests.block_table.shape[0]
+
+        @cache
+        def query_starts(width: int) -> torch.Tensor:
+            return torch.arange(0, num_reqs * width + 1, width, dtype=torch.int32, device=self.device)
+
+        def attend(query: torch.Tensor, width: int) -> torch.Tensor:
+            output = torch.empty_like(query)
+            layer.impl.prefix_attention(
+                quantise_query(layer, query),
+                layer.kv_cache,
+                requests.block_table,
+                requests.roots.prefix_lens,
+                requests.max_prefix_len,
+                query_starts(width),
+                width,
+                output,
+                scales,
+            )
+            return output
+
+        return attend
+
+    def profile(self, num_reqs: int) -> None:
+        idx_mapping = torch.arange(num_reqs, device=self.device)
+        zeros = torch.zeros_like(idx_mapping)
+        grow_trees(
+            self.model,
+            self.shape,
+            zeros,
+            zeros,
+            idx_mapping,
+            self.window.kv,
+            lambda query, width: torch.zeros_like(query),
+            self.max_position,
+        )

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GLIDE draft at start-up: recognised from its checkpoint, checked against its target, described to vLLM."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_longspec.frequent_tokens import FILE_NAME
+from vllm_longspec.proposers.glide.checkpoint import (
+    DraftCheckpoint,
+    NoGlideDraftError,
+    UnseenDraftError,
+    find_file,
+    read_draft,
+)
+from vllm_longspec.proposers.glide.cost import GlideCost
+from vllm_longspec.proposers.glide.fit import check_fit
+from vllm_longspec.proposers.glide.loading import draft_load_config
+from vllm_longspec.proposers.glide.quantization import default_quantization
+from vllm_longspec.proposers.interface import DraftSetup
+from vllm_longspec.targets.families import FAMILIES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+# vLLM shows what loggers below its own say.
+logger = init_logger(f"vllm.{__name__}")
+
+# vLLM decides what kind of draft it has by these words in its path, before it looks at anything else.
+_WORDS_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+
+
+@dataclass(frozen=True)
+class GlideSetup(DraftSetup):
+    proposer = "vllm_longspec.proposers.glide.proposer.GlideProposer"
+
+    checkpoint: DraftCheckpoint
+    revision: str | None
+
+    @classmethod
+    def find(cls, options: Mapping[str, Any], own_options: Mapping[str, Any]) -> "GlideSetup | None":
+        model, revision = options.get("model"), options.get("revision")
+        try:
+            if not isinstance(model, str):
+                given = "no draft was given" if model is None else f"the model must be a string, got {model!r}"
+                raise NoGlideDraftError(f"{given}, add --speculative-model DRAFT")
+            return cls(read_draft(model, revision, expected=bool(own_options)), revision)
+        except NoGlideDraftError as error:
+            for name in own_options:
+                raise ValueError(f"{name} needs a GLIDE draft: {error}") from None
+            # Of a draft of another kind vLLM needs to know more, and will say so.
+            if isinstance(error, UnseenDraftError) and not options.keys() & {"method", "num_speculative_tokens"}:
+                logger.warning("Draft %s. If it is a GLIDE draft, it is not recognised.", error)
+            return None
+
+    def check(self, target: "ModelConfig") -> None:
+        check_fit(self.checkpoint, target)
+        for word in _WORDS_OF_OTHER_METHODS:
+            if word in self.checkpoint.model.lower():
+                raise ValueError(
+                    f"draft {self.checkpoint.model} is a GLIDE draft, but vLLM takes any path with {word!r} in it for "
+                    "another kind: move it or link to it under another name"
+                )
+
+    def frequent_tokens(self, given: Any) -> str | None:
+        """The file that the user gives, or else the one that comes with the draft, unless the option is false."""
+        if given is False:
+            return None
+        if given is None:
+            shipped = find_file(self.checkpoint.model, FILE_NAME, self.revision)
+            return None if shipped is None else str(shipped)
+        if not isinstance(given, str):
+            raise ValueError(
+                f"frequent_tokens must be a file, or false, got {given!r}: make one with "
+                "python -m vllm_longspec.frequent_tokens"
+            )
+        return os.path.abspath(given)
+
+    def vllm_options(
+        self,
+        engine_args: "EngineArgs",
+        given: Mapping[str, Any],
+        target: "ModelConfig",
+        parallel_config: "ParallelConfig",
+        draft_vocab_size: int,
+    ) -> dict[str, Any]:
+        quantization = given.get("quantization")
+        if "quantization" not in given:
+            quantization = default_quantization(engine_args, target, parallel_config, draft_vocab_size)
+        return {
+            # What vLLM takes a draft that it does not know for.
+            "method": "draft_model",
+            "quantization": quantization,
+            "draft_load_config": draft_load_config(engine_args, given.get("draft_load_config"), self.checkpoint),
+        }
+
+    def hf_overrides(
+        self, overrides: "Callable[[PretrainedConfig], PretrainedConfig]"
+    ) -> "Callable[[PretrainedConfig], PretrainedConfig]":
+        return functools.partial(_override, self.checkpoint.architecture, overrides)
+
+    @staticmethod
+    def drafting_cost(vllm_config: "VllmConfig") -> GlideCost:
+        return GlideCost.of(vllm_config)
+
+
+def _override(
+    architecture: str,
+    overrides: "Callable[[PretrainedConfig], PretrainedConfig]",
+    hf_config: "PretrainedConfig",
+) -> "PretrainedConfig":
+    hf_config.architectures = [architecture]
+    # A draft's config.json may be a quantised target's; its weights never are.
+    vars(hf_config).pop("quantization_config", None)
+    return overrides(hf_config)
+
+
+def check_other_draft(config: "SpeculativeConfig | None") -> None:
+    """Refuses a GLIDE draft that vLLM has found where `GlideSetup.find` sees none, such as in object storage.
+
+    vLLM knows its architecture, and would build it and drive it as an ordinary model.
+
+    Raises:
+        ValueError: in one line, with the way out.
+    """
+    if config is None or config.draft_model_config is None:
+        return
+    if not set(config.draft_model_config.architectures) & set(FAMILIES.values()):
+        return
+    assert config.model is not None
+    try:
+        read_draft(config.model, config.revision, expected=True)
+    except NoGlideDraftError as error:
+        raise ValueError(f"a GLIDE draft cannot be served from where it is: {error}") from None
+    raise ValueError(f"draft {config.model} is a GLIDE draft, but was not to be seen at first: start vLLM again")
