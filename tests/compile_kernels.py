@@ -47,7 +47,9 @@ from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.sample import _rows_of_emitted
 from vllm_longspec.tree.shape import TreeShape
-from vllm_longspec.tree.state import TreeState, lay_out_trees
+from vllm_longspec.tree.batch import TreeBatch
+from vllm_longspec.tree.layout import lay_out_trees
+from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
 from vllm_longspec.tree.walk import walk_tree
 
@@ -83,7 +85,8 @@ def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **k
 def compile_tree_kernels(num_nodes: int) -> None:
     """Everything that does not depend on the model's data type."""
     num_reqs, max_depth = 3, 5
-    tree = TreeState.allocate(num_reqs, num_nodes, max_depth, torch.device("cpu"))
+    tree = TreeState.allocate(num_reqs, num_nodes, torch.device("cpu"))
+    batch = TreeBatch.allocate(tree, max_depth)
     slots = torch.arange(num_reqs)
     starts = torch.zeros(num_reqs + 1, dtype=torch.int32)
     tokens = torch.zeros(num_reqs, 68, dtype=torch.int64)
@@ -99,7 +102,7 @@ def compile_tree_kernels(num_nodes: int) -> None:
         tree.ancestor_masks,
         max_depth,
     )
-    lay_out_trees(tree, num_reqs, slots, starts, starts[1:], tokens.flatten().int(), tokens.flatten())
+    lay_out_trees(tree, batch, num_reqs, slots, starts, starts[1:], tokens.flatten().int(), tokens.flatten())
     emitted = torch.zeros(num_reqs, max_depth + 1, dtype=torch.int64)
     num_emitted = torch.zeros(num_reqs, dtype=torch.int32)
     for row_tokens in (tokens.flatten(), tokens.flatten().int()):
@@ -111,7 +114,7 @@ def compile_tree_kernels(num_nodes: int) -> None:
             tree.parent_rows,
             emitted,
             num_emitted,
-            tree.batch_path_rows,
+            batch.path_rows,
             max_depth,
         )
         walk_synthetically(
@@ -126,9 +129,9 @@ def compile_tree_kernels(num_nodes: int) -> None:
             tree.parent_rows,
             emitted,
             num_emitted,
-            tree.batch_path_rows,
+            batch.path_rows,
         )
-    _rows_of_emitted(num_reqs, starts, tree.batch_path_rows, emitted, num_emitted)
+    _rows_of_emitted(num_reqs, starts, batch.path_rows, emitted, num_emitted)
 
 
 def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:

@@ -26,8 +26,9 @@ import vllm_longspec.configure as draft_module
 from tests.models import glide_shapes, write_draft, write_target
 from tests.quantised_models import write_cache_scales, write_gptq
 from vllm_longspec.attention.registry import CPU_BACKEND, FLASH_BACKEND, TRITON_BACKEND, attention_backend
-from vllm_longspec.configure import choose_attention_backend, find_glide_draft
-from vllm_longspec.options import TreeShape, frequent_tokens_of, is_glide, speculates_with_glide, tree_shape_of
+from vllm_longspec.configure import choose_attention_backend, configure
+from vllm_longspec.options import options_of
+from vllm_longspec.tree.shape import TreeShape
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,8 @@ def refused(error):
 def test_python_options_reach_the_engine(target, draft):
     given = {"model": draft, "tree_shape": [2, 4, 4]}
     config = create(target, speculative_config=given)
-    assert tree_shape_of(config) == TreeShape((2, 4, 4))
-    assert is_glide(config)
+    assert options_of(config.speculative_config).tree_shape == TreeShape((2, 4, 4))
+    assert options_of(config.speculative_config) is not None
     assert config.num_speculative_tokens == 10
     assert config.speculative_config.method == "draft_model"
     assert config.speculative_config.draft_model_config.architecture == "LlamaGlideDecoderLayer"
@@ -98,8 +99,8 @@ def test_options_reach_further_api_servers(target, draft, tmp_path):
     unpatched = vars(EngineArgs)["from_cli_args"].__func__.longspec_original
     second = unpatched(AsyncEngineArgs, pickle.loads(pickle.dumps(args))).create_engine_config()
     for config in (first, second):
-        assert tree_shape_of(config) == TreeShape((2, 4))
-        assert frequent_tokens_of(config) == str(tokens)
+        assert options_of(config.speculative_config).tree_shape == TreeShape((2, 4))
+        assert options_of(config.speculative_config).frequent_tokens == str(tokens)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_options_reach_further_api_servers(target, draft, tmp_path):
 )
 def test_shapes_and_verified_nodes(target, draft, options, levels, num_verified):
     config = create(target, speculative_config={"model": draft, **options})
-    assert tree_shape_of(config).levels == levels
+    assert options_of(config.speculative_config).tree_shape.levels == levels
     assert config.num_speculative_tokens == num_verified
 
 
@@ -142,7 +143,7 @@ def test_draft_with_the_config_of_a_quantised_target(tmp_path, target, draft):
 @pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"], ["NoSuchModel"]])
 def test_missing_or_other_architectures(tmp_path, target, draft, architectures):
     config = create(target, spec_model=with_config(tmp_path / "draft", draft, architectures=architectures))
-    assert is_glide(config)
+    assert options_of(config.speculative_config) is not None
     assert config.speculative_config.draft_model_config.architecture == "LlamaGlideDecoderLayer"
 
 
@@ -152,7 +153,7 @@ def test_the_same_arguments_can_be_used_again(target, draft):
     )
     for _ in range(2):
         config = engine_args.create_engine_config()
-        assert (tree_shape_of(config).levels, config.num_speculative_tokens) == ((1,) * 8, 5)
+        assert (options_of(config.speculative_config).tree_shape.levels, config.num_speculative_tokens) == ((1,) * 8, 5)
     assert engine_args.speculative_config == {"gamma": 8}
 
 
@@ -160,10 +161,10 @@ def test_the_same_arguments_can_be_used_again(target, draft):
 def test_command_line_reaches_the_engine(target, draft, arguments):
     args = parse(target, "--speculative-model", draft, "--speculative-tree-shape", "2", "4", "4")
     config = arguments.from_cli_args(args).create_engine_config()
-    assert tree_shape_of(config).levels == (2, 4, 4)
+    assert options_of(config.speculative_config).tree_shape.levels == (2, 4, 4)
     # `vllm bench` makes an LLM of exactly these fields.
     copied = arguments(**vars(arguments.from_cli_args(args)))
-    assert tree_shape_of(copied.create_engine_config()).levels == (2, 4, 4)
+    assert options_of(copied.create_engine_config().speculative_config).tree_shape.levels == (2, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -187,15 +188,15 @@ def test_command_line_reaches_the_engine(target, draft, arguments):
 def test_spellings_of_the_command_line(target, draft, options, levels, num_verified):
     args = parse(target, *(option.replace("DRAFT", draft) for option in options))
     config = EngineArgs.from_cli_args(args).create_engine_config()
-    assert (tree_shape_of(config).levels, config.num_speculative_tokens) == (levels, num_verified)
+    assert (options_of(config.speculative_config).tree_shape.levels, config.num_speculative_tokens) == (levels, num_verified)
 
 
 @pytest.mark.parametrize("option", ["--speculative-model", "--spec-model"])
 def test_draft_of_another_kind_is_vllms_business(target, ordinary_draft, option):
     args = parse(target, option, ordinary_draft, "--spec-tokens", "3")
     config = EngineArgs.from_cli_args(args).create_engine_config()
-    assert not is_glide(config)
-    assert tree_shape_of(config) is None
+    assert options_of(config.speculative_config) is None
+    assert options_of(config.speculative_config) is None
     assert (config.speculative_config.method, config.num_speculative_tokens) == ("draft_model", 3)
     assert config.speculative_config.draft_model_config.architecture == "LlamaForCausalLM"
     assert config.attention_config.backend is None
@@ -204,8 +205,8 @@ def test_draft_of_another_kind_is_vllms_business(target, ordinary_draft, option)
 def test_no_draft_at_all(target):
     config = EngineArgs.from_cli_args(parse(target)).create_engine_config()
     assert config.speculative_config is None
-    assert not is_glide(config)
-    assert not is_glide(create(target, speculative_config={"method": "ngram", "num_speculative_tokens": 3}))
+    assert options_of(config.speculative_config) is None
+    assert options_of(create(target, speculative_config={"method": "ngram", "num_speculative_tokens": 3}).speculative_config) is None
 
 
 def test_configuration_survives_a_spawned_process(target, draft):
@@ -215,15 +216,15 @@ def test_configuration_survives_a_spawned_process(target, draft):
     code = """if True:
         import pickle, sys
         config = pickle.load(sys.stdin.buffer)
-        from vllm_longspec.options import tree_shape_of
+        from vllm_longspec.options import options_of
         draft = config.speculative_config.draft_model_config
-        print(*tree_shape_of(config).levels, draft.architectures[0], config.attention_config.backend.get_path())
+        print(*options_of(config.speculative_config).tree_shape.levels, draft.architectures[0], config.attention_config.backend.get_path())
     """
     child = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(config), capture_output=True, timeout=120)
     assert child.returncode == 0, child.stderr.decode()
     said = "2 4 LlamaGlideDecoderLayer vllm_longspec.attention.flash.TreeFlashAttentionBackend"
     assert child.stdout.decode().splitlines()[-1] == said
-    assert tree_shape_of(pickle.loads(pickle.dumps(config))).levels == (2, 4)
+    assert options_of(pickle.loads(pickle.dumps(config)).speculative_config).tree_shape.levels == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def find_draft(monkeypatch, on_gpu, target, draft, *, hopper=False, settings=Non
         patch.setattr(platform, "is_cuda", lambda self: on_gpu)
         patch.setattr(platform, "is_cpu", lambda self: not on_gpu)
         patch.setattr(platform, "is_device_capability_family", lambda self, family: hopper and family == 90)
-        return find_glide_draft(
+        return configure(
             arguments, model_config, ParallelConfig(tensor_parallel_size=num_ranks, distributed_executor_backend="mp")
         )
 
@@ -357,7 +358,7 @@ def test_frequent_tokens(tmp_path, target, draft):
 
     def file_of(*options):
         config = EngineArgs.from_cli_args(parse(target, *options)).create_engine_config()
-        return frequent_tokens_of(config)
+        return options_of(config.speculative_config).frequent_tokens
 
     command = ["--speculative-model", draft, "--speculative-tree-shape", "2", "4"]
     assert file_of(*command) is None
@@ -371,9 +372,9 @@ def test_frequent_tokens(tmp_path, target, draft):
     shipped = Path(with_config(tmp_path / "draft", draft)) / "frequent_tokens.json"
     shipped.write_text(many.read_text())
     config = create(target, speculative_config={"model": str(shipped.parent)})
-    assert frequent_tokens_of(config) == str(shipped)
+    assert options_of(config.speculative_config).frequent_tokens == str(shipped)
     config = create(target, speculative_config={"model": str(shipped.parent), "frequent_tokens": False})
-    assert frequent_tokens_of(config) is None
+    assert options_of(config.speculative_config).frequent_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -435,7 +436,7 @@ def test_draft_that_is_not_seen_goes_to_vllm_with_a_warning(target, monkeypatch,
         model=target, skip_tokenizer_init=True, speculative_config={"model": "s3://bucket/draft", **given}
     )
     with caplog.at_level(logging.WARNING, logger=draft_module.logger.name):
-        assert find_glide_draft(engine_args, None, None) is None
+        assert configure(engine_args, None, None) is None
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == is_warned
     assert all(line.startswith("Draft s3://bucket/draft is in object storage, where no") for line in said)
@@ -561,7 +562,7 @@ def test_sliding_window_of_the_target_is_refused(tmp_path):
     draft = write_draft(tmp_path / "draft", target)
     with pytest.raises(ValueError, match=r"a target with a sliding window of 128 \(target .*--disable-sliding-window"):
         create(str(target), spec_model=str(draft))
-    assert is_glide(create(str(target), spec_model=str(draft), disable_sliding_window=True))
+    assert options_of(create(str(target), spec_model=str(draft), disable_sliding_window=True).speculative_config) is not None
 
 
 @pytest.mark.parametrize(
@@ -695,8 +696,8 @@ def test_arguments_that_are_used_again_know_nothing_of_the_draft(target, draft):
 def test_sampling_parameters_are_judged_by_the_kind_of_draft(target, draft, ordinary_draft):
     glide = create(target, spec_model=draft)
     other = create(target, spec_model=ordinary_draft, spec_tokens=2)
-    assert speculates_with_glide(glide.speculative_config)
-    assert not speculates_with_glide(other.speculative_config)
+    assert options_of(glide.speculative_config) is not None
+    assert options_of(other.speculative_config) is None
 
     def verify(params, config):
         params.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)

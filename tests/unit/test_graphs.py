@@ -11,7 +11,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_longspec import plugin
-from vllm_longspec.options import ADAPT_NODES_ATTRIBUTE, SHAPE_ATTRIBUTE
+from vllm_longspec.options import LongSpecOptions, attach_options
 from vllm_longspec.runner.graphs import DraftGraphs
 from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
 

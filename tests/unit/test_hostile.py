@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.models import write_draft, write_target
-from vllm_longspec.options import is_glide
+from vllm_longspec.options import options_of
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_bin_that_holds_no_state_dict(target, draft):
 def test_bin_of_an_old_pytorch(target, draft):
     file = as_bin(draft)
     torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
-    assert is_glide(serve(target, spec_model=str(draft)))
+    assert options_of(serve(target, spec_model=str(draft)).speculative_config) is not None
 
 
 @pytest.mark.parametrize("name", ["self_attn.k_proj.weight", "cross_attn.q_proj.bias", "mlp.down_proj.weight"])
@@ -168,7 +168,7 @@ def test_links_to_files_elsewhere_are_served(target, draft, tmp_path):
     linked.mkdir()
     for file in draft.iterdir():
         (linked / file.name).symlink_to(Path("..") / "draft" / file.name)
-    assert is_glide(serve(target, spec_model=str(linked)))
+    assert options_of(serve(target, spec_model=str(linked)).speculative_config) is not None
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_what_the_draft_has_no_use_for_is_not_looked_at(target, draft, settings)
 @pytest.mark.parametrize("architectures", [7, "LlamaGlideDecoderLayer", {"a": 1}, [7, None], [["x"]]])
 def test_architectures_of_any_kind_leave_the_decision_to_the_parameters(target, draft, architectures):
     change_config(draft, architectures=architectures)
-    assert is_glide(serve(target, spec_model=str(draft)))
+    assert options_of(serve(target, spec_model=str(draft)).speculative_config) is not None
 
 
 # Options.

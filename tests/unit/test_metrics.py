@@ -14,10 +14,11 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
 from vllm_longspec import plugin
-from vllm_longspec.options import SHAPE_ATTRIBUTE, TreeShape
+from vllm_longspec.options import LongSpecOptions, attach_options
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats
 from vllm_longspec.scheduling.scheduler import TreeScheduler
+from vllm_longspec.tree.shape import TreeShape
 
 # (nodes verified, tokens accepted) of three requests: a whole tree, one cut by the token budget, one all rejected.
 STEPS = [(68, 5), (24, 2), (68, 0)]
@@ -25,9 +26,10 @@ STEPS = [(68, 5), (24, 2), (68, 0)]
 
 def config(levels, num_speculative_tokens):
     """What the metrics read of vLLM's configuration; no levels for a draft of another kind."""
-    hf_config = SimpleNamespace(**({SHAPE_ATTRIBUTE: levels} if levels else {}))
-    draft = SimpleNamespace(hf_config=hf_config)
-    return SimpleNamespace(draft_model_config=draft, num_speculative_tokens=num_speculative_tokens)
+    found = SimpleNamespace(num_speculative_tokens=num_speculative_tokens)
+    if levels:
+        attach_options(found, LongSpecOptions("glide", TreeShape(tuple(levels))))
+    return found
 
 
 TREE, CHAIN_OF_ANOTHER_KIND = config([4, 16, 16, 16, 16], 68), config(None, 68)

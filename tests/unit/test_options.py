@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from vllm_longspec.options import MAX_NODES, TreeShape, count_verified_nodes, parse_tree_shape
+from vllm_longspec.options import count_verified_nodes, parse_tree_shape
+from vllm_longspec.tree.shape import MAX_NODES, TreeShape
 
 VOCAB_SIZE = 1000
 

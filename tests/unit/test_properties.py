@@ -21,7 +21,9 @@ from tests.unit.test_verify import attended_slots, run_both
 from vllm_longspec.options import parse_tree_shape
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.order import order_tree
-from vllm_longspec.tree.state import NO_TOKEN, TreeState, lay_out_trees
+from vllm_longspec.tree.batch import TreeBatch
+from vllm_longspec.tree.layout import lay_out_trees
+from vllm_longspec.tree.state import NO_TOKEN, TreeState
 from vllm_longspec.tree.walk import walk_tree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +121,8 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
     """Order, lay out, walk and compact: tokens, positions, masks and cache are those of the accepted path."""
     requests, slots = step.requests, on_device(step.slots, torch.int64)
     max_depth = len(step.levels)
-    state = TreeState.allocate(MAX_NUM_REQS, step.num_nodes, max_depth, torch.device(DEVICE))
+    state = TreeState.allocate(MAX_NUM_REQS, step.num_nodes, torch.device(DEVICE))
+    batch = TreeBatch.allocate(state, max_depth)
     state.add_requests(slots, on_device([each.takes_chain for each in requests], torch.int32))
     listed = torch.empty(len(requests), step.num_nodes, dtype=torch.int64, device=DEVICE)
     order_tree(
@@ -142,7 +145,7 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
     seq_lens = [first + length for first, length in zip(first_positions, query_lens, strict=True)]
     positions = torch.full((starts[-1],), -1, dtype=torch.int64, device=DEVICE)
     input_ids = torch.zeros(starts[-1], dtype=torch.int32, device=DEVICE)
-    lay_out_trees(state, len(requests), slots, query_start_loc, on_device(seq_lens, torch.int32), input_ids, positions)
+    lay_out_trees(state, batch, len(requests), slots, query_start_loc, on_device(seq_lens, torch.int32), input_ids, positions)
 
     # A list may be cut; the root's token is not looked at.
     row_tokens = [
@@ -150,7 +153,7 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
     ]
     emitted = torch.empty(len(requests), max_depth + 1, dtype=torch.int64, device=DEVICE)
     num_emitted = torch.empty(len(requests), dtype=torch.int32, device=DEVICE)
-    path_rows = state.batch_path_rows[: len(requests)]
+    path_rows = batch.path_rows[: len(requests)]
     walk_tree(
         on_device([token for each in requests for token in each.sampled], torch.int64),
         on_device(row_tokens, torch.int64),
@@ -193,7 +196,7 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
         assert listed[index].tolist() == [*(each.tokens[node] for node in order), *[NO_TOKEN] * num_left]
         rows = slice(starts[index], starts[index + 1])
         assert positions[rows].tolist() == [each.root_position + depth for depth in depths[: each.num_rows]]
-        masks = state.batch_ancestor_masks[index].tolist()
+        masks = batch.ancestor_masks[index].tolist()
         assert [oracle.mask_to_rows(words) for words in masks] == ancestors
         # A list cut anywhere is a tree: what a row attends is in the batch.
         assert all(max(seen) <= row for row, seen in enumerate(ancestors))

@@ -22,6 +22,7 @@ from tests.oracles import tree as oracle
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.interpreter.sampling import get_num_nans, gumbel_sample
 from vllm_longspec.tree import sample
+from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.sample import TreeSampler, _rows_of_emitted
 from vllm_longspec.tree.state import TreeState
 
@@ -83,12 +84,12 @@ class Step:
             logprobs_mode=logprobs_mode,  # type: ignore[arg-type]
             num_speculative_tokens=num_rows,
         )
-        tree = TreeState.allocate(max_num_reqs, num_rows - 1, max_depth, DEVICE)
+        tree = TreeState.allocate(max_num_reqs, num_rows - 1, DEVICE)
         for slot, request in zip(self.slots, requests, strict=True):
             self.sampler.add_request(slot, request.params)
             tree.parent_rows[slot, : len(request.parents)] = torch.tensor(request.parents, dtype=torch.int32)
         self.sampler.apply_staged_writes()
-        self.tree_sampler = TreeSampler(self.sampler, tree, max_depth)
+        self.tree_sampler = TreeSampler(self.sampler, tree, TreeBatch.allocate(tree, max_depth), max_depth)
 
         lengths = np.array([len(request.parents) for request in requests])
         self.starts = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
@@ -414,7 +415,7 @@ def test_a_large_batch_goes_through_in_slices(monkeypatch):
             one, other = (getattr(each.logprobs_tensors, name)[rows] for each in (output, expected))
             assert torch.equal(one, other), name
     # The rows of the walk, which the cache is compacted by.
-    path_rows = [each.tree_sampler.tree.batch_path_rows for each in (sliced, whole)]
+    path_rows = [each.tree_sampler.batch.path_rows for each in (sliced, whole)]
     assert torch.equal(*path_rows)
 
 

@@ -19,7 +19,7 @@ from tests import seams
 from vllm_longspec import configure, plugin
 from vllm_longspec.compat import versions
 from vllm_longspec.runner.model_state import TreeModelState
-from vllm_longspec.runner.speculator import GlideSpeculator
+from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.targets import support
 from vllm_longspec.tree.sample import TreeSampler
 
@@ -62,7 +62,7 @@ OVERRIDES = {
     },
     "TreeTritonAttentionImpl": {"forward"},
     "TreeTritonAttentionBackend": {"get_builder_cls", "get_impl_cls", "get_name"},
-    "TreeBatch": {"get_extra_attn_kwargs"},
+    "TreesToAttend": {"get_extra_attn_kwargs"},
     "TreeModelState": {
         "add_request",
         "apply_staged_writes",
@@ -76,7 +76,7 @@ OVERRIDES = {
     "DraftGraphs": set(),
     "TreeScheduler": {"add_request", "make_spec_decoding_stats", "schedule"},
     "AsyncTreeScheduler": {"add_request", "make_spec_decoding_stats", "schedule"},
-    "GlideSpeculator": {"capture", "init_cudagraph_manager", "load_draft_model", "propose", "set_attn"},
+    "TreeSpeculator": {"capture", "init_cudagraph_manager", "load_draft_model", "propose", "set_attn"},
 }
 
 GPU = "vllm.v1.worker.gpu"
@@ -215,7 +215,7 @@ def test_the_tree_sampler_stands_in_for_the_rejection_sampler():
 
 @pytest.mark.parametrize(
     ("name", "stand_in"),
-    [("rejection_sampler", TreeSampler), ("model_state", TreeModelState), ("speculator", GlideSpeculator)],
+    [("rejection_sampler", TreeSampler), ("model_state", TreeModelState), ("speculator", TreeSpeculator)],
 )
 def test_vllm_reads_nothing_that_our_objects_lack(name, stand_in):
     """Everything that the model runner reads from the places where our objects stand."""

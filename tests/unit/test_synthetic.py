@@ -79,7 +79,7 @@ def draft(levels, num_reqs, seed):
 def test_every_list_starts_with_a_deep_path(levels, num_nodes, takes_chain):
     num_reqs, max_depth = 4, len(levels)
     log_probs, parents = draft(levels, num_reqs, seed=num_nodes)
-    tree = TreeState.allocate(num_reqs, num_nodes, max_depth, DEVICE)
+    tree = TreeState.allocate(num_reqs, num_nodes, DEVICE)
     tree.takes_chain.fill_(int(takes_chain))
     listed = list_a_path_early(log_probs.to(DEVICE), parents.to(DEVICE), levels)
     tokens = torch.arange(sum(levels), device=DEVICE).repeat(num_reqs, 1)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.oracles.attention import ancestors, pack_masks, random_tree
-from vllm_longspec.tree.state import TreeState, lay_out_trees
+from vllm_longspec.tree.batch import TreeBatch
+from vllm_longspec.tree.layout import lay_out_trees
+from vllm_longspec.tree.state import TreeState
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAX_NUM_REQS = 9
@@ -22,10 +24,11 @@ class LaidOut:
         num_rows = 1 + num_nodes
         # [max_num_reqs][num_rows] for each row, itself and its ancestors
         self.paths = [ancestors(random_tree(num_rows, source)) for _ in range(MAX_NUM_REQS)]
-        self.state = TreeState.allocate(MAX_NUM_REQS, num_nodes, num_nodes, torch.device(DEVICE))
+        self.state = TreeState.allocate(MAX_NUM_REQS, num_nodes, torch.device(DEVICE))
+        self.batch = TreeBatch.allocate(self.state, num_nodes)
         self.state.depths.copy_(torch.tensor([[len(path) - 1 for path in paths] for paths in self.paths]))
         self.state.ancestor_masks.copy_(pack_masks(self.paths, num_rows, DEVICE))
-        self.state.batch_ancestor_masks.fill_(UNWRITTEN)
+        self.batch.ancestor_masks.fill_(UNWRITTEN)
         self.before = [tensor.clone() for tensor in vars(self.state).values()]
 
         self.slots = source.sample(range(MAX_NUM_REQS), len(query_lens))
@@ -83,7 +86,7 @@ def test_positions_and_masks(num_nodes, query_lens, num_tree_reqs):
     assert expected != laid_out.linear or num_nodes == 1
     assert laid_out.positions == expected
 
-    masks = laid_out.state.batch_ancestor_masks
+    masks = laid_out.batch.ancestor_masks
     for request in range(num_tree_reqs):
         assert torch.equal(masks[request], laid_out.state.ancestor_masks[laid_out.slots[request]])
     assert bool((masks[num_tree_reqs:] == UNWRITTEN).all())
@@ -92,7 +95,7 @@ def test_positions_and_masks(num_nodes, query_lens, num_tree_reqs):
 @pytest.mark.parametrize(("num_tree_reqs", "num_padding"), [(3, 0), (3, 2), (2, 0)])
 def test_every_request_of_the_batch_has_a_prefix_and_padding_has_none(num_tree_reqs, num_padding):
     laid_out = LaidOut(4, [5, 2, 5], num_tree_reqs, num_padding)
-    prefix_lens = laid_out.state.batch_prefix_lens.tolist()
+    prefix_lens = laid_out.batch.prefix_lens.tolist()
     assert prefix_lens[: 3 + num_padding] == laid_out.num_computed + [0] * num_padding
 
 
@@ -110,10 +113,11 @@ def test_changes_nothing_but_the_batch():
 
 
 def test_a_request_that_nothing_was_drafted_for_knows_its_root_alone():
-    state = TreeState.allocate(3, 40, 4, torch.device(DEVICE))
+    state = TreeState.allocate(3, 40, torch.device(DEVICE))
+    batch = TreeBatch.allocate(state, 4)
     assert state.num_rows == 41
-    assert state.ancestor_masks.shape == state.batch_ancestor_masks.shape == (3, 41, 2)
-    assert state.batch_path_rows.shape == (3, 5)
+    assert state.ancestor_masks.shape == batch.ancestor_masks.shape == (3, 41, 2)
+    assert batch.path_rows.shape == (3, 5)
     assert bool((state.parent_rows == -1).all())
     assert bool((state.depths == 0).all())
     assert bool((state.ancestor_masks[:, :, 0] == 1).all())
@@ -121,7 +125,7 @@ def test_a_request_that_nothing_was_drafted_for_knows_its_root_alone():
 
 
 def test_a_new_request_has_no_tree_yet():
-    state = TreeState.allocate(5, 6, 3, torch.device(DEVICE))
+    state = TreeState.allocate(5, 6, torch.device(DEVICE))
     state.parent_rows.fill_(2)
     state.takes_chain.copy_(torch.tensor([1, 1, 1, 0, 0]))
     slots = torch.tensor([4, 1], device=DEVICE)
