@@ -31,7 +31,7 @@ from vllm_longspec.config.options import (
     speculates_with_glide,
     tree_shape_of,
 )
-from vllm_longspec.config.sampling import needs_chain
+from vllm_longspec.config.sampling import needs_chain, warn_of_chains
 from vllm_longspec.config.schedule import nodes_by_batch_size, numbers_of_nodes
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.node_budget import NodeBudget
@@ -226,6 +226,7 @@ def _create_engine_config(
         self.attention_backend = given_backend
     if is_glide(vllm_config):
         support.check_engine(vllm_config)
+        warn_of_chains(vllm_config.model_config)
     return vllm_config
 
 
