@@ -21,6 +21,7 @@ from vllm_longspec.proposers.glide.checkpoint import inspect_draft
 from vllm_longspec.proposers.glide.setup import check_other_draft
 from vllm_longspec.scheduling.schedule import numbers_of_nodes
 from vllm_longspec.targets import support
+from vllm_longspec.tree.chain import warn_of_chains
 
 if TYPE_CHECKING:
     import torch
@@ -217,6 +218,7 @@ def _create_engine_config(
         self.attention_backend = given_backend
     if options_of(vllm_config.speculative_config) is not None:
         support.check_engine(vllm_config)
+        warn_of_chains(vllm_config.model_config)
         from vllm_longspec.scheduling.scheduler import scheduler_name
 
         # Only now is it known whether scheduling is asynchronous.

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm.config.model as model_module
+import vllm.logger
 import vllm.platforms
 from safetensors.torch import load_file
 from vllm import SamplingParams
 from vllm.config import LoadConfig, ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import get_draft_load_config
@@ -26,8 +28,10 @@ import vllm_longspec.configure as draft_module
 from tests.models import glide_shapes, write_draft, write_target
 from tests.quantised_models import write_cache_scales, write_gptq
 from vllm_longspec.attention.registry import CPU_BACKEND, FLASH_BACKEND, TRITON_BACKEND, attention_backend
-from vllm_longspec.configure import choose_attention_backend, configure
+from vllm_longspec.attention.registry import choose_attention_backend
+from vllm_longspec.configure import configure
 from vllm_longspec.options import options_of
+from vllm_longspec.tree import chain
 from vllm_longspec.tree.shape import TreeShape
 
 
@@ -601,6 +605,77 @@ def test_without_the_interpreter_a_cpu_is_refused(target, draft, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="on a CPU its interpreter: set TRITON_INTERPRET=1 before vLLM starts"):
         create(target, spec_model=draft)
+
+
+@pytest.fixture
+def said_of_chains(monkeypatch, caplog):
+    """Starts an engine; gives back what it says of chains, as a user reads it."""
+    # What has been said once in this process is otherwise not said again.
+    vllm.logger._print_warning_once.cache_clear()
+    monkeypatch.setattr(chain.logger, "propagate", True)
+
+    def start(target, **settings):
+        caplog.clear()
+        create(str(target), **settings)
+        return [record.getMessage() for record in caplog.records if "takes a chain" in record.getMessage()]
+
+    return start
+
+
+def with_generation_config(folder, source, **parameters):
+    copy = with_config(folder, source)
+    (folder / "generation_config.json").write_text(json.dumps(parameters))
+    return copy
+
+
+@pytest.mark.parametrize("from_elsewhere", [False, True])
+def test_default_sampling_that_takes_a_chain_is_said_once(target, draft, tmp_path, said_of_chains, from_elsewhere):
+    penalised = with_generation_config(tmp_path / "penalised", target, repetition_penalty=1.05, temperature=0.7)
+    settings = {"generation_config": penalised} if from_elsewhere else {}
+    model = target if from_elsewhere else penalised
+    (said,) = said_of_chains(model, spec_model=draft, **settings)
+    assert said == (
+        f"repetition_penalty=1.05 by default (generation_config.json of {penalised}): a request that leaves it so "
+        "takes a chain instead of a tree, with fewer accepted tokens a step. To let such requests take trees, serve "
+        "with --generation-config vllm or, to keep its other parameters, with --override-generation-config "
+        "'{\"repetition_penalty\": 1.0}'"
+    )
+    assert said_of_chains(model, spec_model=draft, **settings) == []
+
+
+def test_all_defaults_that_take_a_chain_are_said(target, draft, tmp_path, said_of_chains):
+    penalised = with_generation_config(tmp_path / "penalised", target, repetition_penalty=1.05)
+    override = {"presence_penalty": 0.5, "frequency_penalty": -0.5, "top_p": 0.9}
+    (said,) = said_of_chains(penalised, spec_model=draft, override_generation_config=override)
+    assert said.startswith(
+        "repetition_penalty=1.05, presence_penalty=0.5, frequency_penalty=-0.5 by default "
+        f"(generation_config.json of {penalised} and --override-generation-config): "
+    )
+    way_out = json.loads(said.partition("serve with --override-generation-config ")[2].strip("'"))
+    assert way_out == {"presence_penalty": 0.0, "frequency_penalty": 0.0, "top_p": 0.9, "repetition_penalty": 1.0}
+    assert said_of_chains(penalised, spec_model=draft, override_generation_config=way_out) == []
+
+
+@pytest.mark.parametrize(
+    "way_out", [{"generation_config": "vllm"}, {"override_generation_config": {"repetition_penalty": 1.0}}]
+)
+def test_the_ways_out_of_chains_by_default(target, draft, tmp_path, said_of_chains, way_out):
+    penalised = with_generation_config(tmp_path / "penalised", target, repetition_penalty=1.05)
+    assert said_of_chains(penalised, spec_model=draft, **way_out) == []
+
+    def is_served_a_chain(**settings):
+        defaults = create(penalised, spec_model=draft, **settings).model_config.get_diff_sampling_param()
+        return sampling.needs_chain(CompletionRequest(prompt="a").to_sampling_params(8, defaults))
+
+    assert is_served_a_chain()
+    assert not is_served_a_chain(**way_out)
+
+
+def test_nothing_is_said_of_chains_where_requests_take_trees_or_there_are_none(target, draft, tmp_path, said_of_chains):
+    neutral = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.0}
+    assert said_of_chains(with_generation_config(tmp_path / "neutral", target, **neutral), spec_model=draft) == []
+    penalised = with_generation_config(tmp_path / "penalised", target, repetition_penalty=1.05)
+    assert said_of_chains(penalised) == []
 
 
 class Gpu:
