@@ -89,7 +89,9 @@ def parse_arguments() -> argparse.Namespace:
     def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return lambda text: [convert(part) for part in text.split(",")]
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--models", type=listed(str), default=MODELS, help="qwq-32b, llama-3-8b-262k, pair, folders")
     add("--systems", type=listed(check_system), default=list(SYSTEMS), help=f"{', '.join(SYSTEMS)}, default@K, gammaN")
