@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.reporting import environment
 from benchmarks.server import ENVIRONMENT, ON_CPU
+from benchmarks.speed.engine import WARM_UP_TOKENS, RandomPrompts
 from benchmarks.speed.runs import CPU_SETTINGS, SLACK
 from benchmarks.speed.systems import Model, check_system, prepare, target_folder
 
@@ -240,7 +241,6 @@ def _mark_parts(runner: Any) -> Iterator[None]:
 def record(settings: dict[str, Any], vocab_size: int, context: int, batch: int, steps: int) -> dict[str, Any]:
     """Runs an engine in this process and returns the profiler's trace of `steps` decoding steps and two more."""
     import torch
-    from measure import WARM_UP_TOKENS, RandomPrompts
     from vllm import LLM, SamplingParams
 
     llm = LLM(**settings)

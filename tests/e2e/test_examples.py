@@ -21,6 +21,7 @@ def test_offline():
     text, acceptance = text.split("\nAcceptance length: ")
     assert len(text.strip()) > 24
     found = re.match(r"(\d+\.\d+) tokens a step \((\d+) trees, (\d+) accepted tokens\)", acceptance)
+    assert found is not None, acceptance
     length, trees, accepted = float(found[1]), int(found[2]), int(found[3])
     # The prompt's step emits the first of the 24 tokens, and the last step may accept more than were left.
     assert length == round(1 + accepted / trees, 2) > 1.2 and trees + accepted <= 23 + 5
