@@ -12,7 +12,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## Serve the shipped pair with and without speculation and compare the two
-	@$(VENV)/bin/python benchmarks/demo.py
+	@$(VENV)/bin/python -m examples.demo
 
 # One test at a time to each of two processes: xdist's own first share would give one of them all the engine tests.
 test: $(READY) ## Run the tests; ARGS="tests/unit -k walk" picks some

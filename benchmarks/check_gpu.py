@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that needs a GPU and is not a benchmark, in one command:
 
-    python benchmarks/check_gpu.py [--skip-32b] [--commit COMMIT] [--out benchmarks/results/gpu_check.json]
+    python -m benchmarks.check_gpu [--skip-32b] [--commit COMMIT] [--out benchmarks/results/gpu_check.json]
 
 1. every kernel, compiled, against its plain PyTorch oracle, and small engines of all kinds, token for token, against
    plain decoding (`tests/`): losslessness, every CUDA-graph mode, fp8 caches and quantised targets;
@@ -24,11 +24,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from measure import counters
-from records import environment
-from server import ENVIRONMENT, SMALL_CACHE
-from shapes import QWQ_32B, write_glide_draft, write_target
-from systems import PAIR, ROOT
+from benchmarks import PAIR, RESULTS, ROOT
+from benchmarks.reporting import environment
+from benchmarks.server import ENVIRONMENT, SMALL_CACHE
+from benchmarks.shapes import QWQ_32B, write_glide_draft, write_target
+from benchmarks.speed.engine import counters
 
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
 KERNEL_TESTS = ["prefix_attention", "flash_attention", "verify", "best_children", "order", "walk", "compact"]
@@ -40,7 +40,7 @@ ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised", "tensor_parallel"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip-32b", action="store_true", help="leave out part 4, which needs 100 GB of GPU memory")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_check.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_check.json")
     parser.add_argument("--commit", help="the plugin's commit, where there is no git repository")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -129,7 +129,7 @@ def check_pair() -> dict[str, Any]:
 
 def check_serve() -> dict[str, Any]:
     finished = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "demo.py")],
+        [sys.executable, "-m", "examples.demo"],
         cwd=ROOT,
         env=ENVIRONMENT | os.environ,
         capture_output=True,
@@ -170,8 +170,14 @@ def engine(**settings: Any) -> dict[str, Any]:
     """Runs one engine in a process of its own, see `run_engine`."""
     with tempfile.NamedTemporaryFile() as output:
         settings["output"] = output.name
-        command = [sys.executable, __file__, "--engine", json.dumps(settings)]
-        finished = subprocess.run(command, env=ENVIRONMENT | os.environ, capture_output=True, text=True, check=False)
+        finished = subprocess.run(
+            [sys.executable, "-m", "benchmarks.check_gpu", "--engine", json.dumps(settings)],
+            cwd=ROOT,
+            env=ENVIRONMENT | os.environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if finished.returncode != 0:
             sys.exit(f"{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}\nan engine stopped: {settings}")
         return json.loads(Path(output.name).read_text())

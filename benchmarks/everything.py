@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that the READMEs quote of a GPU, measured on the GPUs of one machine side by side.
 
-    python benchmarks/everything.py [--gpus 4] [--only qwq,pair] [--out .data/measured] [--commit COMMIT]
+    python -m benchmarks.everything [--gpus 4] [--only qwq,pair] [--out .data/measured] [--commit COMMIT]
 
 What is compared runs on one GPU, one after the other, in a chain of commands; a chain that finds no free GPU waits for
 one. All of it takes two hours of an H200, divided by their number at best. Every command writes its results and its
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
-from systems import ROOT
+from benchmarks import ROOT
 
 # Of trained weights.
 AS_IT_COMES = "plain,ngram,default,gamma4,default@24"
-# Beside what speed.py measures without options. QwQ-32B has 32,768 positions, and vLLM's own benchmarks run at the
-# first acceptance.
+# Beside what the speed measurement does without options. QwQ-32B has 32,768 positions, and vLLM's own benchmarks run at
+# the first acceptance.
 TWICE = "--repeats 2"
 QWQ = f"--contexts 1024,16384,31744 {TWICE} --acceptances 3.82,3.2,2.5 --cross-check tuned 16384 1"
 
@@ -43,8 +43,8 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
     labelled = f"--commit {commit}" if commit else ""
     pair = out / "realsize-pair"
 
-    def step(name: str, script: str, arguments: str) -> Step:
-        return Step(name, [f"benchmarks/{script}.py", *shlex.split(arguments)])
+    def step(name: str, module: str, arguments: str) -> Step:
+        return Step(name, ["-m", f"benchmarks.{module}", *shlex.split(arguments)])
 
     def speed(name: str, model: str | Path, systems: str, arguments: str) -> Step:
         results = f"--again {labelled} --out {out / name}.jsonl"
@@ -56,8 +56,8 @@ def chains(out: Path, data: Path, commit: str | None) -> list[list[Step]]:
 
     train = f"--data {data} --out {pair} --only"
     real_size = [
-        step("realsize-target", "realsize/train", f"{train} target"),
-        step("realsize-draft", "realsize/train", f"{train} draft"),
+        step("realsize-target", "training.realsize", f"{train} target"),
+        step("realsize-draft", "training.realsize", f"{train} draft"),
         speed("realsize", pair, AS_IT_COMES, "--contexts 2048,8192,16064 --batches 1 --temperatures 0,1"),
     ]
     qwq, llama = "qwq-32b", "llama-3-8b-262k"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python benchmarks/kernels.py [attention sample compact] [--out benchmarks/results/kernels.json]
+    python -m benchmarks.kernels [attention sample compact] [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from records import environment
-from report import markdown
-from shapes import LLAMA_3_8B_262K, QWQ_32B
-from systems import ROOT
+
+from benchmarks import RESULTS
+from benchmarks.reporting import environment, markdown
+from benchmarks.shapes import LLAMA_3_8B_262K, QWQ_32B
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -324,7 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; without any, everything")
     parser.add_argument("--commit", help="the plugin's commit, where there is no git repository")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
     arguments = parser.parse_args()
 
     report: dict[str, Any] = {"environment": environment(arguments.commit), "unit": "microseconds"}

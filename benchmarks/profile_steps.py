@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of a decoding step goes: the GPU's timeline of some steps, as a small table.
 
-    python benchmarks/profile_steps.py --model qwq-32b --system tuned --context 16384 --batch 1 --out step.json
+    python -m benchmarks.profile_steps --model qwq-32b --system tuned --context 16384 --batch 1 --out step.json
 
 An engine with random weights runs in this process. After the prompts, `--steps` steps are recorded with PyTorch's
 profiler. A kernel belongs to the step and the part of it (target, sampling, compaction, draft) that launched it, and
@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from records import environment
-from server import ENVIRONMENT, ON_CPU
-from speed import CPU_SETTINGS, SLACK
-from systems import Model, check_system, prepare, target_folder
+from benchmarks.reporting import environment
+from benchmarks.server import ENVIRONMENT, ON_CPU
+from benchmarks.speed.engine import WARM_UP_TOKENS, RandomPrompts
+from benchmarks.speed.runs import CPU_SETTINGS, SLACK
+from benchmarks.speed.systems import Model, check_system, prepare, target_folder
 
 # Ranges of the host's timeline that `_mark_parts` records. The first begins a step.
 PARTS = ("target", "sampling", "compaction", "draft")
@@ -240,7 +241,6 @@ def _mark_parts(runner: Any) -> Iterator[None]:
 def record(settings: dict[str, Any], vocab_size: int, context: int, batch: int, steps: int) -> dict[str, Any]:
     """Runs an engine in this process and returns the profiler's trace of `steps` decoding steps and two more."""
     import torch
-    from measure import WARM_UP_TOKENS, RandomPrompts
     from vllm import LLM, SamplingParams
 
     llm = LLM(**settings)
@@ -283,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="qwq-32b", help="qwq-32b or llama-3-8b-262k")
-    add("--system", type=check_system, default="default", help="as in speed.py")
+    add("--system", type=check_system, default="default", help="as in benchmarks.speed")
     add("--context", type=int, default=16384)
     add("--batch", type=int, default=1)
     add("--acceptance", type=float, default=3.82, help="tokens a step")

@@ -16,7 +16,8 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from importlib.metadata import distributions
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 TARGET = "benchmarks/pair/target"
 DRAFT = "benchmarks/pair/draft"
 PROMPTS = "benchmarks/pair/prompts.jsonl"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many requests of all kinds at once, through `vllm serve` with a GLIDE draft; every output must be plain decoding's.
 
-    python benchmarks/soak.py [--requests 300] [--clients 8] [--out FILE]
+    python -m benchmarks.soak [--requests 300] [--clients 8] [--out FILE]
 
 Concurrent clients send prompts of random length, some with shared prefixes, with random sampling settings, penalties,
 bad words, structured output, log-probabilities, stop strings and stop tokens, and hang up on some of them in
@@ -32,7 +32,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from server import DRAFT, EXACT, ON_CPU, OPTIONS, PROMPTS, ROOT, TARGET, Server, ServerError, exit_on_signals, serve
+from benchmarks import ROOT
+from benchmarks.server import (
+    DRAFT,
+    EXACT,
+    ON_CPU,
+    OPTIONS,
+    PROMPTS,
+    TARGET,
+    Server,
+    ServerError,
+    exit_on_signals,
+    serve,
+)
 
 MAX_MODEL_LEN = 1024
 BLOCK_SIZE = 32

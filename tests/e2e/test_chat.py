@@ -2,14 +2,10 @@
 """Tool calls and reasoning over HTTP: with a draft vLLM's parsers make of the text what they make of it without."""
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from server import DRAFT, EXACT, TARGET, Server, serve
+from benchmarks.server import DRAFT, EXACT, TARGET, Server, serve
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 OPTIONS = [

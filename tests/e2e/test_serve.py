@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def test_demo():
     """The demo serves the shipped pair twice, with and without its draft, and fails when the outputs differ."""
     finished = subprocess.run(
-        [sys.executable, "benchmarks/demo.py", "--max-tokens", "24"],
+        [sys.executable, "-m", "examples.demo", "--max-tokens", "24"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

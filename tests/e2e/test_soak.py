@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Concurrent clients, random requests, hang-ups and a small cache: the short version of `benchmarks/soak.py`."""
+"""Concurrent clients, random requests, hang-ups and a small cache: the short version of `benchmarks.soak`."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ def test_soak(tmp_path):
     report = tmp_path / "soak.json"
     arguments = ["--requests", "24", "--clients", "6", "--max-tokens", "16", "--out", str(report)]
     finished = subprocess.run(
-        [sys.executable, "benchmarks/soak.py", *arguments],
+        [sys.executable, "-m", "benchmarks.soak", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

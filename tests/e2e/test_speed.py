@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks/speed.py` on a toy model: what it measures, leaves out, and does not measure twice."""
+"""`benchmarks.speed` on a toy model: what it measures, leaves out, and does not measure twice."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def results(tmp_path_factory):
     arguments += ["--contexts", "96,2000"]
     # Too few blocks for 16 requests.
     arguments += ["--engine", '{"num_gpu_blocks_override": 40}', "--out", str(out)]
-    command = [sys.executable, "benchmarks/speed.py", *arguments]
+    command = [sys.executable, "-m", "benchmarks.speed", *arguments]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     return command, out
@@ -61,7 +61,7 @@ def test_measures_nothing_twice(results):
 
 
 def test_a_folder_that_is_no_model():
-    command = [sys.executable, "benchmarks/speed.py", "--models", "no/such/folder"]
+    command = [sys.executable, "-m", "benchmarks.speed", "--models", "no/such/folder"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert "there is no model no/such/folder" in finished.stderr

@@ -3,16 +3,20 @@
 
 import subprocess
 import sys
-from pathlib import Path
+from functools import cache
+from importlib.util import find_spec
 from queue import Queue
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from benchmarks import ROOT, everything
+from benchmarks.speed.__main__ import parse_arguments
 
-import everything
-import speed
-from systems import ROOT
+
+@cache
+def usage(module):
+    command = [sys.executable, "-m", module, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def plan(tmp_path, has_data):
@@ -22,26 +26,23 @@ def plan(tmp_path, has_data):
 
 
 @pytest.mark.parametrize("has_data", [False, True])
-def test_commands_are_those_of_the_scripts(tmp_path, monkeypatch, has_data):
+def test_commands_are_those_of_the_modules(tmp_path, monkeypatch, has_data):
     steps = plan(tmp_path, has_data)
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     assert ("realsize" in names) == has_data
     for step in steps:
-        script, *arguments = step.command
-        assert (ROOT / script).is_file()
-        if script == "benchmarks/speed.py":
-            monkeypatch.setattr(sys, "argv", [script, *arguments])
-            parsed = speed.parse_arguments()
+        option, module, *arguments = step.command
+        assert option == "-m" and find_spec(module) is not None
+        if module == "benchmarks.speed":
+            monkeypatch.setattr(sys, "argv", [module, *arguments])
+            parsed = parse_arguments()
             assert parsed.again and parsed.commit == "abc"
             # A folder of its own: chains run side by side.
             assert parsed.out == tmp_path / "out" / f"{step.name}.jsonl"
-        elif script != "benchmarks/realsize/train.py":
+        else:
             options = {argument for argument in arguments if argument.startswith("--")}
-            shown = subprocess.run(
-                [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-            ).stdout
-            assert all(option in shown for option in options)
+            assert all(option in usage(module) for option in options)
 
 
 def test_a_chain_goes_on_after_a_failure(tmp_path, capfd):

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/kernels.py calls the kernels as they are; times are a GPU's business, and FlashAttention's part too."""
+"""`benchmarks.kernels` calls the kernels as they are; times are a GPU's business, and FlashAttention's part too."""
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import kernels
 from tests.unit.test_sample import without_a_gpu  # noqa: F401
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import kernels
 
 SMALL = kernels.QWQ_32B | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 50}
 

@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of a step's stages, from a timeline written by hand."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from profile_steps import analyse, read_trace, table
+from benchmarks.profile_steps import analyse, read_trace, table
 
 STEP = 1000.0  # microseconds
 # Part, name of the kernel, when it is launched, when it begins and how long it runs.

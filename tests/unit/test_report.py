@@ -2,17 +2,14 @@
 """The tables and plots of measured speed, from results written by hand."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from measure import summary
-from records import append, identity, read
-from report import compare, plot, report
+from benchmarks.speed.engine import summary
+from benchmarks.speed.records import append, identity, read
+from benchmarks.speed.report import compare, plot, report
 
 MACHINE = {
     "device": "a GPU",

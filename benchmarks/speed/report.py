@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of what `speed.py` measured.
+"""Tables and plots of what `python -m benchmarks.speed` measured.
 
-    python benchmarks/report.py [--out FILE.md] [--plots FOLDER] [RESULTS.jsonl ...]
+    python -m benchmarks.speed.report [--out FILE.md] [--plots .data/plots] [RESULTS.jsonl ...]
 
 Of a cell that was measured more than once the last measurement counts, whatever the system's options were. A speedup is
 over plain decoding in the same run; where that run has none, it is over the one that the table shows, on the same kind
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from records import Record, read
-from systems import ROOT, SYSTEMS
+from benchmarks import RESULTS
+from benchmarks.reporting import markdown
+from benchmarks.speed.records import Record, read
+from benchmarks.speed.systems import SYSTEMS
 
-RESULTS = ROOT / "benchmarks" / "results" / "speed.jsonl"
 DRAFT_CONTEXTS = (16 * 1024, 128 * 1024, 256 * 1024)
 
 Place = tuple[int, int]  # context, batch
@@ -251,15 +252,9 @@ def plot(comparison: Comparison, path: Path) -> None:
     pyplot.close(figure)
 
 
-def markdown(rows: list[list[Any]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="*", default=[RESULTS], metavar="RESULTS.jsonl")
+    parser.add_argument("results", type=Path, nargs="*", default=[RESULTS / "speed.jsonl"], metavar="RESULTS.jsonl")
     parser.add_argument("--out", type=Path, help="write the tables here instead of printing them")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write an SVG for each comparison")
     arguments = parser.parse_args()

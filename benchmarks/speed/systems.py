@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, write_eagle3_head, write_frequent_tokens, write_glide_draft, write_target
-
-ROOT = Path(__file__).resolve().parent.parent
-PAIR = ROOT / "benchmarks" / "pair"
+from benchmarks import PAIR
+from benchmarks.shapes import SHAPES, write_eagle3_head, write_frequent_tokens, write_glide_draft, write_target
 
 SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "unquantised", "tuned")
 _PLUGIN_SYSTEM = re.compile(r"tuned|unquantised|default(@[1-9]\d*)?|gamma[1-9]\d*")

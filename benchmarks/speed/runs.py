@@ -1,50 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Milliseconds a token of plain vLLM, vLLM's EAGLE-3 and n-gram drafts, and this plugin, on one GPU in one invocation.
+"""The cells of one engine: which of them are still to be measured, the engine's settings, and its process."""
 
-    python benchmarks/speed.py [--models qwq-32b] [--systems plain,eagle3,tuned] [--contexts 1024,16384] [--batches 1,4]
-
-Full-size models have random weights, and as many tokens a step as `--acceptances` says: a step's cost does not depend
-on what is accepted. A folder with a trained target/, draft/ and prompts.jsonl, or `pair` for the one that ships, is
-measured as it is. Every cell (system, context, batch) becomes a line of `--out` as soon as it is measured; what is
-there already is left out, so an interrupted run goes on where it stopped. `report.py` makes tables and plots of it.
-
-One engine runs for each system, and what adapts to acceptance has adapted to the cells before. Cells that are longer
-than the model's positions, or whose KV cache does not fit, are recorded as skipped.
-"""
-
-import argparse
 import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cross_check
-from measure import most_tokens
-from records import Record, append, environment, identity, read
-from server import ENVIRONMENT, ON_CPU, exit_on_signals
-from systems import ROOT, SYSTEMS, Decoding, Model, NotMeasurable, check_system, prepare, target_folder
+from benchmarks.server import ENVIRONMENT, ON_CPU
+from benchmarks.speed import cross_check
+from benchmarks.speed.engine import most_tokens
+from benchmarks.speed.records import Record, append, identity, read
+from benchmarks.speed.systems import Decoding, Model, NotMeasurable, check_system, prepare, target_folder
 
-MODELS = ["qwq-32b", "llama-3-8b-262k", "pair"]
-CONTEXTS = [1024, 16384, 31744, 131072]
-BATCHES = [1, 4, 16, 64]
-ACCEPTANCES = [2.5, 3.2, 3.82]
 # vLLM may run past the last token by a tree and a step.
 SLACK = 512
-SMOKE = {
-    "models": ["toy"],
-    "systems": ["plain", "eagle3", "default", "gamma4", "tuned"],
-    "contexts": [96, 160],
-    "batches": [1, 2],
-    "acceptances": [3.82],
-    "tokens": 8,
-    "repeats": 1,
-}
 # In its interpreter, Triton copies what a kernel is given, so a small cache is a fast one.
 CPU_SETTINGS = {
     "enforce_eager": True,
@@ -77,80 +49,6 @@ class Plan:
     # When this run started, which tells it from others.
     started: str
     machine: dict[str, str]
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    plan = Plan(
-        contexts=sorted(arguments.contexts),
-        batches=sorted(arguments.batches),
-        acceptances=arguments.acceptances,
-        temperatures=arguments.temperatures,
-        tokens=arguments.tokens,
-        repeats=arguments.repeats,
-        engine=arguments.engine,
-        deadline=time.time() + arguments.minutes * 60,
-        again=arguments.again,
-        out=arguments.out,
-        started=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
-        machine=environment(arguments.commit),
-    )
-    print(json.dumps(plan.machine))
-    failures = []
-    # An engine that would start in vain is not started.
-    start_seconds = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.models:
-            model = Model.find(name)
-            for system in arguments.systems:
-                if time.time() + start_seconds >= plan.deadline:
-                    continue
-                try:
-                    took = run(plan, model, system, arguments.tuned, Path(folder))
-                    start_seconds = max(start_seconds, took)
-                except NotMeasurable as reason:
-                    print(f"{model.name} {system}: {reason}")
-                    if isinstance(reason, EngineFailed):
-                        failures.append(system)
-        if arguments.cross_check:
-            system, context, batch = arguments.cross_check
-            model = Model.find(arguments.models[0])
-            check(plan, model, system, arguments.tuned, int(context), int(batch), Path(folder))
-    if time.time() + start_seconds >= plan.deadline:
-        print("The time is up; the same command goes on where this one stopped.")
-    sys.exit(f"failed: {', '.join(failures)}" if failures else 0)
-
-
-def parse_arguments() -> argparse.Namespace:
-    def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-        return lambda text: [convert(part) for part in text.split(",")]
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--models", type=listed(str), default=MODELS, help="qwq-32b, llama-3-8b-262k, pair, folders")
-    add("--systems", type=listed(check_system), default=list(SYSTEMS), help=f"{', '.join(SYSTEMS)}, default@K, gammaN")
-    add("--contexts", type=listed(int), default=CONTEXTS, help="tokens of a prompt")
-    add("--batches", type=listed(int), default=BATCHES, help="requests that decode together")
-    add("--acceptances", type=listed(float), default=ACCEPTANCES, help="tokens a step, for random weights")
-    add("--temperatures", type=listed(float), default=[0.0])
-    add("--tokens", type=int, default=128, help="tokens to decode for each request")
-    add("--repeats", type=int, default=3, help="times that a batch is decoded; trained weights decode every prompt")
-    add("--tuned", type=json.loads, help="JSON of the settings of system tuned; frequent_tokens is how many")
-    add("--engine", type=json.loads, default={}, help="JSON of more arguments for every engine")
-    add("--minutes", type=float, default=1e6, help="start no cell after so many minutes")
-    add("--again", action="store_true", help="measure what has been measured, too")
-    add("--commit", help="the plugin's commit, where there is no git repository")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "speed.jsonl")
-    add(
-        "--cross-check",
-        nargs=3,
-        metavar=("SYSTEM", "CONTEXT", "BATCH"),
-        help="run vLLM's own `bench latency` and `bench serve` once on this cell, which must have been measured",
-    )
-    add("--smoke", action="store_true", help="a toy model, to try everything without a GPU; other options still count")
-    if "--smoke" in sys.argv:
-        parser.set_defaults(**SMOKE)
-    return parser.parse_args()
 
 
 def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, folder: Path) -> float:
@@ -200,7 +98,7 @@ def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, fol
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         finished = subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks" / "measure.py")],
+            [sys.executable, "-m", "benchmarks.speed.engine"],
             input=json.dumps(job),
             text=True,
             env=process_environment(),
@@ -281,7 +179,7 @@ def engine_settings(plan: Plan, model: Model, decoding: Decoding, folder: Path) 
 
 def process_environment() -> dict[str, str]:
     settings = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_F32_DEFAULT"}
-    # `measure.py` sends its own functions to the engine's worker.
+    # `engine.py` sends its own functions to the engine's worker.
     settings["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if ON_CPU:
         settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -298,11 +196,3 @@ def describe(record: Record) -> str:
         f"{place}  {record['ms_per_token']:8.3f} ms a token  {record['ms_per_step']:8.3f} ms a step  "
         f"{record['tokens_per_step']:.2f} tokens a step  {record['drafted_per_step']:.1f} drafted"
     )
-
-
-if __name__ == "__main__":
-    exit_on_signals()
-    try:
-        main()
-    except NotMeasurable as reason:
-        sys.exit(str(reason))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One long prompt through `vllm serve`, without and then with a LongSpec GLIDE draft: same tokens, fewer steps.
 
+    python -m examples.demo [--max-tokens N]
+
 Run by `make demo`. Exits with 1, and says why, when a server fails, drafts nothing, or the two outputs differ.
 """
 
@@ -12,7 +14,8 @@ import time
 from dataclasses import dataclass
 from typing import TextIO
 
-from server import DRAFT, EXACT, ON_CPU, PROMPTS, ROOT, Server, ServerError, exit_on_signals, serve
+from benchmarks import ROOT
+from benchmarks.server import DRAFT, EXACT, ON_CPU, PROMPTS, Server, ServerError, exit_on_signals, serve
 
 PROMPT_NUMBER = 1  # its continuation does not repeat itself, which would be easy to draft
 COUNTERS = ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total")

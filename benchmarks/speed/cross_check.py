@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own `vllm bench latency` and `vllm bench serve` on a cell that `speed.py` has measured.
+"""vLLM's own `vllm bench latency` and `vllm bench serve` on a cell that has been measured.
 
-`bench latency` times whole batches. With the prompts in the prefix cache that is what `speed.py` times before it takes
+`bench latency` times whole batches. With the prompts in the prefix cache that is what `engine.py` times before it takes
 off the prompts' time. `bench serve` reports the time a token of requests that come over HTTP.
 """
 
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from records import Record
-from server import serve
-from systems import PAIR
+from benchmarks import PAIR
+from benchmarks.server import serve
+from benchmarks.speed.records import Record
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 # Random weights have no tokenizer, and the benchmarks insist on one.

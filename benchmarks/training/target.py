@@ -9,12 +9,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from glide import AttentionProjections, GatedMLP, KeysValues, RMSNorm, inverse_frequencies
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
+from benchmarks.training.glide import AttentionProjections, GatedMLP, KeysValues, RMSNorm, inverse_frequencies
+
 WEIGHTS = "model.safetensors"
+# Sizes of a toy.
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def target_config(vocab_size: int, end_of_text: int, **sizes: int) -> dict:

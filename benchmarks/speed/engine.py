@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine in a process of its own: decodes batches of prompts and appends what it measured to a file of records.
 
-`speed.py` starts this file with a job as JSON on standard input. What is timed is decoding alone: the prompts are in
+`runs.py` starts this module with a job as JSON on standard input. What is timed is decoding alone: the prompts are in
 the prefix cache, and the clock starts when every request of a batch has its first tokens and stops before any ends.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from records import Record, append
-from systems import PAIR
+from benchmarks.repetition import loop_start
+from benchmarks.speed.records import Record, append
 
 # Compiles what is compiled when it is first used.
 WARM_UP_TOKENS = 12
@@ -244,9 +244,6 @@ def summary(rounds: list[dict[str, Any]], batch: int, tokens: int, same_work: bo
 
 def share_of_loops(outputs: list[list[int]]) -> float:
     """How much of the outputs repeats itself: a loop is easy to draft."""
-    sys.path.insert(0, str(PAIR))
-    from acceptance import loop_start
-
     return round(1 - sum(map(loop_start, outputs)) / sum(map(len, outputs)), 3)
 
 

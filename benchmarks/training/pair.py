@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the small benchmark pair: a Qwen2 target, then its GLIDE draft; check the files and measure acceptance.
+"""Train the small pair that ships: a Qwen2 target, then its GLIDE draft; check the files and measure acceptance.
+
+    python -m benchmarks.training.pair --data FOLDER --out FOLDER [--smoke]
 
 Writes target/, draft/, prompts.jsonl, PROMPT_LICENCES.txt and metrics.json into the output folder. Needs the folder
 that prepare_data.py wrote and no network. Schedules follow the clock, so that a run takes the time it is given on any
-machine; --target-steps and --draft-steps repeat a run with the number of steps that its metrics.json names. How the two
-are trained is in training.py.
-
-Usage: python train.py --data FOLDER --out FOLDER [--smoke]
+machine; --target-steps and --draft-steps repeat a run with the number of steps that its metrics.json names.
 """
 
 import argparse
@@ -18,23 +17,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from acceptance import load_pair, load_prompts, measure
-from prepare_data import END_OF_TEXT
-from target import target_config
 from tokenizers import Tokenizer
-from training import (
-    TINY,
-    Plan,
-    Windows,
+
+from benchmarks.training.acceptance import load_pair, load_prompts, measure
+from benchmarks.training.checks import (
     agreement_by_withheld_keys,
     check_draft_forward,
     check_files,
     check_tokenizer,
     held_out_loss,
-    load_ids,
-    train_draft,
-    train_target,
 )
+from benchmarks.training.loop import Plan, train_draft, train_target
+from benchmarks.training.prepare_data import end_of_text_id
+from benchmarks.training.target import TINY, target_config
+from benchmarks.training.text import Windows, load_ids
 
 FULL = Plan({}, 4096, (2048, 4096), 131072, 2e-3, 2e-3, 200.0, 120.0, 64, 16, 192)
 SMOKE = Plan(TINY, 1024, (512, 1024), 2048, 4e-3, 4e-3, 15.0, 15.0, 2, 1, 32)
@@ -62,7 +58,7 @@ def main() -> None:
 
     check_draft_forward()
     tokenizer = Tokenizer.from_file(str(args.data / "tokenizer.json"))
-    config = target_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT), **plan.sizes)
+    config = target_config(tokenizer.get_vocab_size(), end_of_text_id(tokenizer), **plan.sizes)
     train = Windows(load_ids(args.data / "train.npy.xz", device), torch.Generator().manual_seed(args.seed))
     held_out = Windows(load_ids(args.data / "held_out.npy.xz", device), torch.Generator())
     evaluation = held_out.spread(plan.evaluation_windows, plan.window)

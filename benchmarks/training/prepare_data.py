@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare the text that the small benchmark pair is trained on and measured with.
+"""Prepare the text that the pairs are trained on and measured with.
 
 Downloads the pinned wheels of sources.txt from the Python package index, keeps their hand-written Python files, splits
 them into training and held-out files by a hash of the path, trains a byte-level BPE tokenizer on training files, and
@@ -13,7 +13,7 @@ writes into the output folder
 
 Needs a network and no GPU; the same pins give the same output.
 
-Usage: python prepare_data.py --out FOLDER [--vocab-size N] [--positions N]
+    python -m benchmarks.training.prepare_data --out FOLDER [--vocab-size N] [--positions N]
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-HERE = Path(__file__).resolve().parent
+SOURCES = Path(__file__).with_name("sources.txt")
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
 POSITIONS = 4096
@@ -53,7 +53,7 @@ FOREIGN_FOLDERS = {"_vendor", "vendor", "vendored", "_vendored", "extern", "exte
 
 # Words with the character before them (a space, a dot, an underscore), single digits, punctuation, line ends, blanks.
 # Transformers 5 puts Qwen2's own rule in its place when it loads a Qwen2 tokenizer. That one only adds English
-# contractions ("it's"), which are rare in code; train.py checks that all prompts mean the same tokens to both.
+# contractions ("it's"), which are rare in code; `check_tokenizer` compares the two on all prompts.
 PRE_TOKEN = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
@@ -83,7 +83,7 @@ def download_wheels(folder: Path) -> list[Path]:
     command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", "3.14"]
     command += [part for platform in platforms for part in ("--platform", platform)]
     command += [part for abi in abis for part in ("--abi", abi)]
-    subprocess.run([*command, "--dest", str(folder), "--requirement", str(HERE / "sources.txt")], check=True)
+    subprocess.run([*command, "--dest", str(folder), "--requirement", str(SOURCES)], check=True)
     return sorted(folder.glob("*.whl"))
 
 
@@ -124,7 +124,8 @@ def lines_that_count(text: str) -> list[str]:
 
 def split_files(files: list[SourceFile]) -> tuple[list[SourceFile], list[SourceFile]]:
     """Split by a hash of the path. A held-out file that shares most of its lines with training files is left out."""
-    train, candidates = [], []
+    train: list[SourceFile] = []
+    candidates: list[SourceFile] = []
     for file in files:
         held_out = stable_hash(f"{file.project}/{file.path}") % HELD_OUT_ONE_IN == 0
         (candidates if held_out else train).append(file)
@@ -155,6 +156,13 @@ def train_tokenizer(files: list[SourceFile], vocab_size: int) -> Tokenizer:
     sample = [file.text for file in files if stable_hash(file.path) % TOKENIZER_ONE_IN == 0]
     tokenizer.train_from_iterator(sample, trainer)
     return tokenizer
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Raises ValueError if the tokenizer was not trained here and has no such token."""
+    if (token := tokenizer.token_to_id(END_OF_TEXT)) is None:
+        raise ValueError(f"the tokenizer has no {END_OF_TEXT}: give the folder that prepare_data.py wrote")
+    return token
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, positions: int) -> None:
@@ -245,7 +253,7 @@ def main() -> None:
     print(f"{len(wheels)} wheels, {len(train)} training files, {len(held_out)} held-out files", flush=True)
     tokenizer = train_tokenizer(train, arguments.vocab_size)
     save_tokenizer(tokenizer, out, arguments.positions)
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    end_of_text = end_of_text_id(tokenizer)
     print("tokenizer trained", flush=True)
 
     held_out_ids = encode(tokenizer, held_out)

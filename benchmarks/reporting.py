@@ -1,24 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of benchmarks: a file of JSON lines, one measurement each, with all that is needed to read it alone.
+"""What all results share: the machine that they were measured on, and tables."""
 
-Lines are appended as they are measured, so that an interrupted run keeps what it has, and files of several runs can be
-put one behind the other. Where something was measured again, the last line counts.
-"""
-
-import json
 import platform
 import subprocess
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from systems import ROOT, is_plugin_system
-
-Record = dict[str, Any]
-
-# Measurements that agree in these are the same measurement.
-_IDENTITY = ("kind", "model", "system", "acceptance", "options", "engine", "temperature", "context", "batch")
+from benchmarks import ROOT
 
 
 def environment(commit: str | None) -> dict[str, str]:
@@ -43,24 +31,11 @@ def environment(commit: str | None) -> dict[str, str]:
     }
 
 
-def identity(record: Record) -> str:
-    """What tells a measurement from others. The plugin's commit counts for the plugin's systems only."""
-    machine = record["environment"]
-    keys = [record.get(name) for name in _IDENTITY] + [machine["device"], machine["vllm"]]
-    if is_plugin_system(record["system"]):
-        keys.append(machine["commit"])
-    return json.dumps(keys, sort_keys=True)
-
-
-def append(path: Path, record: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read(paths: Iterable[Path]) -> list[Record]:
-    """The measurements of all files in their order; none for a file that is not there."""
-    return [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
+def markdown(rows: list[list[Any]]) -> str:
+    """A table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _output_of(command: list[str]) -> str:

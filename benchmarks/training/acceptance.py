@@ -6,8 +6,8 @@ grows a tree from the true prefix; the walk follows the continuation down the tr
 more, which is the next root. This is exactly what a verification pass does, since a node's sample is what the target
 would emit there: at temperature 0 its argmax, above it a draw that does not depend on the tree.
 
-Usage: python acceptance.py [--pair FOLDER] [--device cpu] [--prompts-per-length 2] [--tokens 128]
-           [--frequent-tokens FILE]
+    python -m benchmarks.training.acceptance [--pair FOLDER] [--device cpu] [--prompts-per-length 2] [--tokens 128]
+        [--frequent-tokens FILE]
 """
 
 import argparse
@@ -19,15 +19,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from glide import SELF_ATTENTION_WINDOW, GlideLayer, KeysValues
-from target import Target, load_target, load_weights
 from tokenizers import Tokenizer
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
+from benchmarks import PAIR
+from benchmarks.repetition import loop_start
+from benchmarks.training.glide import SELF_ATTENTION_WINDOW, GlideLayer, KeysValues
+from benchmarks.training.target import Target, load_target, load_weights
+
 # Nodes per level. The second is the sequential method with gamma = 4.
 SHAPES = ([1], [1, 1, 1, 1], [2, 4, 4], [4, 16, 16, 16, 16])
-MAX_LOOP_PERIOD = 64
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def walk(
     A step that could run into the end of the continuation is not counted: it would be cut short.
     """
     roots = torch.full_like(passage.ends, passage.prompt_length)  # the token that the prefill emits
-    steps = []
+    steps: list[tuple[int, int, int]] = []
     while True:
         active = roots + len(shape) + 1 <= passage.ends
         if not active.any():
@@ -162,18 +163,6 @@ def walk(
             if counts:
                 steps.append((request, root, count))
         roots = torch.where(active, roots + emitted, roots)
-
-
-def loop_start(tokens: list[int]) -> int:
-    """Where a continuation starts to repeat itself until its end: at least three times and over at least 24 tokens."""
-    start = len(tokens)
-    for period in range(1, MAX_LOOP_PERIOD + 1):
-        first = len(tokens)
-        while first > period and tokens[first - 1] == tokens[first - 1 - period]:
-            first -= 1
-        if len(tokens) - (first - period) >= max(3 * period, 24):
-            start = min(start, first - period)
-    return start
 
 
 def mean(numbers: list[int]) -> float | None:
@@ -193,7 +182,8 @@ def measure(
     """Mean tokens per step for all SHAPES, over all steps and over those before a continuation starts to loop."""
     generator = torch.Generator().manual_seed(seed)
     end_of_text = target.config["eos_token_id"]
-    emitted, before_loop = defaultdict(list), defaultdict(list)
+    emitted: dict[str, list[int]] = defaultdict(list)
+    before_loop: dict[str, list[int]] = defaultdict(list)
     by_length: dict[str, dict[int, float | None]] = defaultdict(dict)
     total = looping = 0
     for length, ids in sorted(prompts.items()):
@@ -245,7 +235,7 @@ def load_pair(folder: Path, device: str) -> tuple[Target, GlideLayer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, default=HERE, help="folder with target/, draft/ and prompts.jsonl")
+    parser.add_argument("--pair", type=Path, default=PAIR, help="folder with target/, draft/ and prompts.jsonl")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts-per-length", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=192)

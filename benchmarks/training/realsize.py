@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a target of 240 million parameters with 16,384 positions and its GLIDE draft, in one sitting on one GPU.
 
-Writes target/, draft/, prompts.jsonl and metrics.json into the output folder, laid out as `benchmarks/pair`, for
-`benchmarks/speed.py` to measure. Needs the folder that `benchmarks/pair/prepare_data.py` wrote and no network. What is
-there already is not trained again, so target and draft may be trained by two calls.
+    python -m benchmarks.training.realsize --data FOLDER --out FOLDER [--only target] [--smoke]
 
-Usage: python train.py --data FOLDER --out FOLDER [--only target] [--smoke]
+Writes target/, draft/, prompts.jsonl and metrics.json into the output folder, laid out as `benchmarks/pair`, for
+`benchmarks.speed` to measure. Needs the folder that `prepare_data.py` wrote and no network. What is there already is
+not trained again, so target and draft may be trained by two calls.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import math
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -23,23 +22,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pair"))
-
-from prepare_data import END_OF_TEXT
-from target import load_target, target_config
-from training import (
-    TINY,
-    Plan,
-    Windows,
+from benchmarks.training.checks import (
     agreement_by_withheld_keys,
     check_draft_forward,
     check_files,
     check_tokenizer,
     held_out_loss,
-    load_ids,
-    train_draft,
-    train_target,
 )
+from benchmarks.training.loop import Plan, train_draft, train_target
+from benchmarks.training.prepare_data import end_of_text_id
+from benchmarks.training.target import TINY, load_target, target_config
+from benchmarks.training.text import Windows, load_ids
 
 SIZES = {
     "hidden_size": 1024,
@@ -91,7 +84,7 @@ def choose_prompts(ids: list[int], tokenizer: Tokenizer, length: int, count: int
     A project's files follow each other, as in the text that the target is trained on. What does not encode to the same
     tokens again, since it begins or ends within a word, is left out.
     """
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    end_of_text = end_of_text_id(tokenizer)
     begun = min(TOKENS_OF_LAST_FILE, length // 8)
     # (first token, token behind the last) of every file
     ends = [index for index, token in enumerate(ids) if token == end_of_text]
@@ -135,7 +128,7 @@ def main() -> None:
     )
 
     tokenizer = Tokenizer.from_file(str(args.data / "tokenizer.json"))
-    config = target_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT), **plan.sizes)
+    config = target_config(tokenizer.get_vocab_size(), end_of_text_id(tokenizer), **plan.sizes)
     held_out = Windows(load_ids(args.data / "held_out.npy.xz", device), torch.Generator())
     evaluation = held_out.spread(plan.evaluation_windows, plan.window)
     train = Windows(load_ids(args.data / "train.npy.xz", device), torch.Generator().manual_seed(args.seed))
