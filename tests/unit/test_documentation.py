@@ -27,7 +27,9 @@ MAKE = re.compile(r"^make +([a-z-]+)\b")
 @dataclass
 class Document:
     path: Path  # relative to the repository
+    # lines outside code blocks, and the same as paragraphs
     prose: list[str]
+    paragraphs: list[str]
     # of fenced and indented blocks, with continued lines joined
     commands: list[str]
     code_spans: list[str]
@@ -36,8 +38,10 @@ class Document:
     def read(cls, root: Path, path: Path) -> "Document":
         prose, code = split_code((root / path).read_text().splitlines())
         commands = "\n".join(code).replace("\\\n", " ").splitlines()
-        spans = [match[2].strip() for line in prose for match in CODE_SPAN.finditer(line)]
-        return cls(path, prose, [command.strip() for command in commands], spans)
+        # A link or a span of code may go on in the next line.
+        paragraphs = [" ".join(text.split("\n")) for text in re.split(r"\n{2,}", "\n".join(prose))]
+        spans = [match[2].strip() for text in paragraphs for match in CODE_SPAN.finditer(text)]
+        return cls(path, prose, paragraphs, [command.strip() for command in commands], spans)
 
     def anchors(self) -> set[str]:
         """The anchors of all headings, as GitHub makes them."""
@@ -78,9 +82,9 @@ def documents(root: Path = ROOT) -> list[Document]:
 
 
 def broken_links(document: Document, root: Path = ROOT) -> Iterator[str]:
-    for line in document.prose:
+    for text in document.paragraphs:
         # A link's text may be code; code itself is no link.
-        for target in LINK.findall(CODE_SPAN.sub("code", line)):
+        for target in LINK.findall(CODE_SPAN.sub("code", text)):
             if re.match(r"[a-z]+:", target):
                 continue
             name, _, anchor = target.partition("#")
@@ -229,6 +233,7 @@ def repository(tmp_path):
         ("[one](OTHER.md#what-this-is-linked), [two](OTHER.md#again-1), `[three](NONE.md)`", []),
         ("# Here\n\n[one](#here)", []),
         ("[one](NONE.md)", ["there is no NONE.md"]),
+        ("Text [of two\nlines](NONE.md)", ["there is no NONE.md"]),
         ("[`one`](docs/none.md#title)", ["there is no docs/none.md#title"]),
         ("![one](../README.md)", ["there is no ../README.md"]),
         ("[one](OTHER.md#again-2), [two](#nowhere)", ["OTHER.md#again-2 is no heading", "#nowhere is no heading"]),
@@ -264,6 +269,7 @@ def test_a_missing_file_is_named(repository, tmp_path, text, wrong):
         ("    make demo  # runs\n    TOKEN=1 .venv/bin/python -m benchmarks.speed --models x\n", []),
         ("    python benchmarks/soak.py --clients=2\n    python -m pip install --upgrade pip", []),
         ("`make tea`", ["the Makefile has no tea"]),
+        ("Text `make\ntea`", ["the Makefile has no tea"]),
         ("```\nmake tea\n```", ["the Makefile has no tea"]),
         ("`python -m benchmarks.none --models x`", ["there is no benchmarks.none"]),
         ("    python -m benchmarks.speed \\\n        --models x --model y", ["benchmarks.speed has no --model"]),
