@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table of what is supported: every feature that users turn on has a row, and every row a test."""
+"""docs/support.md: every feature that users turn on has a row under what becomes of it, and every row a test."""
 
 import ast
 import re
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "docs" / "support.md"
+# The page has a section for each.
 STATES = ("works with trees", "works with a chain", "refused")
 
 # What users of vLLM turn on, and a word that is in the file of the test that shows it.
@@ -82,12 +84,25 @@ REQUIRED = {
 
 
 def read_table(text: str) -> list[list[str]]:
-    """The cells of each row."""
-    section = re.search(r"^## What is supported$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
-    assert section is not None
-    rows = [line for line in section[1].splitlines() if line.startswith("|")]
-    # The first two are the head and its rule.
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+    """Feature, state and test of each feature in the tables of the page.
+
+    The state is the heading of the section. A row holds one feature or several, divided by semicolons, then for some
+    tables a remark, and its test.
+    """
+    rows = []
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        state = section.splitlines()[0].strip().lower()
+        for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+            # The first two are the head and its rule.
+            head, _, *lines = ([cell.strip() for cell in line.strip("| \n").split("|")] for line in table.splitlines())
+            assert head[0] == "feature" and head[-1] == "test"
+            for cells in lines:
+                if len(cells) != len(head) or not all(cells):
+                    rows.append(cells)
+                    continue
+                rows += [[feature.strip(), state, cells[-1]] for feature in cells[0].split(";")]
+    assert rows
+    return rows
 
 
 def wrong_rows(rows: list[list[str]]) -> list[str]:
@@ -129,7 +144,7 @@ def functions_of(source: str) -> dict[str, bool]:
 
 
 def test_every_feature_has_a_row_and_every_row_a_test():
-    assert wrong_rows(read_table((ROOT / "README.md").read_text())) == []
+    assert wrong_rows(read_table(SUPPORT.read_text())) == []
 
 
 ROW = ["min-p", "works with trees", "`tests/integration/test_lossless.py::test_trained_draft`"]
@@ -152,6 +167,37 @@ def test_a_wrong_row_is_named(row, said):
 
 
 def test_a_missing_row_is_named():
-    rows = read_table((ROOT / "README.md").read_text())
+    rows = read_table(SUPPORT.read_text())
     assert wrong_rows([row for row in rows if row[0] != "seed"]) == ["seed: has no row"]
     assert wrong_rows([*rows, rows[0]]) == [f"{rows[0][0]}: has 2 rows"]
+
+
+PAGE = """# Features
+
+No table.
+
+## Refused
+
+| feature | the way out | test |
+| --- | --- | --- |
+| LoRA; MLA | none | `one` |
+| watermarking | | `one` |
+
+## Works with trees
+
+### Sampling
+
+| feature | test |
+| --- | --- |
+| seed | `two` |
+"""
+
+
+def test_the_state_of_a_feature_is_its_section():
+    assert read_table(PAGE) == [
+        ["LoRA", "refused", "`one`"],
+        ["MLA", "refused", "`one`"],
+        ["watermarking", "", "`one`"],
+        ["seed", "works with trees", "`two`"],
+    ]
+    assert "['watermarking', '', '`one`']: a cell is missing or empty" in wrong_rows(read_table(PAGE))
