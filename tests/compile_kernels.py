@@ -43,12 +43,12 @@ from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.window import DraftWindow
 from vllm_longspec.proposers.glide.window_attention import window_attention, write_nodes, write_window
 from vllm_longspec.runner.roots import read_roots
+from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.sample import _rows_of_emitted
 from vllm_longspec.tree.shape import TreeShape
-from vllm_longspec.tree.batch import TreeBatch
-from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
 from vllm_longspec.tree.walk import walk_tree

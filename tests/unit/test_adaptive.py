@@ -6,13 +6,14 @@ import random
 import pytest
 
 from tests.unit.test_schedule import config
+from vllm_longspec.proposers.glide.cost import GlideCost
 from vllm_longspec.scheduling.adaptive import HALF_LIFE, AdaptiveVerification, typical_acceptance
 from vllm_longspec.scheduling.cost import StepCost
 from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
 
 QUERIES_PER_KV_HEAD = 5
 # QwQ-32B-Preview's shape in round numbers.
-COST = StepCost(target=32e9, level=1.3e9, token=131072, num_layers=64, max_depth=5)
+COST = StepCost(target=32e9, token=131072, drafting=GlideCost(level=1.3e9, num_layers=64, max_depth=5))
 
 
 def choices(max_batch_size: int = 256) -> list[list[int]]:

@@ -27,8 +27,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 import vllm_longspec.configure as draft_module
 from tests.models import glide_shapes, write_draft, write_target
 from tests.quantised_models import write_cache_scales, write_gptq
-from vllm_longspec.attention.registry import CPU_BACKEND, FLASH_BACKEND, TRITON_BACKEND, attention_backend
-from vllm_longspec.attention.registry import choose_attention_backend
+from vllm_longspec.attention.registry import (
+    CPU_BACKEND,
+    FLASH_BACKEND,
+    TRITON_BACKEND,
+    attention_backend,
+    choose_attention_backend,
+)
 from vllm_longspec.configure import configure
 from vllm_longspec.options import options_of
 from vllm_longspec.tree import chain
@@ -192,7 +197,10 @@ def test_command_line_reaches_the_engine(target, draft, arguments):
 def test_spellings_of_the_command_line(target, draft, options, levels, num_verified):
     args = parse(target, *(option.replace("DRAFT", draft) for option in options))
     config = EngineArgs.from_cli_args(args).create_engine_config()
-    assert (options_of(config.speculative_config).tree_shape.levels, config.num_speculative_tokens) == (levels, num_verified)
+    assert (options_of(config.speculative_config).tree_shape.levels, config.num_speculative_tokens) == (
+        levels,
+        num_verified,
+    )
 
 
 @pytest.mark.parametrize("option", ["--speculative-model", "--spec-model"])
@@ -210,7 +218,12 @@ def test_no_draft_at_all(target):
     config = EngineArgs.from_cli_args(parse(target)).create_engine_config()
     assert config.speculative_config is None
     assert options_of(config.speculative_config) is None
-    assert options_of(create(target, speculative_config={"method": "ngram", "num_speculative_tokens": 3}).speculative_config) is None
+    assert (
+        options_of(
+            create(target, speculative_config={"method": "ngram", "num_speculative_tokens": 3}).speculative_config
+        )
+        is None
+    )
 
 
 def test_configuration_survives_a_spawned_process(target, draft):
@@ -566,7 +579,10 @@ def test_sliding_window_of_the_target_is_refused(tmp_path):
     draft = write_draft(tmp_path / "draft", target)
     with pytest.raises(ValueError, match=r"a target with a sliding window of 128 \(target .*--disable-sliding-window"):
         create(str(target), spec_model=str(draft))
-    assert options_of(create(str(target), spec_model=str(draft), disable_sliding_window=True).speculative_config) is not None
+    assert (
+        options_of(create(str(target), spec_model=str(draft), disable_sliding_window=True).speculative_config)
+        is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -665,7 +681,7 @@ def test_the_ways_out_of_chains_by_default(target, draft, tmp_path, said_of_chai
 
     def is_served_a_chain(**settings):
         defaults = create(penalised, spec_model=draft, **settings).model_config.get_diff_sampling_param()
-        return sampling.needs_chain(CompletionRequest(prompt="a").to_sampling_params(8, defaults))
+        return chain.needs_chain(CompletionRequest(prompt="a").to_sampling_params(8, defaults))
 
     assert is_served_a_chain()
     assert not is_served_a_chain(**way_out)

@@ -9,16 +9,28 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.shapes import SHAPES
-from vllm_longspec.scheduling.cost import FURTHER_ROW, LEVEL, NODE, ROW, StepCost
+from vllm_longspec.proposers.glide.cost import LEVEL, GlideCost
+from vllm_longspec.scheduling.cost import FURTHER_ROW, NODE, ROW, StepCost
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "speed.jsonl"
 OTHERS = ("plain", "eagle3", "ngram")
 
 
-def cost_of(model: str, depth: int = 5, **settings) -> StepCost:
+def drafting_of(model: str, depth: int = 5, num_ranks: int = 1, **settings) -> GlideCost:
     vocab_size = SHAPES[model]["vocab_size"]
     settings = {"draft_vocab_size": vocab_size, **settings}
-    return StepCost.of_shape(SimpleNamespace(**SHAPES[model]), vocab_size=vocab_size, max_depth=depth, **settings)
+    shape = SimpleNamespace(**SHAPES[model])
+    return GlideCost.of_shape(shape, vocab_size=vocab_size, max_depth=depth, num_ranks=num_ranks, **settings)
+
+
+def cost_of(model: str, depth: int = 5, num_ranks: int = 1, cache_is_quantised: bool = False, **settings) -> StepCost:
+    return StepCost.of_shape(
+        SimpleNamespace(**SHAPES[model]),
+        vocab_size=SHAPES[model]["vocab_size"],
+        drafting=drafting_of(model, depth, num_ranks, **settings),
+        cache_is_quantised=cache_is_quantised,
+        num_ranks=num_ranks,
+    )
 
 
 def cost_of_cell(record: dict) -> StepCost:
@@ -27,7 +39,7 @@ def cost_of_cell(record: dict) -> StepCost:
         record["model"],
         options.get("gamma", 5),
         draft_vocab_size=options.get("frequent_tokens", SHAPES[record["model"]]["vocab_size"]),
-        draft_is_quantised=record["draft_quantization"] is not None,
+        is_quantised=record["draft_quantization"] is not None,
     )
 
 
@@ -79,21 +91,22 @@ def test_the_longer_the_context_the_less_a_step_costs_in_plain_ones():
 @pytest.mark.parametrize("num_ranks", [2, 8, 16])
 def test_ranks_share_all_but_a_head_of_some_tokens(num_ranks):
     one, shared = cost_of("qwq-32b"), cost_of("qwq-32b", num_ranks=num_ranks)
-    assert shared.target == one.target / num_ranks and shared.level == one.level / num_ranks
+    assert shared.target == one.target / num_ranks
+    assert shared.drafting.level == one.drafting.level / num_ranks
     # It has 8 KV heads.
     assert shared.token == one.token / min(num_ranks, 8)
-    restricted = cost_of("qwq-32b", draft_vocab_size=32768, num_ranks=num_ranks)
-    assert restricted.level > cost_of("qwq-32b", draft_vocab_size=32768).level / num_ranks
+    restricted = drafting_of("qwq-32b", draft_vocab_size=32768, num_ranks=num_ranks)
+    assert restricted.level > drafting_of("qwq-32b", draft_vocab_size=32768).level / num_ranks
 
 
 def test_what_is_quantised_is_read_in_half_the_time():
     one = cost_of("qwq-32b")
-    assert cost_of("qwq-32b", draft_is_quantised=True).level == one.level / 2
+    assert drafting_of("qwq-32b", is_quantised=True).level == one.drafting.level / 2
     assert cost_of("qwq-32b", cache_is_quantised=True).token == one.token / 2
 
 
 def test_which_drafts_are_large():
     """Reading their weights takes longer than starting their kernels, with a head of some tokens too."""
-    large = {model: cost_of(model).level > LEVEL for model in SHAPES}
+    large = {model: drafting_of(model).level > LEVEL for model in SHAPES}
     assert large == {"qwq-32b": True, "llama-3-8b-262k": True, "toy": False}
-    assert cost_of("llama-3-8b-262k", draft_vocab_size=32768).level > LEVEL
+    assert drafting_of("llama-3-8b-262k", draft_vocab_size=32768).level > LEVEL

@@ -14,6 +14,7 @@ from vllm_longspec import plugin
 from vllm_longspec.options import LongSpecOptions, attach_options
 from vllm_longspec.runner.graphs import DraftGraphs
 from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
+from vllm_longspec.tree.shape import TreeShape
 
 CAPTURE_SIZES = [1, 2, 4, *range(8, 513, 8)]
 
@@ -30,15 +31,15 @@ def one_rank(monkeypatch):
 
 
 def config(num_nodes, max_num_seqs, schedule, adapt):
-    attributes = {SHAPE_ATTRIBUTE: [4, 16, 16, 16, 16], ADAPT_NODES_ATTRIBUTE: adapt}
-    draft = SimpleNamespace(hf_config=SimpleNamespace(**attributes))
+    speculative_config = SimpleNamespace(
+        num_speculative_tokens=num_nodes,
+        num_speculative_tokens_per_batch_size=schedule,
+        uses_dynamic_speculative_decoding=lambda: True,
+    )
+    shape = TreeShape((4, 16, 16, 16, 16))
+    attach_options(speculative_config, LongSpecOptions("glide", shape, adaptive_verification=adapt))
     return SimpleNamespace(
-        speculative_config=SimpleNamespace(
-            draft_model_config=draft,
-            num_speculative_tokens=num_nodes,
-            num_speculative_tokens_per_batch_size=schedule,
-            uses_dynamic_speculative_decoding=lambda: True,
-        ),
+        speculative_config=speculative_config,
         num_speculative_tokens=num_nodes,
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),

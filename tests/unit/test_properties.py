@@ -19,10 +19,10 @@ from tests.oracles.attention import TOLERANCE, attend_slots, make_batch, pack_ma
 from tests.unit.test_sample import Step, emitted_by, random_request, without_a_gpu  # noqa: F401
 from tests.unit.test_verify import attended_slots, run_both
 from vllm_longspec.options import parse_tree_shape
-from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
-from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.batch import TreeBatch
+from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.layout import lay_out_trees
+from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.state import NO_TOKEN, TreeState
 from vllm_longspec.tree.walk import walk_tree
 
@@ -145,7 +145,9 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
     seq_lens = [first + length for first, length in zip(first_positions, query_lens, strict=True)]
     positions = torch.full((starts[-1],), -1, dtype=torch.int64, device=DEVICE)
     input_ids = torch.zeros(starts[-1], dtype=torch.int32, device=DEVICE)
-    lay_out_trees(state, batch, len(requests), slots, query_start_loc, on_device(seq_lens, torch.int32), input_ids, positions)
+    lay_out_trees(
+        state, batch, len(requests), slots, query_start_loc, on_device(seq_lens, torch.int32), input_ids, positions
+    )
 
     # A list may be cut; the root's token is not looked at.
     row_tokens = [
