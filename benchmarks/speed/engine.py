@@ -280,7 +280,7 @@ def set_acceptance(worker: Any, length: float) -> None:
 def draft_memory(worker: Any) -> dict[str, int]:
     """What a draft keeps: bytes for a request, whatever its context, and for every token of it."""
     speculator = worker.model_runner.speculator
-    window = getattr(speculator, "window", None)
+    window = getattr(getattr(speculator, "proposer", None), "window", None)
     context = worker.vllm_config.compilation_config.static_forward_context
     caches = [context[name].kv_cache for name in getattr(speculator, "draft_attn_layer_names", ())]
     tokens = worker.vllm_config.cache_config.num_gpu_blocks * worker.vllm_config.cache_config.block_size

@@ -34,7 +34,7 @@ from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.window import MAX_REBUILD_REQS, DraftWindow
 from vllm_longspec.runner.model_state import TreeModelState
-from vllm_longspec.runner.speculator import GlideSpeculator
+from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.state import NO_TOKEN
@@ -88,7 +88,7 @@ def one_process(tmp_path_factory) -> Iterator[None]:
 class Pair:
     """A draft and its target as vLLM's model runner has them, and the draft's plain twin."""
 
-    speculator: GlideSpeculator
+    speculator: TreeSpeculator
     target: nn.Module
     plain: PlainDraft
 
@@ -121,7 +121,7 @@ def load(
     # `propose` below fills it in.
     request_state = SimpleNamespace()
     with set_current_vllm_config(vllm_config):
-        speculator = GlideSpeculator(vllm_config, DEVICE, request_state)  # type: ignore[arg-type]
+        speculator = TreeSpeculator(vllm_config, DEVICE, request_state)  # type: ignore[arg-type]
         target_model = get_model(vllm_config=vllm_config)
         speculator.load_model(target_model)
         speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
@@ -388,7 +388,7 @@ def test_a_head_is_quantised_with_its_draft(tmp_path, num_kept):
 
     # New rows, where a CUDA graph reads the old ones.
     head.weight.data.copy_(head.weight.roll(1, 1))
-    pair.speculator.renew_head()
+    pair.speculator.proposer.renew()
     check_logits()
     if DEVICE.type == "cuda":
         assert pair.draft.lm_head.weight is weight
@@ -565,7 +565,7 @@ class Scheduled:
         return self.computed - self.computed_before
 
 
-def propose(speculator: GlideSpeculator, batch: Batch, step: list[Scheduled]) -> torch.Tensor:
+def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> torch.Tensor:
     """Calls the speculator as vLLM's model runner does after a step."""
     slots = [batch.slots[each.request] for each in step]
     # Of the text, what has been emitted; the rest is not known yet.
@@ -585,7 +585,7 @@ def propose(speculator: GlideSpeculator, batch: Batch, step: list[Scheduled]) ->
     speculator.block_tables = SimpleNamespace(input_block_tables=[block_table])  # type: ignore[assignment]
     speculator.block_table = block_table.new_zeros(NUM_SLOTS, block_table.shape[1])
     layers = speculator.vllm_config.compilation_config.static_forward_context
-    layers[speculator.target_layer_name].kv_cache = batch.kv_cache
+    layers[speculator.proposer.target_layer_name].kv_cache = batch.kv_cache
 
     prompt_lens = np.array([each.prompt_len for each in step], dtype=np.int32)
     before = np.array([each.computed_before for each in step], dtype=np.int32)
@@ -632,7 +632,7 @@ def test_proposes_from_step_to_step(tmp_path):
     pair = load(target, draft, levels)
     speculator = pair.speculator
     batch = Batch([26, 605, 535], pair.draft)
-    speculator.window.kv.fill_(torch.nan)
+    speculator.proposer.window.kv.fill_(torch.nan)
     # A step settles at most one token more than the tree is deep. The order of the requests is of no importance, though
     # vLLM puts those first that decode.
     steps = [
@@ -649,7 +649,10 @@ def test_proposes_from_step_to_step(tmp_path):
                 assert set(tokens) == {0}
                 continue
             slot, root_position = batch.slots[each.request], each.computed
-            parent_rows, depths = speculator.tree.parent_rows[slot].tolist(), speculator.tree.depths[slot].tolist()
+            parent_rows, depths = (
+                speculator.tree_state.parent_rows[slot].tolist(),
+                speculator.tree_state.depths[slot].tolist(),
+            )
             rows = sorted(range(1, 1 + sum(levels)), key=lambda row: depths[row])
             number = {row: index for index, row in enumerate(rows)} | {0: -1}
             seen = SimpleNamespace(
@@ -678,18 +681,18 @@ def test_requests_that_pad_a_batch_change_nothing(tmp_path):
     # A token more than the prompt, which becomes the root.
     step = [Scheduled(0, 0, 25, 25), Scheduled(1, 0, 604, 604)]
     tokens = propose(speculator, batch, step)
-    state = {name: tensor.clone() for name, tensor in vars(speculator.tree).items()}
-    window = speculator.window.kv.clone()
+    state = {name: tensor.clone() for name, tensor in vars(speculator.tree_state).items()}
+    window = speculator.proposer.window.kv.clone()
 
-    speculator.slots[2:4] = -1
+    speculator.idx_mapping[2:4] = -1
     speculator.num_sampled[2:4] = 3
     speculator.draft_tokens.fill_(-7)
     speculator._draft(4, sum(levels), MAX_MODEL_LEN)
     assert torch.equal(speculator.draft_tokens[:2], tokens)
     assert (speculator.draft_tokens[2:] == -7).all()
     for name, tensor in state.items():
-        assert torch.equal(getattr(speculator.tree, name), tensor), name
-    torch.testing.assert_close(speculator.window.kv, window)
+        assert torch.equal(getattr(speculator.tree_state, name), tensor), name
+    torch.testing.assert_close(speculator.proposer.window.kv, window)
 
 
 def test_a_draft_for_fewer_nodes_lists_the_same_ones(tmp_path):
@@ -702,15 +705,19 @@ def test_a_draft_for_fewer_nodes_lists_the_same_ones(tmp_path):
     tokens = propose(speculator, batch, step)
     parent_rows, depths, masks = (
         tensor[batch.slots].clone()
-        for tensor in (speculator.tree.parent_rows, speculator.tree.depths, speculator.tree.ancestor_masks)
+        for tensor in (
+            speculator.tree_state.parent_rows,
+            speculator.tree_state.depths,
+            speculator.tree_state.ancestor_masks,
+        )
     )
     for num_nodes in (1, 2, 3, 5, 9):
         speculator._draft(3, num_nodes, MAX_MODEL_LEN)
         rows = slice(1 + num_nodes)
         assert torch.equal(speculator.draft_tokens[:3, :num_nodes], tokens[:, :num_nodes])
-        assert torch.equal(speculator.tree.parent_rows[batch.slots, rows], parent_rows[:, rows])
-        assert torch.equal(speculator.tree.depths[batch.slots, rows], depths[:, rows])
-        assert torch.equal(speculator.tree.ancestor_masks[batch.slots, rows], masks[:, rows])
+        assert torch.equal(speculator.tree_state.parent_rows[batch.slots, rows], parent_rows[:, rows])
+        assert torch.equal(speculator.tree_state.depths[batch.slots, rows], depths[:, rows])
+        assert torch.equal(speculator.tree_state.ancestor_masks[batch.slots, rows], masks[:, rows])
 
 
 def test_proposes_a_chain_to_a_request_that_takes_one(tmp_path):
@@ -718,13 +725,13 @@ def test_proposes_a_chain_to_a_request_that_takes_one(tmp_path):
     levels = (2, 4, 4)
     target, draft = write_pair(tmp_path, "qwen2 tied")
     speculator = load(target, draft, levels).speculator
-    tree = speculator.tree
+    tree = speculator.tree_state
     # A token more than the prompt, which becomes the root.
     batch = Batch([41, 62, 34], speculator.model)
     # vLLM's runner tells this class of new requests.
     model_state = TreeModelState.__new__(TreeModelState)
     model_state.__dict__.update(
-        tree=tree, device=DEVICE, takes_chain=np.zeros(NUM_SLOTS, dtype=np.int32), added_slots=[]
+        tree_state=tree, device=DEVICE, takes_chain=np.zeros(NUM_SLOTS, dtype=np.int32), added_requests=[]
     )
     model_state.rope_state = model_state.prompt_embeds_state = None
 

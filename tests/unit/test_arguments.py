@@ -40,6 +40,11 @@ from vllm_longspec.tree import chain
 from vllm_longspec.tree.shape import TreeShape
 
 
+def options_in(vllm_config):
+    """The options of an engine with trees; None for another."""
+    return options_of(vllm_config.speculative_config)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoints")
@@ -89,8 +94,8 @@ def refused(error):
 def test_python_options_reach_the_engine(target, draft):
     given = {"model": draft, "tree_shape": [2, 4, 4]}
     config = create(target, speculative_config=given)
-    assert options_of(config.speculative_config).tree_shape == TreeShape((2, 4, 4))
-    assert options_of(config.speculative_config) is not None
+    assert options_in(config).tree_shape == TreeShape((2, 4, 4))
+    assert options_in(config) is not None
     assert config.num_speculative_tokens == 10
     assert config.speculative_config.method == "draft_model"
     assert config.speculative_config.draft_model_config.architecture == "LlamaGlideDecoderLayer"
@@ -108,8 +113,8 @@ def test_options_reach_further_api_servers(target, draft, tmp_path):
     unpatched = vars(EngineArgs)["from_cli_args"].__func__.longspec_original
     second = unpatched(AsyncEngineArgs, pickle.loads(pickle.dumps(args))).create_engine_config()
     for config in (first, second):
-        assert options_of(config.speculative_config).tree_shape == TreeShape((2, 4))
-        assert options_of(config.speculative_config).frequent_tokens == str(tokens)
+        assert options_in(config).tree_shape == TreeShape((2, 4))
+        assert options_in(config).frequent_tokens == str(tokens)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_options_reach_further_api_servers(target, draft, tmp_path):
 )
 def test_shapes_and_verified_nodes(target, draft, options, levels, num_verified):
     config = create(target, speculative_config={"model": draft, **options})
-    assert options_of(config.speculative_config).tree_shape.levels == levels
+    assert options_in(config).tree_shape.levels == levels
     assert config.num_speculative_tokens == num_verified
 
 
@@ -152,7 +157,7 @@ def test_draft_with_the_config_of_a_quantised_target(tmp_path, target, draft):
 @pytest.mark.parametrize("architectures", [None, ["LlamaForCausalLM"], ["NoSuchModel"]])
 def test_missing_or_other_architectures(tmp_path, target, draft, architectures):
     config = create(target, spec_model=with_config(tmp_path / "draft", draft, architectures=architectures))
-    assert options_of(config.speculative_config) is not None
+    assert options_in(config) is not None
     assert config.speculative_config.draft_model_config.architecture == "LlamaGlideDecoderLayer"
 
 
@@ -162,7 +167,7 @@ def test_the_same_arguments_can_be_used_again(target, draft):
     )
     for _ in range(2):
         config = engine_args.create_engine_config()
-        assert (options_of(config.speculative_config).tree_shape.levels, config.num_speculative_tokens) == ((1,) * 8, 5)
+        assert (options_in(config).tree_shape.levels, config.num_speculative_tokens) == ((1,) * 8, 5)
     assert engine_args.speculative_config == {"gamma": 8}
 
 
@@ -170,10 +175,10 @@ def test_the_same_arguments_can_be_used_again(target, draft):
 def test_command_line_reaches_the_engine(target, draft, arguments):
     args = parse(target, "--speculative-model", draft, "--speculative-tree-shape", "2", "4", "4")
     config = arguments.from_cli_args(args).create_engine_config()
-    assert options_of(config.speculative_config).tree_shape.levels == (2, 4, 4)
+    assert options_in(config).tree_shape.levels == (2, 4, 4)
     # `vllm bench` makes an LLM of exactly these fields.
     copied = arguments(**vars(arguments.from_cli_args(args)))
-    assert options_of(copied.create_engine_config().speculative_config).tree_shape.levels == (2, 4, 4)
+    assert options_in(copied.create_engine_config()).tree_shape.levels == (2, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +202,7 @@ def test_command_line_reaches_the_engine(target, draft, arguments):
 def test_spellings_of_the_command_line(target, draft, options, levels, num_verified):
     args = parse(target, *(option.replace("DRAFT", draft) for option in options))
     config = EngineArgs.from_cli_args(args).create_engine_config()
-    assert (options_of(config.speculative_config).tree_shape.levels, config.num_speculative_tokens) == (
+    assert (options_in(config).tree_shape.levels, config.num_speculative_tokens) == (
         levels,
         num_verified,
     )
@@ -207,8 +212,8 @@ def test_spellings_of_the_command_line(target, draft, options, levels, num_verif
 def test_draft_of_another_kind_is_vllms_business(target, ordinary_draft, option):
     args = parse(target, option, ordinary_draft, "--spec-tokens", "3")
     config = EngineArgs.from_cli_args(args).create_engine_config()
-    assert options_of(config.speculative_config) is None
-    assert options_of(config.speculative_config) is None
+    assert options_in(config) is None
+    assert options_in(config) is None
     assert (config.speculative_config.method, config.num_speculative_tokens) == ("draft_model", 3)
     assert config.speculative_config.draft_model_config.architecture == "LlamaForCausalLM"
     assert config.attention_config.backend is None
@@ -217,13 +222,8 @@ def test_draft_of_another_kind_is_vllms_business(target, ordinary_draft, option)
 def test_no_draft_at_all(target):
     config = EngineArgs.from_cli_args(parse(target)).create_engine_config()
     assert config.speculative_config is None
-    assert options_of(config.speculative_config) is None
-    assert (
-        options_of(
-            create(target, speculative_config={"method": "ngram", "num_speculative_tokens": 3}).speculative_config
-        )
-        is None
-    )
+    assert options_in(config) is None
+    assert options_in(create(target, speculative_config={"method": "ngram", "num_speculative_tokens": 3})) is None
 
 
 def test_configuration_survives_a_spawned_process(target, draft):
@@ -235,13 +235,14 @@ def test_configuration_survives_a_spawned_process(target, draft):
         config = pickle.load(sys.stdin.buffer)
         from vllm_longspec.options import options_of
         draft = config.speculative_config.draft_model_config
-        print(*options_of(config.speculative_config).tree_shape.levels, draft.architectures[0], config.attention_config.backend.get_path())
+        levels = options_of(config.speculative_config).tree_shape.levels
+        print(*levels, draft.architectures[0], config.attention_config.backend.get_path())
     """
     child = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(config), capture_output=True, timeout=120)
     assert child.returncode == 0, child.stderr.decode()
     said = "2 4 LlamaGlideDecoderLayer vllm_longspec.attention.flash.TreeFlashAttentionBackend"
     assert child.stdout.decode().splitlines()[-1] == said
-    assert options_of(pickle.loads(pickle.dumps(config)).speculative_config).tree_shape.levels == (2, 4)
+    assert options_in(pickle.loads(pickle.dumps(config))).tree_shape.levels == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def find_draft(monkeypatch, on_gpu, target, draft, *, hopper=False, settings=Non
 def test_a_large_draft_is_quantised(monkeypatch, target, draft, given, quantization):
     monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", 1.0)
     found = find_draft(monkeypatch, True, target, draft, **{"hopper": True, **given})
-    assert found.options["quantization"] == quantization
+    assert found.vllm_options["quantization"] == quantization
 
 
 def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
@@ -333,15 +334,15 @@ DEFAULT_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 
 )
 def test_how_many_nodes_are_verified_by_default(monkeypatch, target, draft, on_gpu, options, adapts, schedule):
     found = find_draft(monkeypatch, on_gpu, target, draft, **options)
-    assert found.adapt_nodes is adapts
-    assert found.options.get("num_speculative_tokens_per_batch_size") == schedule
+    assert found.options.adaptive_verification is adapts
+    assert found.vllm_options.get("num_speculative_tokens_per_batch_size") == schedule
 
 
 def test_a_quantised_target_has_no_cost_to_adapt_to(monkeypatch, tmp_path, target, draft):
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
     found = find_draft(monkeypatch, True, quantised, draft)
-    assert found.adapt_nodes is False
-    assert found.options["num_speculative_tokens_per_batch_size"] == DEFAULT_SCHEDULE
+    assert found.options.adaptive_verification is False
+    assert found.vllm_options["num_speculative_tokens_per_batch_size"] == DEFAULT_SCHEDULE
     with pytest.raises(ValueError, match="adapt_nodes is not supported with a target of quantization='") as error:
         find_draft(monkeypatch, True, quantised, draft, adapt_nodes=True)
     refused(error)
@@ -375,7 +376,7 @@ def test_frequent_tokens(tmp_path, target, draft):
 
     def file_of(*options):
         config = EngineArgs.from_cli_args(parse(target, *options)).create_engine_config()
-        return options_of(config.speculative_config).frequent_tokens
+        return options_in(config).frequent_tokens
 
     command = ["--speculative-model", draft, "--speculative-tree-shape", "2", "4"]
     assert file_of(*command) is None
@@ -389,9 +390,9 @@ def test_frequent_tokens(tmp_path, target, draft):
     shipped = Path(with_config(tmp_path / "draft", draft)) / "frequent_tokens.json"
     shipped.write_text(many.read_text())
     config = create(target, speculative_config={"model": str(shipped.parent)})
-    assert options_of(config.speculative_config).frequent_tokens == str(shipped)
+    assert options_in(config).frequent_tokens == str(shipped)
     config = create(target, speculative_config={"model": str(shipped.parent), "frequent_tokens": False})
-    assert options_of(config.speculative_config).frequent_tokens is None
+    assert options_in(config).frequent_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -579,10 +580,7 @@ def test_sliding_window_of_the_target_is_refused(tmp_path):
     draft = write_draft(tmp_path / "draft", target)
     with pytest.raises(ValueError, match=r"a target with a sliding window of 128 \(target .*--disable-sliding-window"):
         create(str(target), spec_model=str(draft))
-    assert (
-        options_of(create(str(target), spec_model=str(draft), disable_sliding_window=True).speculative_config)
-        is not None
-    )
+    assert options_in(create(str(target), spec_model=str(draft), disable_sliding_window=True)) is not None
 
 
 @pytest.mark.parametrize(
@@ -787,8 +785,8 @@ def test_arguments_that_are_used_again_know_nothing_of_the_draft(target, draft):
 def test_sampling_parameters_are_judged_by_the_kind_of_draft(target, draft, ordinary_draft):
     glide = create(target, spec_model=draft)
     other = create(target, spec_model=ordinary_draft, spec_tokens=2)
-    assert options_of(glide.speculative_config) is not None
-    assert options_of(other.speculative_config) is None
+    assert options_in(glide) is not None
+    assert options_in(other) is None
 
     def verify(params, config):
         params.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
