@@ -106,6 +106,13 @@ def _run_engine(specification_json: str) -> dict[str, Any]:
         return _generate_batches(llm, specification["batches"])
 
 
+def run_batches(settings: dict[str, Any], batches: Sequence[Sequence[Request]]) -> dict[str, Any]:
+    """The same in this process, which should be one of its own (tests/process.py)."""
+    return _run_engine(
+        json.dumps({"settings": settings, "batches": [[asdict(each) for each in one] for one in batches]})
+    )
+
+
 def _generate_batches(llm: Any, batches: list[Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 

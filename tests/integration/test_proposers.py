@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a proposer, by one that has no draft model: an engine with it emits plain decoding's tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.engine import request, run_batches
+from tests.models import write_target
+from tests.process import run_alone
+from vllm_longspec import plugin, proposers
+from vllm_longspec.options import options_of
+
+REPEAT = ("repeat", "tests.proposers.repeat.RepeatSetup")
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "presence_penalty": 0.1},
+    {"temperature": 0.3, "seed": 3, "top_p": 0.9},
+]
+
+
+def run_registered(settings: dict[str, Any], batches: list[Any]) -> dict[str, Any]:
+    proposers.register(*REPEAT)
+    return run_batches(settings, batches)
+
+
+def test_an_engine_with_a_proposer_of_somebody_elses(tmp_path: Path) -> None:
+    """A small random model soon repeats itself, so what it has said last is what it says next."""
+    target = write_target(tmp_path / "target", "llama")
+    prompts = [list(range(3, 3 + length)) for length in (5, 20, 40)]
+    batches = [
+        [request(prompt, max_tokens=48, ignore_eos=True, **sampling) for prompt in prompts for sampling in SAMPLINGS]
+    ]
+    settings = {"model": str(target)}
+    plain, _ = run_alone(run_batches, settings, batches)
+    speculative = {**settings, "speculative_config": {"method": "repeat", "gamma": 4, "adaptive_verification": False}}
+    result, printed = run_alone(run_registered, speculative, batches)
+    assert result["tokens"] == plain["tokens"]
+    assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 20
+    assert "Proposer repeat: tree shape [1, 1, 1, 1], 4 of 4 nodes verified" in printed
+
+
+@pytest.fixture
+def registered():
+    plugin.register()
+    proposers.register(*REPEAT)
+    yield
+    del proposers._SETUPS["repeat"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_proposer_is_found_by_its_method(tmp_path):
+    target = write_target(tmp_path / "target", "llama")
+    config = EngineArgs(
+        model=str(target),
+        speculative_config={"method": "repeat", "gamma": 3},
+        dtype="float32",
+        skip_tokenizer_init=True,
+    ).create_engine_config()
+    options = options_of(config.speculative_config)
+    assert options is not None
+    assert (options.proposer, options.tree_shape.levels) == ("repeat", (1, 1, 1))
+    assert config.speculative_config.num_speculative_tokens == 3
+    # It may be registered again, as every process that loads plugins does, but not another one under its name.
+    proposers.register(*REPEAT)
+    with pytest.raises(ValueError, match=r"register another\.Setup under another name"):
+        proposers.register("repeat", "another.Setup")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "give its length as gamma"),
+        ({"gamma": 4, "frequent_tokens": "tokens.json"}, "frequent_tokens needs a draft"),
+    ],
+)
+def test_what_a_proposer_refuses_is_said(tmp_path, given, said):
+    target = write_target(tmp_path / "target", "llama")
+    with pytest.raises(ValueError, match=said):
+        EngineArgs(model=str(target), speculative_config={"method": "repeat", **given}).create_engine_config()
