@@ -29,6 +29,6 @@ clean: ## Remove the virtual environment, logs and caches
 	rm -rf $(VENV) .demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): setup.py .ci/setup_environment.sh
+$(READY): setup.py vllm_longspec/compat/supported.py .ci/setup_environment.sh
 	PYTHON='$(PYTHON)' .ci/setup_environment.sh $(VENV)
 	@touch $@

@@ -373,7 +373,6 @@ def replaced() -> list[tuple[Any, str, Any]]:
     found: list[tuple[Any, str, Any]] = []
     fake = SimpleNamespace(
         _replace=lambda owner, name, replacement: found.append((owner, name, replacement)),
-        _use_pytorch_top_k_top_p=lambda: None,
         interpreting=lambda: True,
     )
     real = {name: getattr(patches, name) for name in vars(fake)}

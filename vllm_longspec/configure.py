@@ -11,18 +11,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_longspec import proposers
+from vllm_longspec.attention.registry import choose_attention_backend
 from vllm_longspec.frequent_tokens import read_frequent_tokens
-from vllm_longspec.options import OPTION_NAMES, LongSpecOptions, count_verified_nodes, parse_tree_shape, read_flag
+from vllm_longspec.options import (
+    OPTION_NAMES,
+    LongSpecOptions,
+    attach_options,
+    count_verified_nodes,
+    options_of,
+    parse_tree_shape,
+    read_flag,
+)
 from vllm_longspec.proposers.interface import DraftSetup
 from vllm_longspec.scheduling.schedule import default_schedule
 from vllm_longspec.targets import support
+from vllm_longspec.tree.chain import warn_of_chains
 from vllm_longspec.tree.synthetic_rates import rates_by_depth
 
 if TYPE_CHECKING:
     import argparse
 
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 # The same order as vLLM's: flag, key of the speculative configuration, field of EngineArgs.
@@ -155,7 +165,7 @@ _current: ContextVar[DraftSetup | None] = ContextVar("longspec_current_setup", d
 
 
 @contextmanager
-def building(speculation: Speculation, engine_args: "EngineArgs") -> Iterator[None]:
+def _building(speculation: Speculation, engine_args: "EngineArgs") -> Iterator[None]:
     """Shows vLLM the options as it knows them while it builds the draft's SpeculativeConfig, then the user's again."""
     fields = ("speculative_config", *(field for _, _, field in _FLAGS))
     given = {field: getattr(engine_args, field) for field in fields}
@@ -171,9 +181,48 @@ def building(speculation: Speculation, engine_args: "EngineArgs") -> Iterator[No
             setattr(engine_args, field, value)
 
 
-def draft_hf_overrides(
-    overrides: "Callable[[PretrainedConfig], PretrainedConfig]",
-) -> "Callable[[PretrainedConfig], PretrainedConfig]":
+def create_speculative_config(
+    original: "Callable[..., SpeculativeConfig | None]",
+    self: "EngineArgs",
+    target_model_config: "ModelConfig",
+    target_parallel_config: "ParallelConfig",
+) -> "SpeculativeConfig | None":
+    """vLLM's speculative configuration, of an engine with trees with the options that only this plugin knows."""
+    speculation = configure(self, target_model_config, target_parallel_config)
+    if speculation is None:
+        config = original(self, target_model_config, target_parallel_config)
+        for name in proposers.names():
+            proposers.setup_of(name).check_other(config)
+        return config
+    choose_attention_backend(self, target_model_config)
+    with _building(speculation, self):
+        config = original(self, target_model_config, target_parallel_config)
+    assert config is not None
+    attach_options(config, speculation.options)
+    return config
+
+
+def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Callable[..., PretrainedConfig]":
     """The `hf_overrides` of the draft that is being built. Part of vLLM's configuration, so it must be picklable."""
     setup = _current.get()
-    return overrides if setup is None else setup.hf_overrides(overrides)
+    return original(*args) if setup is None else setup.hf_overrides(original(*args))
+
+
+def create_engine_config(
+    original: "Callable[..., VllmConfig]", self: "EngineArgs", *args: Any, **kwargs: Any
+) -> "VllmConfig":
+    """A complete configuration, checked where an error is the user's own process's."""
+    given_backend = self.attention_backend
+    try:
+        vllm_config = original(self, *args, **kwargs)
+    finally:
+        # The draft's choice is this engine's own; the arguments may be used again, with another draft or none.
+        self.attention_backend = given_backend
+    if options_of(vllm_config.speculative_config) is not None:
+        support.check_engine(vllm_config)
+        warn_of_chains(vllm_config.model_config)
+        from vllm_longspec.scheduling.scheduler import scheduler_name
+
+        # Only now is it known whether scheduling is asynchronous.
+        vllm_config.scheduler_config.scheduler_cls = scheduler_name(vllm_config.scheduler_config)
+    return vllm_config

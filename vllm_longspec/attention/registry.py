@@ -4,6 +4,7 @@
 No engine without trees ever sees them.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,9 @@ import torch
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
 
 # The name of each in `--attention-backend` and its class.
 FLASH_BACKEND, TRITON_BACKEND, CPU_BACKEND = "LONGSPEC_FLASH", "LONGSPEC_TRITON", "LONGSPEC_CPU"
@@ -77,3 +80,16 @@ def _flash_attention_serves(engine_args: "EngineArgs", target: "ModelConfig") ->
     scheme = (getattr(target.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
     is_quantised = is_quantized_kv_cache(cache_dtype) or (cache_dtype == "auto" and scheme is not None)
     return version in ((3,) if is_quantised else (2, 3))
+
+
+def get_cpu_backend_cls(
+    original: "Callable[..., str]",
+    cls: "type[CpuPlatform]",
+    selected_backend: "AttentionBackendEnum | None",
+    attn_selector_config: "AttentionSelectorConfig",
+    num_heads: int | None = None,
+) -> str:
+    """The path of the backend that a CPU takes."""
+    if selected_backend is not None and selected_backend.name == CPU_BACKEND:
+        return selected_backend.get_path()
+    return original(cls, selected_backend, attn_selector_config, num_heads)

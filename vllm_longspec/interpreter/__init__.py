@@ -12,7 +12,7 @@ import os
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_longspec.compat.versions import name_cpu_build
+from vllm_longspec.compat.cpu_build import name_cpu_build
 
 logger = init_logger(f"vllm.{__name__}")
 

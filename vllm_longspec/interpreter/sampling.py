@@ -141,3 +141,13 @@ def get_num_nans(
 ) -> torch.Tensor:  # int32 [num_rows]
     """NaNs in every row."""
     return logits.isnan().sum(dim=-1, dtype=torch.int32)
+
+
+def use_pytorch_top_k_top_p() -> None:
+    """vLLM's own function in PyTorch, for machines without Triton.
+
+    Its Triton kernel does not run in the interpreter (a scalar argument has no `.to`).
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False

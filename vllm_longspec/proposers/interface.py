@@ -17,7 +17,7 @@ from vllm_longspec.tree.shape import TreeShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 # (nodes of each request, K and V of all cached tokens as so many weights) -> what drafting takes, as so many weights
@@ -119,6 +119,15 @@ class DraftSetup(ABC):
     ) -> "Callable[[PretrainedConfig], PretrainedConfig]":
         """Changes to the draft's Hugging Face config, on top of vLLM's own; must be picklable."""
         return overrides
+
+    @staticmethod
+    def check_other(config: "SpeculativeConfig | None") -> None:
+        """Refuses a draft of this proposer's that `find` has not seen, once vLLM has built its own configuration.
+
+        Raises:
+            ValueError: in one line, with the way out.
+        """
+        return None
 
     @staticmethod
     @abstractmethod

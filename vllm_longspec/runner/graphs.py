@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs of the whole draft: window update, all levels of the tree, ordering.
+"""CUDA graphs: of the whole draft, window update, all levels of the tree and ordering; and which of the target's.
 
 A draft is some hundred small kernels between which nothing is decided on the host. What it does depends on how many
 requests it drafts for and on how many nodes are kept. Not every number goes with every size of a batch
@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu import cudagraph_utils
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorBatchDescriptor
+
+from vllm_longspec.options import options_of
+from vllm_longspec.scheduling.schedule import numbers_of_nodes
 
 
 class DraftGraphs(CudaGraphManager):
@@ -56,3 +60,31 @@ class DraftGraphs(CudaGraphManager):
             return None
         found = SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=num_nodes)
         return found if found in self.graphs else None
+
+
+def init_verification_graphs(original: Callable[..., None], self: CudaGraphManager) -> None:
+    """Lists the graphs of the target's forward pass for every number of nodes that a step may verify."""
+    config = self.vllm_config.speculative_config
+    options = options_of(config)
+    if config is None or options is None or not config.uses_dynamic_speculative_decoding():
+        original(self)
+        return
+    build_lookup = cudagraph_utils.build_dynamic_sd_schedule_lookup
+    if options.adaptive_verification:
+        numbers = numbers_of_nodes(config)
+        # All that is read of the table is which numbers it has, behind entry 0.
+        cudagraph_utils.build_dynamic_sd_schedule_lookup = lambda *_, **__: [0, *numbers]
+    try:
+        original(self)
+    finally:
+        cudagraph_utils.build_dynamic_sd_schedule_lookup = build_lookup
+
+    uniform = [desc for descs in self._capture_descs.values() for desc in descs if desc.uniform_token_count is not None]
+    uniform.sort(key=lambda desc: desc.num_tokens)
+    for (num_tokens, num_active_loras), candidates in self._candidates.items():
+        smallest: dict[int | None, BatchExecutionDescriptor] = {}
+        for desc in uniform:
+            if desc.num_tokens >= num_tokens and desc.num_active_loras == num_active_loras:
+                smallest.setdefault(desc.uniform_token_count, desc)
+        # The first that fits a batch is taken, and those of any number of tokens come last.
+        candidates[:0] = [desc for desc in smallest.values() if desc not in candidates]

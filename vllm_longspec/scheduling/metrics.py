@@ -16,7 +16,7 @@ in the list says nothing; what is accepted is a path, and its i-th token is a no
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,11 @@ from vllm_longspec.tree.shape import TreeShape
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import SpeculativeConfig
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+
+# Where vLLM's own counters keep those that only trees have.
+_COUNTERS = "longspec_kind_counters"
 
 
 class Kind(IntEnum):
@@ -125,3 +130,23 @@ class KindCounters:
     def observe(self, stats: SpecDecodingStats, engine_idx: int) -> None:
         for counter, number in zip(self.counters[engine_idx], stats.num_draft_tokens_per_pos, strict=True):
             counter.inc(number)
+
+
+def init_prometheus_counters(
+    original: Callable[..., None],
+    self: "SpecDecodingProm",
+    speculative_config: "SpeculativeConfig | None",
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    original(self, by_depth(speculative_config), *args, **kwargs)
+    if options_of(speculative_config) is not None:
+        setattr(self, _COUNTERS, KindCounters(self._counter_cls, *args, **kwargs))
+
+
+def observe_prometheus_counters(
+    original: Callable[..., None], self: "SpecDecodingProm", spec_decoding_stats: SpecDecodingStats, engine_idx: int = 0
+) -> None:
+    original(self, spec_decoding_stats, engine_idx)
+    if (counters := getattr(self, _COUNTERS, None)) is not None:
+        counters.observe(spec_decoding_stats, engine_idx)

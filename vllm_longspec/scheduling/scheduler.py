@@ -209,3 +209,10 @@ def scheduler_name(config: "SchedulerConfig") -> str:
     """The qualified name of the scheduler for this configuration, as vLLM's `scheduler_cls` takes it."""
     cls: type = AsyncTreeScheduler if config.async_scheduling else TreeScheduler
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def get_scheduler_cls(original: Callable[..., type], self: "SchedulerConfig") -> type:
+    """The scheduler's class; without vLLM's warning that one from outside will be slow."""
+    if self.scheduler_cls == scheduler_name(self):
+        return AsyncTreeScheduler if self.async_scheduling else TreeScheduler
+    return original(self)

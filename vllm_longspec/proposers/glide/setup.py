@@ -106,6 +106,26 @@ class GlideSetup(DraftSetup):
         return functools.partial(_override, self.checkpoint.architecture, overrides)
 
     @staticmethod
+    def check_other(config: "SpeculativeConfig | None") -> None:
+        """Refuses a GLIDE draft that vLLM has found where `GlideSetup.find` sees none, such as in object storage.
+
+        vLLM knows its architecture, and would build it and drive it as an ordinary model.
+
+        Raises:
+            ValueError: in one line, with the way out.
+        """
+        if config is None or config.draft_model_config is None:
+            return
+        if not set(config.draft_model_config.architectures) & set(FAMILIES.values()):
+            return
+        assert config.model is not None
+        try:
+            read_draft(config.model, config.revision, expected=True)
+        except NoGlideDraftError as error:
+            raise ValueError(f"a GLIDE draft cannot be served from where it is: {error}") from None
+        raise ValueError(f"draft {config.model} is a GLIDE draft, but was not to be seen at first: start vLLM again")
+
+    @staticmethod
     def drafting_cost(vllm_config: "VllmConfig") -> GlideCost:
         return GlideCost.of(vllm_config)
 
@@ -119,23 +139,3 @@ def _override(
     # A draft's config.json may be a quantised target's; its weights never are.
     vars(hf_config).pop("quantization_config", None)
     return overrides(hf_config)
-
-
-def check_other_draft(config: "SpeculativeConfig | None") -> None:
-    """Refuses a GLIDE draft that vLLM has found where `GlideSetup.find` sees none, such as in object storage.
-
-    vLLM knows its architecture, and would build it and drive it as an ordinary model.
-
-    Raises:
-        ValueError: in one line, with the way out.
-    """
-    if config is None or config.draft_model_config is None:
-        return
-    if not set(config.draft_model_config.architectures) & set(FAMILIES.values()):
-        return
-    assert config.model is not None
-    try:
-        read_draft(config.model, config.revision, expected=True)
-    except NoGlideDraftError as error:
-        raise ValueError(f"a GLIDE draft cannot be served from where it is: {error}") from None
-    raise ValueError(f"draft {config.model} is a GLIDE draft, but was not to be seen at first: start vLLM again")

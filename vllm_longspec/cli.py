@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin's options on vLLM's command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm_longspec.configure import given_config
+from vllm_longspec.options import DEFAULT_LEVELS
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+_HELP_SUMMARY = (
+    "Speculative decoding with a LongSpec GLIDE draft: --speculative-model MODEL "
+    "[--speculative-tree-shape N [N ...]] [--speculative-frequent-tokens FILE]. See --help=LongSpec."
+)
+
+
+def add_cli_args(
+    original: Callable[..., argparse.ArgumentParser], parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    parser = original(parser)
+    group = parser.add_argument_group(title="LongSpec", description=_HELP_SUMMARY)
+    group.add_argument(
+        "--speculative-model",
+        dest="spec_model",
+        metavar="MODEL",
+        help="The draft to speculate with, as --spec-model. A LongSpec GLIDE draft is recognised from its checkpoint "
+        "and needs no other option; a draft of another kind is handled by vLLM.",
+    )
+    group.add_argument(
+        "--speculative-tree-shape",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="Nodes at each level of the tree that a GLIDE draft grows, as "
+        "--speculative-config '{\"tree_shape\": [...]}'. Without it the shape is "
+        f"{' '.join(map(str, DEFAULT_LEVELS))}; 1 1 1 1 drafts 4 tokens in sequence.",
+    )
+    group.add_argument(
+        "--speculative-frequent-tokens",
+        metavar="FILE",
+        help="The tokens that a GLIDE draft may draw, as --speculative-config '{\"frequent_tokens\": FILE}'; see "
+        "python -m vllm_longspec.frequent_tokens --help. A smaller head drafts faster; the output does not change.",
+    )
+    return parser
+
+
+def from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+    # It copies the fields of EngineArgs and nothing else. The speculative configuration is one of them, so the options
+    # move there, in the parsed arguments themselves: further API servers get those, and read them before they load us.
+    for name in ("tree_shape", "frequent_tokens"):
+        value = getattr(args, f"speculative_{name}", None)
+        if value is None:
+            continue
+        given = given_config(args)
+        flag = f"--speculative-{name.replace('_', '-')}"
+        if name in given or name.replace("_", "-") in given:
+            raise ValueError(f"{flag} and --speculative-config['{name}'] are mutually exclusive")
+        args.speculative_config = {**given, name: value}
+        setattr(args, f"speculative_{name}", None)
+    return original(cls, args)
