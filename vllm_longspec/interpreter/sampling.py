@@ -28,7 +28,7 @@ _MAX_ELEMENTS = 1 << 18
 def gumbel_sample(
     original: Callable[..., torch.Tensor],
     logits: torch.Tensor,  # float32 [num_rows, vocab_size]
-    expanded_idx_mapping: torch.Tensor,  # [num_rows] slot of each row's request
+    expanded_idx_mapping: torch.Tensor,  # [num_rows] req_state_idx of each row's request
     temperature: torch.Tensor,  # float32 [max_num_reqs]
     seed: torch.Tensor,  # int64 [max_num_reqs]
     pos: torch.Tensor,  # int64 [num_rows]
@@ -39,7 +39,7 @@ def gumbel_sample(
 ) -> torch.Tensor:
     """The token drawn at every row, int64 [num_rows]: the argmax for temperature 0, otherwise under Gumbel noise.
 
-    A row without a request (slot -1) gets its argmax. Calls `original`, which is vLLM's function of the same name, for
+    A row without a request (-1) gets its argmax. Calls `original`, which is vLLM's function of the same name, for
     what only drafts of other kinds ask for.
     """
     if apply_temperature or is_drafting or use_fp64 or logits_cache:

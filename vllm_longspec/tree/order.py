@@ -51,12 +51,10 @@ def order_tree(
         draft_tokens: token ids of the drafted nodes, in draft order.
         log_probs: natural log of each node's probability given the root, the sum along its path.
         draft_parents: index of each node's parent in draft order, -1 for the root.
-        idx_mapping: request-state slot of each request, -1 for one that only pads the batch (nothing is written).
-        takes_chain: by slot, whether the request takes a chain (1) or a tree (0).
+        idx_mapping: req_state_idx of each request, -1 for one that only pads the batch (nothing is written).
+        takes_chain: by req_state_idx, whether the request takes a chain (1) or a tree (0).
         ordered_tokens: the kept nodes' token ids in list order, by batch position.
-        parent_rows: row of each row's parent, by slot. Row 0 is the root (-1), row i the i-th node of the list.
-        depths: distance from the root in tokens, by slot.
-        ancestor_masks: by slot; bit (r % 32) of word (r // 32) says that row r is this row or one of its ancestors.
+        parent_rows, depths, ancestor_masks: as in `TreeState`, by req_state_idx.
         max_depth: depth of the deepest drafted node, at least 1.
 
     Raises:
@@ -130,17 +128,17 @@ def _order_tree_kernel(
     WORD_BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
-    slot = tl.load(idx_mapping_ptr + request)
-    if slot < 0:
+    req_state_idx = tl.load(idx_mapping_ptr + request)
+    if req_state_idx < 0:
         return
 
     draft_tokens_ptr += request * draft_tokens_stride
     log_probs_ptr += request * log_probs_stride
     draft_parents_ptr += request * draft_parents_stride
     ordered_tokens_ptr += request * ordered_tokens_stride
-    parent_rows_ptr += slot * parent_rows_stride
-    depths_ptr += slot * depths_stride
-    ancestor_masks_ptr += slot * ancestor_masks_stride
+    parent_rows_ptr += req_state_idx * parent_rows_stride
+    depths_ptr += req_state_idx * depths_stride
+    ancestor_masks_ptr += req_state_idx * ancestor_masks_stride
 
     node = tl.arange(0, BLOCK)
     is_node = node < num_drafted
@@ -161,7 +159,7 @@ def _order_tree_kernel(
         ancestor = tl.load(draft_parents_ptr + ancestor, mask=exists, other=-1)
 
     # The rank is a node's place in the list.
-    if tl.load(takes_chain_ptr + slot) != 0:
+    if tl.load(takes_chain_ptr + req_state_idx) != 0:
         # The nodes of the best path in order; all others come after the list's end.
         last = tl.argmax(tl.where(is_node, path_sum, -1.0), axis=0)
         num_listed = tl.sum(tl.where(node == last, depth, 0), axis=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree of every running request, by request-state slot, like vLLM's `RequestState`.
+"""The tree of every running request, by req_state_idx, like vLLM's `RequestState`.
 
 A tree has `num_rows = 1 + num_nodes` rows. Row 0 is the root, the last sampled token, whose K and V are not in the
 target's cache yet. Rows 1.. are the drafted nodes, highest cumulative log-probability first, parents before children,
@@ -54,7 +54,7 @@ class TreeState:
         req_state_indices: torch.Tensor,  # [num_added] int64
         takes_chain: torch.Tensor,  # [num_added] int32
     ) -> None:
-        """Lets new requests into their slots: until they are drafted for, their rows hold no node."""
+        """Lets new requests in: until they are drafted for, their rows hold no node."""
         self.takes_chain[req_state_indices] = takes_chain
         self.parent_rows.index_fill_(0, req_state_indices, -1)
 

@@ -105,9 +105,9 @@ def walk_synthetically(
 
     Args:
         conditional_rates: from 0 to 1, for depth 1, 2, .. max_depth.
-        seeds: of the requests, by slot.
+        seeds: of the requests, by req_state_idx.
         positions: true position of every row.
-        depths: depth of each row, by slot; 0 for the root and for rows that hold no node.
+        depths: depth of each row, by req_state_idx; 0 for the root and for rows that hold no node.
         sampled: the target's own next token at every row; emitted is that of the row where the walk stops.
         row_tokens: the token in every row; emitted are those of the accepted rows.
         cu_num_logits, idx_mapping, parent_rows, emitted, num_emitted, path_rows: as in `walk_tree`.
@@ -172,19 +172,19 @@ def _walk_synthetically_kernel(
     EMITTED_BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
-    slot = tl.load(idx_mapping_ptr + request)
+    req_state_idx = tl.load(idx_mapping_ptr + request)
     first = tl.load(cu_num_logits_ptr + request)
     num_rows = tl.load(cu_num_logits_ptr + request + 1) - first
-    num_rows = tl.minimum(num_rows, tl.where(slot >= 0, max_num_rows, 1))
-    seed = tl.load(seeds_ptr + slot, mask=slot >= 0, other=0)
+    num_rows = tl.minimum(num_rows, tl.where(req_state_idx >= 0, max_num_rows, 1))
+    seed = tl.load(seeds_ptr + req_state_idx, mask=req_state_idx >= 0, other=0)
     sampled_ptr += first
     row_tokens_ptr += first
     positions_ptr += first
 
     row = tl.arange(0, ROW_BLOCK)
     is_node = (row > 0) & (row < num_rows)
-    parent_row = tl.load(parent_rows_ptr + slot * parent_rows_stride + row, mask=is_node, other=-1)
-    depth = tl.load(depths_ptr + slot * depths_stride + row, mask=is_node, other=0)
+    parent_row = tl.load(parent_rows_ptr + req_state_idx * parent_rows_stride + row, mask=is_node, other=-1)
+    depth = tl.load(depths_ptr + req_state_idx * depths_stride + row, mask=is_node, other=0)
     # The first of the deepest rows, and the rows above it.
     goal = tl.min(tl.where(depth == tl.max(depth, axis=0), row, ROW_BLOCK), axis=0)
     is_on_path = row == goal

@@ -33,8 +33,8 @@ def walk_tree(
         sampled: the target's own next token at every row.
         row_tokens: the token in every row. The root's is not looked at.
         cu_num_logits: rows of request r are cu_num_logits[r] up to, but without, cu_num_logits[r + 1].
-        idx_mapping: request-state slot of each request. A request with slot -1 is taken to have only a root.
-        parent_rows: row of each row's parent, by slot; -1 for the root.
+        idx_mapping: req_state_idx of each request. A request with -1 is taken to have only a root.
+        parent_rows: row of each row's parent, by req_state_idx; -1 for the root.
         emitted: accepted tokens, then the token sampled where the walk stopped, then -1 to the end.
         num_emitted: number of tokens emitted, from 1 to max_depth + 1 (0 for a request without rows).
         path_rows: path_rows[r, i] is the row at which emitted token i was sampled: 0, then the accepted nodes' rows,
@@ -90,10 +90,10 @@ def _walk_tree_kernel(
     EMITTED_BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
-    slot = tl.load(idx_mapping_ptr + request)
+    req_state_idx = tl.load(idx_mapping_ptr + request)
     first = tl.load(cu_num_logits_ptr + request)
     num_rows = tl.load(cu_num_logits_ptr + request + 1) - first
-    num_rows = tl.minimum(num_rows, tl.where(slot >= 0, max_num_rows, 1))
+    num_rows = tl.minimum(num_rows, tl.where(req_state_idx >= 0, max_num_rows, 1))
     sampled_ptr += first
     row_tokens_ptr += first
 
@@ -101,7 +101,7 @@ def _walk_tree_kernel(
     row = tl.arange(0, ROW_BLOCK)
     is_node = (row > 0) & (row < num_rows)
     row_token = tl.load(row_tokens_ptr + row, mask=is_node, other=-1).to(tl.int64)
-    parent_row = tl.load(parent_rows_ptr + slot * parent_rows_stride + row, mask=is_node, other=-1)
+    parent_row = tl.load(parent_rows_ptr + req_state_idx * parent_rows_stride + row, mask=is_node, other=-1)
 
     index = tl.arange(0, EMITTED_BLOCK)
     emitted = tl.full([EMITTED_BLOCK], -1, tl.int64)

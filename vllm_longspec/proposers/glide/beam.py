@@ -30,14 +30,14 @@ class _LevelAttention:
         trees: GrowingTrees,
         depth: int,
         window_kv: torch.Tensor,
-        slots: torch.Tensor,
+        idx_mapping: torch.Tensor,
         cross_attention: CrossAttention,
     ):
         self.trees = trees
         self.depth = depth
         self.width = trees.shape.width(depth)
         self.window_kv = window_kv
-        self.slots = slots
+        self.idx_mapping = idx_mapping
         self._cross_attention = cross_attention
 
     def self_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class _LevelAttention:
         return window_attention(
             query.view(-1, self.width, *query.shape[1:]),
             self.window_kv,
-            self.slots,
+            self.idx_mapping,
             self.trees.root_positions,
             self.trees.node_kv,
             self.trees.masks,
@@ -63,7 +63,7 @@ def grow_trees(
     shape: TreeShape,
     root_tokens: torch.Tensor,  # int64 [num_reqs]
     root_positions: torch.Tensor,  # int64 [num_reqs]
-    slots: torch.Tensor,  # int64 [num_reqs]
+    idx_mapping: torch.Tensor,  # int64 [num_reqs]
     window_kv: torch.Tensor,  # [max_num_reqs, window, K or V, num_kv_heads, head_size], up to date
     cross_attention: CrossAttention,
     max_position: int,  # the rotary embedding knows none beyond
@@ -71,9 +71,9 @@ def grow_trees(
     """Drafts a tree of this shape for every request."""
     trees = GrowingTrees(shape, root_positions, window_kv)
     tokens, positions = root_tokens, root_positions.clamp(max=max_position)
-    log_probs = torch.zeros(root_tokens.shape[0], 1, dtype=torch.float32, device=slots.device)
+    log_probs = torch.zeros(root_tokens.shape[0], 1, dtype=torch.float32, device=idx_mapping.device)
     for depth, width in enumerate(shape.levels, start=1):
-        attention = _LevelAttention(trees, depth - 1, window_kv, slots, cross_attention)
+        attention = _LevelAttention(trees, depth - 1, window_kv, idx_mapping, cross_attention)
         hidden = model(tokens, positions, attention)
         parents, choices, log_probs = _best_children(model, hidden, log_probs, width)
         tokens, positions = trees.add_level(depth, parents, choices, log_probs, model.token_ids, max_position)

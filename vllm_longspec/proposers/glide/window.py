@@ -20,7 +20,7 @@ TOKEN_BLOCK = 64
 
 
 class DraftWindow:
-    """A ring of K and V per request-state slot: position p is at entry p % WINDOW_SIZE."""
+    """A ring of K and V per req_state_idx: position p is at entry p % WINDOW_SIZE."""
 
     def __init__(self, max_num_reqs: int, model: GlideForCausalLM, dtype: torch.dtype, device: torch.device):
         self.model = model
@@ -41,75 +41,75 @@ class DraftWindow:
 
     def append(
         self,
-        token_ids: torch.Tensor,  # [max_num_reqs, max_model_len] text of every slot
-        slots: torch.Tensor,  # int64 [num_reqs]; -1 for a request that only pads the batch
+        token_ids: torch.Tensor,  # [max_num_reqs, max_model_len] text by req_state_idx
+        idx_mapping: torch.Tensor,  # int64 [num_reqs]; -1 for a request that only pads the batch
         root_positions: torch.Tensor,  # int64 [num_reqs]; the root itself belongs to the tree, not to the window
         num_new: torch.Tensor,  # int32 [num_reqs] tokens right before the root that the window lacks
         max_new: int,  # no request has more
     ) -> None:
         """Adds the tokens that the last step settled."""
-        num_reqs = slots.shape[0]
-        tokens = torch.empty(num_reqs * max_new, dtype=torch.int64, device=slots.device)
-        positions, written_slots = torch.empty_like(tokens), torch.empty_like(tokens)
+        num_reqs = idx_mapping.shape[0]
+        tokens = torch.empty(num_reqs * max_new, dtype=torch.int64, device=idx_mapping.device)
+        positions, expanded_idx_mapping = torch.empty_like(tokens), torch.empty_like(tokens)
         block = triton.next_power_of_2(max_new) if interpreting() else TOKEN_BLOCK
         _settled_tokens_kernel[(num_reqs, triton.cdiv(max_new, block))](
             token_ids,
             token_ids.stride(0),
-            slots,
+            idx_mapping,
             root_positions,
             num_new,
             tokens,
             positions,
-            written_slots,
+            expanded_idx_mapping,
             max_new,
             BLOCK=block,
         )
         keys, values = self.model.window_kv(tokens, positions)
-        write_window(self.kv, keys, values, written_slots, positions)
+        write_window(self.kv, keys, values, expanded_idx_mapping, positions)
 
     def rebuild(
         self,
         token_ids: torch.Tensor,  # [max_num_reqs, max_model_len]
-        slots: torch.Tensor,  # int64 [num_reqs]
+        idx_mapping: torch.Tensor,  # int64 [num_reqs]
         root_positions: torch.Tensor,  # int64 [num_reqs]
         max_root_position: int,
     ) -> None:
         """Computes the windows of requests that have none, from their last token ids."""
         width = min(WINDOW_SIZE, max_root_position)
-        for start in range(0, slots.shape[0], MAX_REBUILD_REQS):
+        for start in range(0, idx_mapping.shape[0], MAX_REBUILD_REQS):
             chunk = slice(start, start + MAX_REBUILD_REQS)
-            num_new = torch.full_like(slots[chunk], width, dtype=torch.int32)
-            self.append(token_ids, slots[chunk], root_positions[chunk], num_new, width)
+            num_new = torch.full_like(idx_mapping[chunk], width, dtype=torch.int32)
+            self.append(token_ids, idx_mapping[chunk], root_positions[chunk], num_new, width)
 
 
 @triton.jit(do_not_specialize=["max_new"])
 def _settled_tokens_kernel(
     token_ids_ptr,  # [max_num_reqs, max_model_len]
     token_ids_stride,
-    slots_ptr,  # int64 [num_reqs]
+    idx_mapping_ptr,  # int64 [num_reqs]
     root_positions_ptr,  # int64 [num_reqs]
     num_new_ptr,  # int32 [num_reqs]
     tokens_ptr,  # int64 [num_reqs, max_new]
     positions_ptr,  # int64 [num_reqs, max_new]
-    written_slots_ptr,  # int64 [num_reqs, max_new]
+    expanded_idx_mapping_ptr,  # int64 [num_reqs, max_new]
     max_new,
     BLOCK: tl.constexpr,
 ):
-    """The last `num_new` tokens before each root, the latest first; slot -1, which writes nothing, in the others.
+    """The last `num_new` tokens before each root, the latest first; in the others -1, for which nothing is written.
 
     So shapes do not depend on how much was accepted.
     """
     request = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(slots_ptr + request)
+    req_state_idx = tl.load(idx_mapping_ptr + request)
     position = tl.load(root_positions_ptr + request) - 1 - offset
-    # A request that only pads the batch (slot -1) has no text.
-    num_new = tl.where(slot >= 0, tl.load(num_new_ptr + request), 0)
+    # A request that only pads the batch (-1) has no text.
+    num_new = tl.where(req_state_idx >= 0, tl.load(num_new_ptr + request), 0)
     is_new = (offset < num_new) & (position >= 0)
     position = tl.maximum(position, 0)
-    token = tl.load(token_ids_ptr + slot * token_ids_stride + position, mask=is_new, other=0)
+    token = tl.load(token_ids_ptr + req_state_idx * token_ids_stride + position, mask=is_new, other=0)
     index = request * max_new + offset
     is_index = offset < max_new
     tl.store(tokens_ptr + index, token.to(tl.int64), mask=is_index)
     tl.store(positions_ptr + index, position, mask=is_index)
-    tl.store(written_slots_ptr + index, tl.where(is_new, slot, -1), mask=is_index)
+    tl.store(expanded_idx_mapping_ptr + index, tl.where(is_new, req_state_idx, -1), mask=is_index)

@@ -2,7 +2,7 @@
 """The draft's self-attention: a window of recent tokens, and the nodes drafted so far.
 
 The draft's K and V at a position depend on nothing but the token there, and its self-attention sees at most `window`
-earlier positions. So instead of a paged cache the draft keeps, for each request-state slot, a ring of the last `window`
+earlier positions. So instead of a paged cache the draft keeps, for each running request, a ring of the last `window`
 tokens' K and V: position p is at entry p % window. The nodes of the tree being drafted never enter the ring; their K
 and V are in a buffer of their own until the target has accepted them.
 """
@@ -37,7 +37,7 @@ def window_attention(
         query: rotated queries of rows first_row to first_row + width - 1.
         window_kv: ring of rotated keys (index 0) and values (index 1); entries of positions root - window to root - 1,
             as far as those exist, must have been written.
-        idx_mapping: request-state slot of each request; one with slot -1 has no history.
+        idx_mapping: req_state_idx of each request; one with -1 has no history.
         root_positions: position of each request's root, which is also its number of earlier tokens.
         node_kv: rotated keys and values of this step's nodes.
         node_masks: ancestor masks over node rows; bit (r % 32) of word (r // 32) is row r.
@@ -101,7 +101,7 @@ def write_window(
     window_kv: torch.Tensor,  # [max_num_reqs, window, 2, num_kv_heads, head_size], written
     keys: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
     values: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
-    slots: torch.Tensor,  # int64 [num_tokens]
+    expanded_idx_mapping: torch.Tensor,  # int64 [num_tokens]
     positions: torch.Tensor,  # int64 [num_tokens]
 ) -> None:
     """Puts tokens' K and V into the ring, position p at entry p % window.
@@ -110,13 +110,13 @@ def write_window(
     of every tensor must be contiguous.
 
     Args:
-        window_kv: the ring of each request-state slot.
+        window_kv: the ring of each req_state_idx.
         keys: rotated keys.
         values: values.
-        slots: request-state slot of each token, -1 for a token to skip.
+        expanded_idx_mapping: req_state_idx of each token, -1 for a token to skip.
         positions: position of each token in its request.
     """
-    _write(window_kv, keys, values, slots, positions)
+    _write(window_kv, keys, values, expanded_idx_mapping, positions)
 
 
 def write_nodes(
@@ -132,7 +132,7 @@ def _write(
     target_kv: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    slots: torch.Tensor | None,
+    expanded_idx_mapping: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> None:
     num_tokens, num_kv_heads, head_size = keys.shape
@@ -146,7 +146,7 @@ def _write(
         *keys.stride()[:2],
         values,
         *values.stride()[:2],
-        slots,
+        expanded_idx_mapping,
         positions,
         num_tokens,
         target_kv.shape[1],
@@ -165,7 +165,7 @@ def _window_attention_kernel(
     query_node_stride,
     query_head_stride,
     window_ptr,
-    window_slot_stride,
+    window_req_stride,
     window_entry_stride,
     window_kv_stride,
     window_head_stride,
@@ -198,7 +198,7 @@ def _window_attention_kernel(
 ):
     request = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
-    slot = tl.load(idx_mapping_ptr + request)
+    req_state_idx = tl.load(idx_mapping_ptr + request)
     root_position = tl.load(root_positions_ptr + request).to(tl.int32)
 
     # The queries of all heads that share this KV head are packed into one tile, heads of a node side by side.
@@ -219,9 +219,9 @@ def _window_attention_kernel(
 
     # History: entries are read in memory order. The ring turns over at entry root % window: entries before it belong to
     # the present round, the others to the round before. All queries are of one depth and see the same positions.
-    num_entries = tl.where(slot >= 0, tl.minimum(root_position, window), 0)
+    num_entries = tl.where(req_state_idx >= 0, tl.minimum(root_position, window), 0)
     turn = root_position % window
-    window_ptr += slot * window_slot_stride + kv_head * window_head_stride
+    window_ptr += req_state_idx * window_req_stride + kv_head * window_head_stride
     for start in range(0, num_entries, HISTORY_TILE):
         entry = start + tl.arange(0, HISTORY_TILE)
         position = root_position - turn + entry - tl.where(entry < turn, 0, window)
@@ -310,7 +310,7 @@ def _attend_tile(
 @triton.jit(do_not_specialize=["num_tokens", "num_entries"])
 def _write_kernel(
     target_ptr,
-    target_slot_stride,
+    target_req_stride,
     target_entry_stride,
     target_kv_stride,
     target_head_stride,
@@ -320,30 +320,30 @@ def _write_kernel(
     values_ptr,
     values_token_stride,
     values_head_stride,
-    slots_ptr,  # None where the slots' entries are filled in order, all of them
+    expanded_idx_mapping_ptr,  # None where all requests' entries are filled, in order
     positions_ptr,
     num_tokens,
-    num_entries,  # of a slot
+    num_entries,  # of a request
     HEAD_SIZE: tl.constexpr,
     NUM_ELEMENTS: tl.constexpr,
     ELEMENT_BLOCK: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-    if slots_ptr is None:
+    if expanded_idx_mapping_ptr is None:
         is_token = token < num_tokens
-        slot = token // num_entries
+        req_state_idx = token // num_entries
         entry = token % num_entries
     else:
-        slot = tl.load(slots_ptr + token, mask=token < num_tokens, other=-1)
-        is_token = slot >= 0
+        req_state_idx = tl.load(expanded_idx_mapping_ptr + token, mask=token < num_tokens, other=-1)
+        is_token = req_state_idx >= 0
         entry = tl.load(positions_ptr + token, mask=is_token, other=0) % num_entries
 
     element = tl.arange(0, ELEMENT_BLOCK)[None, :]
     head = element // HEAD_SIZE
     channel = element % HEAD_SIZE
     mask = is_token[:, None] & (element < NUM_ELEMENTS)
-    target = target_ptr + (slot * target_slot_stride + entry * target_entry_stride)[:, None]
+    target = target_ptr + (req_state_idx * target_req_stride + entry * target_entry_stride)[:, None]
     target += head * target_head_stride + channel
     key = tl.load(keys_ptr + token[:, None] * keys_token_stride + head * keys_head_stride + channel, mask=mask)
     value = tl.load(values_ptr + token[:, None] * values_token_stride + head * values_head_stride + channel, mask=mask)
