@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process of its own for every engine of the tests.
 
-A process can hold only one engine at a time, and what a first engine leaves behind must not explain what a second one
-does.
+Engines of one process share what vLLM tears down with the first that ends, and what a first engine leaves behind must
+not explain what a second one does.
 """
 
 import faulthandler

@@ -13,6 +13,7 @@ from tests.process import run_alone
 from vllm_longspec import plugin, proposers
 from vllm_longspec.options import options_of
 
+PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 REPEAT = ("repeat", "tests.proposers.repeat.RepeatSetup")
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -26,14 +27,13 @@ def run_registered(settings: dict[str, Any], batches: list[Any]) -> dict[str, An
     return run_batches(settings, batches)
 
 
-def test_an_engine_with_a_proposer_of_somebody_elses(tmp_path: Path) -> None:
-    """A small random model soon repeats itself, so what it has said last is what it says next."""
-    target = write_target(tmp_path / "target", "llama")
-    prompts = [list(range(3, 3 + length)) for length in (5, 20, 40)]
+def test_an_engine_with_a_proposer_of_somebody_elses() -> None:
+    """Prompts that repeat four tokens, which the target goes on with for a while."""
+    prompts = [[476, 260, 325, 258] * length for length in (4, 12, 40)]
     batches = [
         [request(prompt, max_tokens=48, ignore_eos=True, **sampling) for prompt in prompts for sampling in SAMPLINGS]
     ]
-    settings = {"model": str(target)}
+    settings = {"model": str(PAIR / "target")}
     plain, _ = run_alone(run_batches, settings, batches)
     speculative = {**settings, "speculative_config": {"method": "repeat", "gamma": 4, "adaptive_verification": False}}
     result, printed = run_alone(run_registered, speculative, batches)

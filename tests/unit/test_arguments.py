@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import get_draft_load_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-import vllm_longspec.configure as draft_module
+import vllm_longspec.proposers.glide.setup as draft_module
 from tests.models import glide_shapes, write_draft, write_target
 from tests.quantised_models import write_cache_scales, write_gptq
 from vllm_longspec.attention.registry import (
@@ -305,11 +305,11 @@ def test_a_large_draft_is_quantised(monkeypatch, target, draft, given, quantizat
 
 def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
     # Starting its kernels takes longer than reading its weights.
-    assert find_draft(monkeypatch, True, target, draft, hopper=True).options["quantization"] is None
+    assert find_draft(monkeypatch, True, target, draft, hopper=True).vllm_options["quantization"] is None
     monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", 1.0)
-    assert find_draft(monkeypatch, False, target, draft, hopper=True).options["quantization"] is None
+    assert find_draft(monkeypatch, False, target, draft, hopper=True).vllm_options["quantization"] is None
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
-    assert find_draft(monkeypatch, True, quantised, draft, hopper=True).options["quantization"] is None
+    assert find_draft(monkeypatch, True, quantised, draft, hopper=True).vllm_options["quantization"] is None
 
 
 SCHEDULE = [(1, 8, 4)]

@@ -82,7 +82,7 @@ def test_every_number_that_may_be_verified_has_its_graphs(num_nodes, max_num_seq
 def test_another_draft_has_vllms_graphs():
     vllm_config = config(4, 64, [(1, 4, 4), (5, 8, 3)], adapt=False)
     ours = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 5)
-    vllm_config.speculative_config.draft_model_config.hf_config = SimpleNamespace()
+    del vllm_config.speculative_config.longspec
     vllms = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 5)
     assert ours._capture_descs == vllms._capture_descs
     # Three requests of five tokens: the next captured sizes are 16, which is of four tokens each, and then 20.

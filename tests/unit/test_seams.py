@@ -300,8 +300,8 @@ def test_a_moved_function_that_is_replaced_is_named(monkeypatch):
     monkeypatch.setattr(EngineArgs, "create_speculative_config", lambda self, target_model_config: None)
     monkeypatch.delattr(EngineArgs, "from_cli_args")
     assert seams.moved_replacements() == [
-        "vllm.engine.arg_utils.EngineArgs.from_cli_args: replaced by _from_cli_args, not there",
-        "vllm.engine.arg_utils.EngineArgs.create_speculative_config: replaced by _create_speculative_config, "
+        "vllm.engine.arg_utils.EngineArgs.from_cli_args: replaced by from_cli_args, not there",
+        "vllm.engine.arg_utils.EngineArgs.create_speculative_config: replaced by create_speculative_config, "
         "it has lost the parameters (target_parallel_config)",
     ]
 
