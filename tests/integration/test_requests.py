@@ -137,7 +137,7 @@ def test_metrics_count_by_depth(drafted):
 
 
 def test_start_up_says_what_is_served(drafted):
-    (line,) = [line for line in drafted["log"] if "GLIDE draft: " in line]
+    (line,) = [line for line in drafted["log"] if "Proposer glide: " in line]
     assert "tree shape [2, 4, 4, 4], 14 of 14 nodes verified, 4096 of 4096 tokens drafted, " in line
     # 512 positions of K and V in float32.
     config = json.loads((PAIR / "target" / "config.json").read_text())

@@ -51,7 +51,7 @@ class DraftGraphs(CudaGraphManager):
             assert num_reqs is not None
             return lambda cudagraph_mode: draft(num_reqs, desc.num_speculative_tokens)
 
-        self.capture(create_forward_fn, "Capturing CUDA graphs of the GLIDE draft")
+        self.capture(create_forward_fn, "Capturing CUDA graphs of the draft")
 
     def find(self, batch_size: int, num_nodes: int) -> SpeculatorBatchDescriptor | None:
         """The graph that drafts for at least `batch_size` requests, if there is one."""

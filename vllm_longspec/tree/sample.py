@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 4, sample: draw the target's own next token at every node, then walk.
+"""Stage "sample": draw the target's own next token at every node, then walk.
 
 The tree is fixed before any draw, so sampling every node with the target's sampler and following the path that the
 draws themselves take emits nothing but the target's samples: the output distribution is the target's for every

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1, draft: grow a tree of likely continuations, one level at a time, by beam search.
+"""Stage "draft": grow a tree of likely continuations, one level at a time, by beam search.
 
 Level 1 is the best continuations of the root; each next level is the best of all (parent, token) pairs by cumulative
 log-probability (LongSpec, arXiv:2502.17421, section 3.3). The draft's layer runs once per level, on the nodes of the
