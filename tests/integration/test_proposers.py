@@ -81,3 +81,10 @@ def test_what_a_proposer_refuses_is_said(tmp_path, given, said):
     target = write_target(tmp_path / "target", "llama")
     with pytest.raises(ValueError, match=said):
         EngineArgs(model=str(target), speculative_config={"method": "repeat", **given}).create_engine_config()
+
+
+def test_the_documentation_shows_the_whole_of_it():
+    root = Path(__file__).parents[2]
+    source = (root / "tests" / "proposers" / "repeat.py").read_text()
+    assert f"```python\n{source}```" in (root / "docs" / "add-a-proposer.md").read_text()
+    assert len(source.splitlines()) < 60
