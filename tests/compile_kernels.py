@@ -198,7 +198,7 @@ def compile_level_kernel(levels: tuple[int, ...]) -> None:
 
 
 def main() -> None:
-    JITFunction.run = compile_launch  # type: ignore[method-assign]
+    JITFunction.run = compile_launch
     for num_nodes in (1, 68):
         compile_tree_kernels(num_nodes)
     for levels in ((1,), (4, 16, 16, 16, 16)):

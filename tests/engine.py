@@ -57,7 +57,7 @@ class Result:
         return 1 + self.num_accepted_tokens / self.num_drafts
 
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
     "enforce_eager": True,
@@ -71,7 +71,7 @@ SETTINGS = {
     "kv_cache_memory_bytes": 32 << 20,
     "gpu_memory_utilization": 0.1,
 }
-CPU_SETTINGS = {"distributed_executor_backend": "uni"}
+CPU_SETTINGS: dict[str, Any] = {"distributed_executor_backend": "uni"}
 
 
 @functools.cache
@@ -168,7 +168,7 @@ def _schedule_asynchronously() -> None:
         turns_off(vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
-    current_platform.check_and_update_config = check_and_update_config
+    current_platform.check_and_update_config = check_and_update_config  # type: ignore[method-assign]
 
 
 def sampling_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

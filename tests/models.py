@@ -4,6 +4,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,7 +88,12 @@ def write_agreeing_pair(path: Path, tokenizer: Path, tokens: Sequence[int]) -> t
     Both say next what their shared head makes of the last token's embedding, give or take what a layer adds to it.
     """
     vocab_size = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     target = write_target(
         path / "target", "llama", vocab_size=vocab_size, num_hidden_layers=1, initializer_range=0.1, **sizes
     )

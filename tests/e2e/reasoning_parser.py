@@ -5,7 +5,7 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.reasoning.deepseek_r1_reasoning_parser import DeepSeekR1ReasoningParser
 
 
-@ReasoningParserManager.register_module("semicolon")
+@ReasoningParserManager.register_module("semicolon")  # type: ignore[arg-type]
 class SemicolonReasoningParser(DeepSeekR1ReasoningParser):
     start_token = "<|endoftext|>"
     end_token = ";"

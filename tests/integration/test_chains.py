@@ -4,6 +4,7 @@
 import json
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 0.8, "seed": 5, "top_p": 0.95}
 STRAYING = {"temperature": 1.0, "seed": 1, "top_p": 0.9}
 
-TREES = {
+TREES: dict[str, dict[str, Any]] = {
     "prompt_logprobs": {**GREEDY, "prompt_logprobs": 2, "max_tokens": 8},
     "logprobs": {**GREEDY, "logprobs": 2, "max_tokens": 8},
     "logprob_token_ids": {**GREEDY, "logprob_token_ids": [199, 370, 15], "max_tokens": 8},
@@ -25,7 +26,7 @@ TREES = {
     "allowed_token_ids": {**GREEDY, "allowed_token_ids": list(range(3, 1000))},
     "min_tokens and logit_bias": {**SEEDED, "min_tokens": 8, "logit_bias": {"0": 4.0}},
 }
-CHAINS = {
+CHAINS: dict[str, dict[str, Any]] = {
     "presence_penalty": {**GREEDY, "presence_penalty": 0.8},
     "frequency_penalty": {**STRAYING, "frequency_penalty": 2.0},
     "repetition_penalty": {**GREEDY, "repetition_penalty": 1.1},
@@ -55,7 +56,7 @@ CHAINS = {
 }
 
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     # Grammars, bad words and stop strings are text.
     "skip_tokenizer_init": False,
     "reasoning_config": {"reasoning_start_str": "# think", "reasoning_end_str": "# done now\n"},

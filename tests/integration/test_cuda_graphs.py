@@ -76,7 +76,7 @@ def _count_replays(settings: dict) -> dict[str, int]:
 
     sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False)
     with running(settings) as llm:
-        CudaGraphManager.run_fullgraph = counting
+        CudaGraphManager.run_fullgraph = counting  # type: ignore[method-assign]
         engine = llm.llm_engine
         # Three requests: a size of the batch between two that are captured.
         for number, prompt in enumerate(source_code((100, 120, 140))):

@@ -36,7 +36,7 @@ def settings(tmp_path_factory) -> Settings:
     folder = tmp_path_factory.mktemp("models")
     target = write_target(folder / "target", "llama")
     draft = write_draft(folder / "draft", target)
-    window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
+    window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
     windowed = write_target(folder / "windowed", "qwen2", seed=3, **window)
 
     def speculating(*levels: int) -> dict[str, Any]:

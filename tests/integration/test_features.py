@@ -16,8 +16,8 @@ from tests.integration.test_lossless import PAIR, speculative
 from tests.models import write_agreeing_pair
 from tests.stepping_engine import play
 
-GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12}
-SEEDED = {"temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 12}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12}
+SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 12}
 # Text that strays from the likeliest path of a tree, where a node's row would not be its place in the text.
 STRAYING = {**SEEDED, "temperature": 1.3}
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
@@ -54,7 +54,7 @@ def scene_of_mode(mode: str) -> dict[str, Any]:
         "logprobs of a chain": {**GREEDY, "presence_penalty": 0.5, "logprobs": 2},
         "none": SEEDED,
     }
-    running = {
+    running: dict[str, Any] = {
         name: {"prompt": prompt(5 + number), "sampling": {**sampling, "max_tokens": 8}}
         for number, (name, sampling) in enumerate(samplings.items())
     }
@@ -81,7 +81,7 @@ def scene_of_backend(backend: str) -> dict[str, Any]:
         # It has none.
         del structured["grammar"]
     straying = {**STRAYING, "seed": 3, "max_tokens": 14}
-    running = {
+    running: dict[str, Any] = {
         name: {
             "prompt": prompt(39 if name == "regex" else 10 + number),
             "sampling": {
@@ -99,7 +99,7 @@ def scene_of_backend(backend: str) -> dict[str, Any]:
 
 def scene_of_reasoning() -> dict[str, Any]:
     """Grammars that begin where reasoning ends, which is in the middle of a draft as often as not."""
-    running = {
+    running: dict[str, Any] = {
         f"request {number}": {
             "prompt": [token for token in prompt(50 + number) if token != REASONING_END],
             "sampling": {**SEEDED, "seed": number, "max_tokens": 16, "structured_outputs": {"regex": "[0-9a-f]{16}"}},

@@ -19,7 +19,7 @@ from torch import nn
 from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.config.quantization import QuantizationConfigArgs, QuantSpec
+from vllm.config.quantization import QUANT_KEY_NAMES, QuantizationConfigArgs, QuantSpec
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
@@ -32,6 +32,7 @@ from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
+from vllm_longspec.proposers.glide.proposer import GlideProposer
 from vllm_longspec.proposers.glide.window import MAX_REBUILD_REQS, DraftWindow
 from vllm_longspec.runner.model_state import TreeModelState
 from vllm_longspec.runner.speculator import TreeSpeculator
@@ -367,7 +368,7 @@ def test_a_head_is_quantised_with_its_draft(tmp_path, num_kept):
     vocab_size = pair.draft.draft_vocab_size
     kept = None if num_kept is None else torch.arange(num_kept, device=DEVICE)
     pair.draft.quant_config = OnlineQuantizationConfig(
-        QuantizationConfigArgs(linear=QuantSpec("fp8_per_channel_static"))
+        QuantizationConfigArgs(linear=QuantSpec(QUANT_KEY_NAMES["fp8_per_channel_static"]))
     )
     with set_current_vllm_config(pair.speculator.vllm_config):
         pair.draft.take_own_head(kept)
@@ -405,7 +406,7 @@ def test_the_draft_runs_vllms_kernels_where_the_target_is_left_to_the_compiler(t
 
 def test_the_draft_is_loaded_in_its_own_way(tmp_path):
     target, draft = write_pair(tmp_path, "llama")
-    drafting = {"draft_load_config": {"load_format": "safetensors"}}
+    drafting: Any = {"draft_load_config": {"load_format": "safetensors"}}
     weights = load_file(draft / "model.safetensors")
     norm = next(weight for name, weight in weights.items() if "input_layernorm" in name)
     for settings, is_loaded in (({}, False), ({"drafting": drafting}, True)):
@@ -565,6 +566,11 @@ class Scheduled:
         return self.computed - self.computed_before
 
 
+def proposer_of(speculator: TreeSpeculator) -> GlideProposer:
+    assert isinstance(speculator.proposer, GlideProposer)
+    return speculator.proposer
+
+
 def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> torch.Tensor:
     """Calls the speculator as vLLM's model runner does after a step."""
     slots = [batch.slots[each.request] for each in step]
@@ -585,7 +591,7 @@ def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> 
     speculator.block_tables = SimpleNamespace(input_block_tables=[block_table])  # type: ignore[assignment]
     speculator.block_table = block_table.new_zeros(NUM_SLOTS, block_table.shape[1])
     layers = speculator.vllm_config.compilation_config.static_forward_context
-    layers[speculator.proposer.target_layer_name].kv_cache = batch.kv_cache
+    layers[proposer_of(speculator).target_layer_name].kv_cache = batch.kv_cache
 
     prompt_lens = np.array([each.prompt_len for each in step], dtype=np.int32)
     before = np.array([each.computed_before for each in step], dtype=np.int32)
@@ -632,7 +638,7 @@ def test_proposes_from_step_to_step(tmp_path):
     pair = load(target, draft, levels)
     speculator = pair.speculator
     batch = Batch([26, 605, 535], pair.draft)
-    speculator.proposer.window.kv.fill_(torch.nan)
+    proposer_of(speculator).window.kv.fill_(torch.nan)
     # A step settles at most one token more than the tree is deep. The order of the requests is of no importance, though
     # vLLM puts those first that decode.
     steps = [
@@ -682,7 +688,7 @@ def test_requests_that_pad_a_batch_change_nothing(tmp_path):
     step = [Scheduled(0, 0, 25, 25), Scheduled(1, 0, 604, 604)]
     tokens = propose(speculator, batch, step)
     state = {name: tensor.clone() for name, tensor in vars(speculator.tree_state).items()}
-    window = speculator.proposer.window.kv.clone()
+    window = proposer_of(speculator).window.kv.clone()
 
     speculator.idx_mapping[2:4] = -1
     speculator.num_sampled[2:4] = 3
@@ -692,7 +698,7 @@ def test_requests_that_pad_a_batch_change_nothing(tmp_path):
     assert (speculator.draft_tokens[2:] == -7).all()
     for name, tensor in state.items():
         assert torch.equal(getattr(speculator.tree_state, name), tensor), name
-    torch.testing.assert_close(speculator.proposer.window.kv, window)
+    torch.testing.assert_close(proposer_of(speculator).window.kv, window)
 
 
 def test_a_draft_for_fewer_nodes_lists_the_same_ones(tmp_path):

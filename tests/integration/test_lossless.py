@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ from vllm_longspec.options import DEFAULT_LEVELS
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 DEFAULT_SHAPE = list(DEFAULT_LEVELS)
 
-GREEDY = {"temperature": 0.0}
-SAMPLINGS = [
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.7, "seed": 1, "top_k": 30, "top_p": 0.8, "min_p": 0.02},
     {"temperature": 1.0, "seed": 2, "top_k": 20},
     {"temperature": 1.0, "seed": 3, "min_p": 0.05},
@@ -199,7 +200,7 @@ def test_stops_in_the_middle_of_a_path(pairs, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(target)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(free.tokens[0][0][10])
     tokenizer.save_pretrained(tmp_path)
-    stops = [[]] + [[tokens[10 + i]] for i, tokens in enumerate(free.tokens[0][1:])]
+    stops: list[list[int]] = [[]] + [[tokens[10 + i]] for i, tokens in enumerate(free.tokens[0][1:])]
     requests = [[request(prompt, stop_token_ids=stop, **greedy) for prompt, stop in zip(prompts, stops, strict=True)]]
     settings = {"tokenizer": str(tmp_path), "skip_tokenizer_init": False}
     plain = generate(target, requests, **settings)

@@ -3,6 +3,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 
 MAX_MODEL_LEN = 160
 VOCAB_SIZE = 4096
-GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 SHAPE = [2, 4, 4, 4]
 
 
@@ -128,11 +129,11 @@ def test_metrics_count_by_depth(drafted):
 
     # vLLM logs every few seconds what has come since the line before.
     lines = [line for line in drafted["log"] if "SpecDecoding metrics" in line]
-    assert sum(int(re.search(r"Accepted: (\d+) tokens", line)[1]) for line in lines) == accepted
+    assert sum(int(re.findall(r"Accepted: (\d+) tokens", line)[0]) for line in lines) == accepted
     for line in lines:
-        rates = [float(rate) for rate in re.search(r"Per-position acceptance rate: (.*), Avg", line)[1].split(", ")]
+        rates = [float(rate) for rate in re.findall(r"Per-position acceptance rate: (.*), Avg", line)[0].split(", ")]
         assert len(rates) == len(SHAPE)
-        mean = float(re.search(r"Mean acceptance length: ([\d.]+),", line)[1])
+        mean = float(re.findall(r"Mean acceptance length: ([\d.]+),", line)[0])
         assert mean == pytest.approx(1 + sum(rates), abs=0.01)
 
 
@@ -170,7 +171,7 @@ def test_a_nan_is_blamed_on_the_request_that_has_it(tmp_path, monkeypatch, draft
     weights["lm_head.weight"][poison] = 0.0
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     options = speculative(write_draft(tmp_path / "draft", target), [2, 2]) if drafts else {}
-    running = {
+    running: dict[str, Any] = {
         name: {"prompt": prompt, "sampling": GREEDY}
         for name, prompt in zip(("first", "second", "third"), random_prompts(poison, (5, 20, 33)), strict=True)
     }

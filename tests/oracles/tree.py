@@ -51,8 +51,8 @@ def mask_to_rows(words: list[int]) -> set[int]:
 def walk(sampled: list[int], row_tokens: list[int], parent_rows: list[int]) -> tuple[list[int], list[int]]:
     """Emitted tokens and the rows at which they were sampled."""
     children: dict[tuple[int, int], int] = {}
-    for row in reversed(range(1, len(row_tokens))):
-        children[parent_rows[row], row_tokens[row]] = row
+    for child in reversed(range(1, len(row_tokens))):
+        children[parent_rows[child], row_tokens[child]] = child
     row: int | None = 0
     emitted, path = [], []
     while row is not None:

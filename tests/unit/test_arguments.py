@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_draft_with_the_config_of_a_quantised_target(tmp_path, target, draft):
     settings = json.loads((quantised / "config.json").read_text())["quantization_config"]
     copied = with_config(tmp_path / "draft", draft, quantization_config=settings)
     engine_args = EngineArgs(model=str(quantised), dtype="float16", skip_tokenizer_init=True, spec_model=copied)
-    config = engine_args.create_engine_config()
+    config: Any = engine_args.create_engine_config()
     assert config.model_config.quantization is not None
     assert config.speculative_config.draft_model_config.quantization is None
 
@@ -454,7 +455,7 @@ def test_draft_that_is_not_seen_goes_to_vllm_with_a_warning(target, monkeypatch,
         model=target, skip_tokenizer_init=True, speculative_config={"model": "s3://bucket/draft", **given}
     )
     with caplog.at_level(logging.WARNING, logger=draft_module.logger.name):
-        assert configure(engine_args, None, None) is None
+        assert configure(engine_args, None, None) is None  # type: ignore[arg-type]
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == is_warned
     assert all(line.startswith("Draft s3://bucket/draft is in object storage, where no") for line in said)
@@ -508,7 +509,7 @@ def test_a_draft_is_loaded_in_the_format_of_its_own_files(target, draft, tmp_pat
     load_config = get_draft_load_config(config)
     assert load_config.download_dir == "/downloads"
     # As the speculator does it.
-    loader = get_model_loader(load_config)
+    loader: Any = get_model_loader(load_config)
     draft_config = config.speculative_config.draft_model_config
     weights = dict(loader.get_all_weights(draft_config, torch.nn.Module()))
     assert weights.keys() == glide_shapes(json.loads((Path(target) / "config.json").read_text())).keys()
@@ -575,7 +576,7 @@ def test_path_that_vllm_takes_for_another_method_is_refused(tmp_path, target, dr
 
 
 def test_sliding_window_of_the_target_is_refused(tmp_path):
-    window = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}
+    window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}
     target = write_target(tmp_path / "target", "qwen2", **window)
     draft = write_draft(tmp_path / "draft", target)
     with pytest.raises(ValueError, match=r"a target with a sliding window of 128 \(target .*--disable-sliding-window"):
@@ -679,7 +680,7 @@ def test_the_ways_out_of_chains_by_default(target, draft, tmp_path, said_of_chai
 
     def is_served_a_chain(**settings):
         defaults = create(penalised, spec_model=draft, **settings).model_config.get_diff_sampling_param()
-        return chain.needs_chain(CompletionRequest(prompt="a").to_sampling_params(8, defaults))
+        return chain.needs_chain(CompletionRequest.model_validate({"prompt": "a"}).to_sampling_params(8, defaults))
 
     assert is_served_a_chain()
     assert not is_served_a_chain(**way_out)
@@ -706,10 +707,10 @@ def test_attention_backend_of_a_quantised_cache(target, tmp_path, monkeypatch, f
     """FlashAttention 2 reads no fp8; the checkpoint may ask for it as well as the user."""
     import vllm.v1.attention.backends.fa_utils as fa_utils
 
-    settings = {} if from_checkpoint else {"kv_cache_dtype": "fp8"}
+    settings: dict[str, Any] = {} if from_checkpoint else {"kv_cache_dtype": "fp8"}
     if from_checkpoint:
         target = str(write_cache_scales(tmp_path / "target", Path(target), key=1.0, value=1.0))
-    engine_args = EngineArgs(model=target, skip_tokenizer_init=True, dtype="bfloat16", **settings)
+    engine_args: Any = EngineArgs(model=target, skip_tokenizer_init=True, dtype="bfloat16", **settings)
     model_config = engine_args.create_model_config()
     monkeypatch.setattr(vllm.platforms, "_current_platform", Gpu)
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size: flash_version)
@@ -735,7 +736,7 @@ def test_attention_backend_of_a_quantised_cache(target, tmp_path, monkeypatch, f
 def test_attention_backend_on_a_gpu(target, monkeypatch, dtype, flash_version, given, chosen):
     import vllm.v1.attention.backends.fa_utils as fa_utils
 
-    engine_args = EngineArgs(model=target, skip_tokenizer_init=True, dtype=dtype, attention_backend=given)
+    engine_args: Any = EngineArgs(model=target, skip_tokenizer_init=True, dtype=dtype, attention_backend=given)
     model_config = engine_args.create_model_config()
     monkeypatch.setattr(vllm.platforms, "_current_platform", Gpu)
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size: flash_version)
@@ -772,7 +773,7 @@ def test_attention_backend_of_one_kind_of_layer(target, draft):
 def test_arguments_that_are_used_again_know_nothing_of_the_draft(target, draft):
     options = {"model": draft, "tree_shape": [2, 2]}
     engine_args = EngineArgs(model=target, skip_tokenizer_init=True, speculative_config=options)
-    config = engine_args.create_engine_config()
+    config: Any = engine_args.create_engine_config()
     assert config.attention_config.backend.name.startswith("LONGSPEC_")
     # vLLM itself fills in some that were left out.
     plain = EngineArgs(model=target, skip_tokenizer_init=True)

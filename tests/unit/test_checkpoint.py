@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tests.models import SIZES, glide_shapes
 from vllm_longspec.proposers.glide import checkpoint
 from vllm_longspec.proposers.glide.checkpoint import (
+    DraftCheckpoint,
     NoGlideDraftError,
     UnseenDraftError,
     find_file,
@@ -44,10 +45,17 @@ def write(folder, weights, *, file_name="model.safetensors", **config):
     return str(folder)
 
 
+def inspected(*arguments: str) -> DraftCheckpoint:
+    """A draft, as `inspect_draft` sees it."""
+    found = inspect_draft(*arguments)
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_layout(tmp_path, family):
     model = write(tmp_path, glide_weights(), model_type=family, architectures=[FAMILIES[family]])
-    found = inspect_draft(model)
+    found = inspected(model)
     assert (found.model, found.architecture, found.config["model_type"]) == (model, FAMILIES[family], family)
 
 
@@ -56,7 +64,7 @@ def test_published_layout(tmp_path, family):
 @pytest.mark.parametrize("prefix", ["", "glide.", "model."])
 def test_recognised_by_parameter_names(tmp_path, architectures, file_name, prefix):
     model = write(tmp_path, glide_weights(prefix), file_name=file_name, architectures=architectures)
-    found = inspect_draft(model)
+    found = inspected(model)
     assert found.architecture == "LlamaGlideDecoderLayer"
     assert found.shapes == glide_shapes(CONFIG)
 
@@ -72,7 +80,7 @@ def test_recognised_across_shards(tmp_path):
 def test_recognised_by_architecture_without_weights(tmp_path):
     # `--load-format dummy` needs nothing but a config.
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert inspect_draft(str(tmp_path)).architecture == "LlamaGlideDecoderLayer"
+    assert inspected(str(tmp_path)).architecture == "LlamaGlideDecoderLayer"
 
 
 def test_biases_and_unused_projections_are_optional(tmp_path):
@@ -179,7 +187,7 @@ def add_config(hub, folder, architectures):
 def test_hub_header_is_read_without_the_weights(hub, tmp_path, architectures):
     add_config(hub, tmp_path / "hub", architectures)
     hub.files["model.safetensors"] = None
-    assert inspect_draft("someone/draft", "main").shapes == glide_shapes(CONFIG)
+    assert inspected("someone/draft", "main").shapes == glide_shapes(CONFIG)
     assert (hub.downloads, hub.headers) == (["config.json"], 1)
 
 
@@ -188,7 +196,7 @@ def test_hub_index_is_enough(hub, tmp_path):
     index = tmp_path / "hub" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(glide_weights(), "model-00001-of-00001.safetensors")}))
     hub.files["model.safetensors.index.json"] = index
-    assert inspect_draft("someone/draft", "main").shapes == dict.fromkeys(glide_shapes(CONFIG))
+    assert inspected("someone/draft", "main").shapes == dict.fromkeys(glide_shapes(CONFIG))
     assert (hub.downloads, hub.headers) == (["config.json", "model.safetensors.index.json"], 0)
 
 
@@ -219,7 +227,7 @@ def test_cache_is_enough_without_a_network(tmp_path, monkeypatch, file_name):
     write(repository / "snapshots" / "0123abcd", glide_weights(), file_name=file_name, architectures=None)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123abcd")
-    assert inspect_draft("someone/draft").architecture == "LlamaGlideDecoderLayer"
+    assert inspected("someone/draft").architecture == "LlamaGlideDecoderLayer"
     assert inspect_draft("someone/other") is None
 
 

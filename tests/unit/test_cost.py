@@ -33,6 +33,11 @@ def cost_of(model: str, depth: int = 5, num_ranks: int = 1, cache_is_quantised: 
     )
 
 
+def level_of(cost: StepCost) -> float:
+    assert isinstance(cost.drafting, GlideCost)
+    return cost.drafting.level
+
+
 def cost_of_cell(record: dict) -> StepCost:
     options = record["options"]
     return cost_of(
@@ -92,7 +97,7 @@ def test_the_longer_the_context_the_less_a_step_costs_in_plain_ones():
 def test_ranks_share_all_but_a_head_of_some_tokens(num_ranks):
     one, shared = cost_of("qwq-32b"), cost_of("qwq-32b", num_ranks=num_ranks)
     assert shared.target == one.target / num_ranks
-    assert shared.drafting.level == one.drafting.level / num_ranks
+    assert level_of(shared) == level_of(one) / num_ranks
     # It has 8 KV heads.
     assert shared.token == one.token / min(num_ranks, 8)
     restricted = drafting_of("qwq-32b", draft_vocab_size=32768, num_ranks=num_ranks)
@@ -101,7 +106,7 @@ def test_ranks_share_all_but_a_head_of_some_tokens(num_ranks):
 
 def test_what_is_quantised_is_read_in_half_the_time():
     one = cost_of("qwq-32b")
-    assert drafting_of("qwq-32b", is_quantised=True).level == one.drafting.level / 2
+    assert drafting_of("qwq-32b", is_quantised=True).level == level_of(one) / 2
     assert cost_of("qwq-32b", cache_is_quantised=True).token == one.token / 2
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
@@ -15,7 +16,8 @@ def check(draft_config, target_config):
     target_options = {name: value for name, value in target_config.items() if name != "model_type"}
     target = AutoConfig.for_model(target_config["model_type"], **target_options)
     # Of vLLM's ModelConfig, the name and the text config are read.
-    check_fit(DraftCheckpoint("DRAFT", "", draft_config), SimpleNamespace(model="TARGET", hf_text_config=target))
+    model_config: Any = SimpleNamespace(model="TARGET", hf_text_config=target)
+    check_fit(DraftCheckpoint("DRAFT", "", draft_config), model_config)
 
 
 def test_same_sizes_fit():

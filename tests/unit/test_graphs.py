@@ -5,6 +5,7 @@ What graphs a manager captures is decided without a GPU.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm.config.compilation import CUDAGraphMode
@@ -31,7 +32,7 @@ def one_rank(monkeypatch):
 
 
 def config(num_nodes, max_num_seqs, schedule, adapt):
-    speculative_config = SimpleNamespace(
+    speculative_config: Any = SimpleNamespace(
         num_speculative_tokens=num_nodes,
         num_speculative_tokens_per_batch_size=schedule,
         uses_dynamic_speculative_decoding=lambda: True,
@@ -71,11 +72,11 @@ def test_every_number_that_may_be_verified_has_its_graphs(num_nodes, max_num_seq
             rows = batch_size * (1 + number)
             if rows > CAPTURE_SIZES[-1]:
                 continue
-            graph = target.dispatch(batch_size, rows, uniform_token_count=1 + number, num_active_loras=0)
+            graph: Any = target.dispatch(batch_size, rows, uniform_token_count=1 + number, num_active_loras=0)
             assert graph.cg_mode == CUDAGraphMode.FULL
             assert (graph.num_reqs >= batch_size) and graph.uniform_token_count == 1 + number
             if number:
-                found = draft.find(batch_size, number)
+                found: Any = draft.find(batch_size, number)
                 assert found is not None and found.num_reqs >= batch_size and found.num_speculative_tokens == number
 
 

@@ -2,6 +2,7 @@
 """What stands in for vLLM's sampling kernels in Triton's interpreter does what they do."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_grammar_bitmask(vocab_size, num_drafts):
     # Requests with a grammar, not in the order of the batch.
     grammar_requests = [2, 0, 1]
     starts = np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int32)
-    batch = SimpleNamespace(
+    batch: Any = SimpleNamespace(
         req_ids=[f"request {request}" for request in range(num_reqs)],
         cu_num_logits_np=starts,
         cu_num_logits=torch.from_numpy(starts).to(DEVICE),
@@ -75,7 +76,7 @@ def test_grammar_bitmask(vocab_size, num_drafts):
     assert not torch.equal(expected, logits)
 
     masked = logits.to(DEVICE)
-    worker = SimpleNamespace(num_bonus_tokens=1, mask_stride=max_rows)
+    worker: Any = SimpleNamespace(num_bonus_tokens=1, mask_stride=max_rows)
     names = [batch.req_ids[request] for request in grammar_requests]
     apply_grammar_bitmask(unexpected, worker, masked, batch, names, bitmask)
     assert torch.equal(masked.cpu(), expected)

@@ -2,6 +2,7 @@
 """vLLM's metrics, made by its own scheduler and loggers' code, for a tree: by depth, and with the names that it has."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -26,7 +27,7 @@ STEPS = [(68, 5), (24, 2), (68, 0)]
 
 def config(levels, num_speculative_tokens):
     """What the metrics read of vLLM's configuration; no levels for a draft of another kind."""
-    found = SimpleNamespace(num_speculative_tokens=num_speculative_tokens)
+    found: Any = SimpleNamespace(num_speculative_tokens=num_speculative_tokens)
     if levels:
         attach_options(found, LongSpecOptions("glide", TreeShape(tuple(levels))))
     return found

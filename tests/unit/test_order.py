@@ -86,7 +86,8 @@ class Ordered:
 def draft(shape, seed):
     """A tree of the given nodes per level, as beam search gives it: parents, log-probabilities that fall with depth."""
     generator = torch.Generator().manual_seed(seed)
-    parents, log_probs = [], []
+    parents: list[int] = []
+    log_probs: list[float] = []
     level = [-1]
     for width in shape:
         first = len(parents)
@@ -104,7 +105,8 @@ def draft(shape, seed):
 def small_trees(draw):
     """Any tree of up to 12 nodes, with few distinct log-probabilities so that ties are common."""
     num_drafted = draw(st.integers(1, 12))
-    parents, log_probs = [], []
+    parents: list[int] = []
+    log_probs: list[float] = []
     for node in range(num_drafted):
         parent = draw(st.integers(-1, node - 1))
         parents.append(parent)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import metadata
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_importing_the_plugin_costs_nothing():
 
 def test_registering_again_changes_nothing():
     plugin.register()
-    replaced = [EngineArgs.create_speculative_config, EngineArgs.add_cli_args, spec_decode.init_speculator]
+    replaced: list[Any] = [EngineArgs.create_speculative_config, EngineArgs.add_cli_args, spec_decode.init_speculator]
     plugin.register()
     assert replaced == [EngineArgs.create_speculative_config, EngineArgs.add_cli_args, spec_decode.init_speculator]
     for function in replaced:
@@ -87,9 +88,9 @@ def test_a_cpu_answers_with_our_backend_where_it_is_selected_and_nowhere_else():
     plugin.register()
     config = AttentionSelectorConfig(head_size=32, dtype=torch.float32, kv_cache_dtype="auto", block_size=32)
     ours = registry.attention_backend(registry.CPU_BACKEND)
+    backends: tuple[Any, ...] = (None, AttentionBackendEnum.CPU_ATTN, ours)
     answers = {
-        backend: current_platform.get_attn_backend_cls(backend, attn_selector_config=config)
-        for backend in (None, AttentionBackendEnum.CPU_ATTN, ours)
+        backend: current_platform.get_attn_backend_cls(backend, attn_selector_config=config) for backend in backends
     }
     theirs = AttentionBackendEnum.CPU_ATTN.value
     assert answers == {None: theirs, AttentionBackendEnum.CPU_ATTN: theirs, ours: ours.value}
@@ -97,9 +98,10 @@ def test_a_cpu_answers_with_our_backend_where_it_is_selected_and_nowhere_else():
 
 def test_speculators_of_other_drafts_are_vllms_business():
     draft = SimpleNamespace(hf_config=SimpleNamespace())
-    config = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=draft))
+    req_states: Any = "req_states"
+    config: Any = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=draft))
     calls = []
-    patches._init_speculator(lambda *args: calls.append(args), config, "device", "req_states")
+    patches._init_speculator(lambda *args: calls.append(args), config, "device", req_states)
     assert calls == [(config, "device", "req_states")]
 
 

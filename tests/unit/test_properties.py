@@ -50,7 +50,9 @@ def shapes(draw):
 @st.composite
 def drafts(draw, levels):
     """A tree as beam search gives it: every (parent, token) pair once, log-probabilities that fall along a path."""
-    tokens, parents, log_probs = [], [], []
+    tokens: list[int] = []
+    parents: list[int] = []
+    log_probs: list[float] = []
     above = [-1]
     for width in levels:
         pairs = [(parent, token) for parent in above for token in range(VOCAB_SIZE)]
@@ -95,7 +97,7 @@ def listed_nodes(request, tokens):
     """The drafted nodes of a request in list order: the best tree, or the path that the list's tokens name."""
     if not request.takes_chain:
         return oracle.order_nodes(request.log_probs, request.parents)[: len(tokens)]
-    chain = []
+    chain: list[int] = []
     for token in tokens:
         if token == NO_TOKEN:
             break

@@ -2,6 +2,7 @@
 """Kernels that quantise what they compute, against the computation and the quantisation one after the other."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,10 +50,10 @@ class Kernel(CutlassFP8ScaledMMLinearKernel):
     """All of vLLM's kernel but what needs a GPU."""
 
     def __init__(self, activation_quant_key):
-        self.config = SimpleNamespace(activation_quant_key=activation_quant_key, out_dtype=None)
+        self.config: Any = SimpleNamespace(activation_quant_key=activation_quant_key, out_dtype=None)
         self.layer_param_names = ["weight", "weight_scale", "input_scale", "input_scale_ub"]
         self.fp8_dtype = FP8
-        self.quant_fp8 = lambda rows, scale, bound: quantise_rows(rows)
+        self.quant_fp8: Any = lambda rows, scale, bound: quantise_rows(rows)
 
     def apply_scaled_mm(self, *, A, B, out_dtype, As, Bs, bias, output_shape):
         return ((A.float() * As) @ (B.float() * Bs) + bias).to(out_dtype).view(output_shape)
@@ -74,9 +75,12 @@ def run(layer, norm, hidden, residual):
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_a_norm_quantises_what_it_gives(num_tokens, has_residual, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        ops, "rms_norm_dynamic_per_token_quant", lambda *args, **kw: calls.append(1) or norm_and_quantise(*args, **kw)
-    )
+
+    def counted(*args, **kw):
+        calls.append(1)
+        return norm_and_quantise(*args, **kw)
+
+    monkeypatch.setattr(ops, "rms_norm_dynamic_per_token_quant", counted)
     torch.manual_seed(num_tokens)
     layer, norm = linear_layer(), Norm(torch.rand(SIZE) + 0.5)
     hidden, residual = torch.randn(2, num_tokens, SIZE)
@@ -106,9 +110,13 @@ def test_other_layers_read_what_they_always_did(monkeypatch):
         assert torch.equal(activation, norm(hidden)) and residual is hidden
 
 
-def silu_and_mul(gate_up):
+def _silu_and_mul(gate_up):
     gate, up = gate_up.float().chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
+
+
+# In the place of vLLM's module.
+silu_and_mul: Any = _silu_and_mul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -39,7 +39,7 @@ def without_a_gpu(monkeypatch):
         monkeypatch.setattr(topk_topp_sampler, "HAS_TRITON", False)
         many_rows = functools.partial(gumbel_sample, vllm_sampler.gumbel_sample)
         monkeypatch.setattr(vllm_sampler, "gumbel_sample", many_rows)
-        monkeypatch.setattr(logits_metrics, "get_num_nans", functools.partial(get_num_nans, None))
+        monkeypatch.setattr(logits_metrics, "get_num_nans", functools.partial(get_num_nans, None))  # type: ignore[arg-type]
 
 
 class Request:

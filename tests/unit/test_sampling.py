@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which requests take a chain."""
 
+from typing import Any
+
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_longspec.tree.chain import CHAIN_PARAMETERS, needs_chain
 
-LINEAR = {
+LINEAR: dict[str, Any] = {
     "presence_penalty": 0.5,
     "frequency_penalty": -0.5,
     "repetition_penalty": 1.1,

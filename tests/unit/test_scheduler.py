@@ -134,8 +134,8 @@ class Run:
         num_free_blocks = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         output = scheduler.schedule()
         computed = {name: scheduler.requests[name].num_computed_tokens for name in output.num_scheduled_tokens}
-        held = {name: len(scheduler.kv_cache_manager.get_blocks(name).blocks[0]) for name in computed}
-        self.steps.append(Step(output, tokens_left, num_blocks_needed, num_free_blocks, done, computed, held))
+        blocks = {name: len(scheduler.kv_cache_manager.get_blocks(name).blocks[0]) for name in computed}
+        self.steps.append(Step(output, tokens_left, num_blocks_needed, num_free_blocks, done, computed, blocks))
         samples = {
             name: scheduler.requests[name].num_computed_tokens >= scheduler.requests[name].num_tokens
             for name in output.num_scheduled_tokens
@@ -316,6 +316,6 @@ def test_other_drafts_keep_what_they_reserve():
     other = SimpleNamespace(draft_model_config=None, num_speculative_tokens=3, parallel_drafting=False)
     other.use_dflash = other.use_dspark = other.use_eagle = lambda: False
     other.uses_draft_model = lambda: True
-    assert SpeculativeConfig.max_num_new_slots_for_drafting.fget(other) == 1
+    assert vars(SpeculativeConfig)["max_num_new_slots_for_drafting"].fget(other) == 1
     config = SimpleNamespace(speculative_config=other, num_speculative_tokens=3)
-    assert VllmConfig.num_lookahead_tokens.fget(config) == 3
+    assert vars(VllmConfig)["num_lookahead_tokens"].fget(config) == 3

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def test_unsupported_engine_is_refused_by_name(settings, said):
     assert said in refused(error)
 
 
-PARALLEL = SimpleNamespace(tensor_parallel_size=2)
+PARALLEL: Any = SimpleNamespace(tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize(

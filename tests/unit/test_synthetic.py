@@ -3,6 +3,7 @@
 
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_acceptance_that_the_tree_does_not_allow_is_refused(options, said):
 
 
 def test_conditional_rates():
-    config = SimpleNamespace(rejection_sample_method="synthetic", synthetic_acceptance_rates=[0.8, 0.4])
+    config: Any = SimpleNamespace(rejection_sample_method="synthetic", synthetic_acceptance_rates=[0.8, 0.4])
     assert conditional_rates(config, 3) == [0.8, 0.5, 0.0]
     config.synthetic_acceptance_rates = [0.8, 0.4, 0.0, 0.0, 0.0]
     assert conditional_rates(config, 3) == [0.8, 0.5, 0.0]
@@ -194,4 +195,4 @@ def test_what_holds_no_token_is_not_accepted():
 def test_refuses_a_walk_that_does_not_fit():
     one = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="a walk of depth 3 does not fit 3 emitted tokens"):
-        walk_synthetically(torch.zeros(3), *[one] * 6, one, one[None], torch.zeros(1, 3), one, torch.zeros(1, 3))
+        walk_synthetically(torch.zeros(3), *(one,) * 6, one, one[None], torch.zeros(1, 3), one, torch.zeros(1, 3))

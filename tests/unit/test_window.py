@@ -2,6 +2,7 @@
 """What goes into the draft's window, and where trees begin, out of vLLM's request states."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def token_ids() -> torch.Tensor:
 
 @pytest.fixture
 def window() -> DraftWindow:
-    model = SimpleNamespace(self_attn=SimpleNamespace(num_kv_heads=2, head_size=8), window_kv=window_kv)
+    model: Any = SimpleNamespace(self_attn=SimpleNamespace(num_kv_heads=2, head_size=8), window_kv=window_kv)
     window = DraftWindow(NUM_SLOTS, model, torch.float32, DEVICE)
     window.kv.fill_(-1)
     return window

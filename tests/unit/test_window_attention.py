@@ -137,7 +137,7 @@ def test_inputs_that_are_slices():
     query = joint[:, :, 2:6]
     nodes = torch.randn(4, 9, 2, 2, 32, device=DEVICE)[1:3, 1:8]
     nodes.copy_(draft.nodes)
-    arguments = [draft.window_kv, torch.tensor(draft.slots, device=DEVICE), draft.root_positions]
+    arguments = (draft.window_kv, torch.tensor(draft.slots, device=DEVICE), draft.root_positions)
     output = window_attention(query, *arguments, nodes, draft.node_masks, 3, 2, 0.2)
     expected = window_attention(query.contiguous(), *arguments, draft.nodes, draft.node_masks, 3, 2, 0.2)
     assert torch.equal(output, expected)
