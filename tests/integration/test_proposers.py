@@ -53,7 +53,7 @@ def registered():
 @pytest.mark.usefixtures("registered")
 def test_a_proposer_is_found_by_its_method(tmp_path):
     target = write_target(tmp_path / "target", "llama")
-    config = EngineArgs(
+    config: Any = EngineArgs(
         model=str(target),
         speculative_config={"method": "repeat", "gamma": 3},
         dtype="float32",
