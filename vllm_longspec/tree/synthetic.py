@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage "walk" with synthetic acceptance: as many drafted tokens are accepted as the user asks for, and no others.
+"""Stage "walk" with synthetic acceptance, for timing models without their weights.
 
-For timing models of full size without their weights (`vllm_longspec/tree/synthetic_rates.py`). Everything else is as
-always: the tree is drafted and verified, every row is sampled, an accepted path is one of the tree and its keys and
-values are moved. Two things differ, both because random weights make every token about as probable as any other:
+The rates are the user's (`vllm_longspec/tree/synthetic_rates.py`). Drafting, verification, sampling and compaction are
+unchanged. Two things differ, because random weights make all tokens about equally probable:
 
-- of the drafted paths one that is as deep as the tree is listed early. The most probable nodes of such a draft are the
-  shallow ones, so a cut list would hold no path of the length asked for, while the list of a draft that is accepted
-  that often would;
-- the walk follows that path, and chance says how far.
+- one of the deepest drafted paths is listed early. The most probable nodes of such a draft are the shallow ones, so a
+  cut list would hold no path of the requested length;
+- the walk follows that path and accepts its nodes at random.
 """
 
 import torch
@@ -23,14 +21,12 @@ def list_a_path_early(
 ) -> torch.Tensor:
     """Log-probabilities by which the path to the first node of the last level comes right after one other node.
 
-    That node, where level 1 has another one, makes a hole: without it an accepted path would lie where it has to be
-    already, and nothing would be moved.
-
-    Both tensors must be contiguous.
+    That node (of level 1, where it has another one) leaves a gap: otherwise the accepted path would already be in place
+    and compaction would move nothing. Both tensors must be contiguous.
 
     Args:
         log_probs: cumulative log-probabilities, at most 0, of the drafted nodes, level by level.
-        parents: number of each node's parent node, -1 for the root.
+        parents: index of each node's parent, -1 for the root.
         levels: nodes per level.
 
     Returns float32 [num_reqs, num_drafted].
@@ -50,7 +46,7 @@ def list_a_path_early(
     return listed
 
 
-# A node's number must stay one where it is 1: what is 1 becomes a constant.
+# Triton specialises arguments of value 1 to constants, which a loop variable such as `node` must not be.
 @triton.jit(do_not_specialize=["num_drafted", "first_of_last_level", "num_levels"])
 def _list_a_path_early_kernel(
     log_probs_ptr,  # float32 [num_reqs, num_drafted]
@@ -94,23 +90,22 @@ def walk_synthetically(
     num_emitted: torch.Tensor,  # int32 [num_reqs], written
     path_rows: torch.Tensor,  # int32 [num_reqs, width], written
 ) -> None:
-    """Accepts drafted tokens by chance, down the first of the deepest paths of each request's rows.
+    """Accepts drafted tokens at random along the first of the deepest paths of each request's rows.
 
     The node at depth d of that path is accepted with probability conditional_rates[d - 1] if its parent is, by the same
-    random number as in vLLM: that of the request's seed and the position of the row above. A request with fewer rows
-    than its tree may have no path as deep as asked for; then it accepts less. A row without a token (below 0) is not
+    random number as in vLLM: that of the request's seed and the position of the parent's row. A request with fewer rows
+    than its tree may have no path of the requested depth and accepts less. A row without a token (below 0) is not
     accepted.
 
-    The last dimension of every tensor must be contiguous.
+    The last dimension of every tensor must be contiguous. Arguments that are not listed are as in `walk_tree`.
 
     Args:
         conditional_rates: from 0 to 1, for depth 1, 2, .. max_depth.
-        seeds: of the requests, by req_state_idx.
+        seeds: by req_state_idx.
         positions: true position of every row.
-        depths: depth of each row, by req_state_idx; 0 for the root and for rows that hold no node.
-        sampled: the target's own next token at every row; emitted is that of the row where the walk stops.
-        row_tokens: the token in every row; emitted are those of the accepted rows.
-        cu_num_logits, idx_mapping, parent_rows, emitted, num_emitted, path_rows: as in `walk_tree`.
+        depths: by req_state_idx; 0 for the root and for rows that hold no node.
+        sampled: the target's own next token at every row; emitted where the walk stops.
+        row_tokens: the token in every row; emitted for accepted rows.
 
     Raises:
         ValueError: `emitted` and `path_rows` differ in width or have no room for max_depth + 1 tokens.
@@ -185,7 +180,7 @@ def _walk_synthetically_kernel(
     is_node = (row > 0) & (row < num_rows)
     parent_row = tl.load(parent_rows_ptr + req_state_idx * parent_rows_stride + row, mask=is_node, other=-1)
     depth = tl.load(depths_ptr + req_state_idx * depths_stride + row, mask=is_node, other=0)
-    # The first of the deepest rows, and the rows above it.
+    # The first of the deepest rows, and its ancestors.
     goal = tl.min(tl.where(depth == tl.max(depth, axis=0), row, ROW_BLOCK), axis=0)
     is_on_path = row == goal
     ancestor = goal
