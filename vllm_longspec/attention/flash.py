@@ -19,7 +19,7 @@ from vllm_longspec.attention.cache_scales import CacheScales, as_stored
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # FlashAttention 3's schedule, computed once per step instead of once per layer. Prompts have another one.
+        # FlashAttention 3's schedule, computed once per step, not per layer. Prompts in the batch have their own.
         if self.use_full_cuda_graph and self.aot_schedule:
             self.tree_schedule = torch.zeros_like(self.scheduler_metadata)
 

@@ -42,7 +42,7 @@ def choose_tile_sizes(num_rows: int, num_keys: int, padded_head_size: int, dtype
     if interpreting():
         max_rows, max_keys, num_warps = INTERPRETER_ROWS, INTERPRETER_KEYS, 4
     elif dtype == torch.float32:
-        # IEEE float32 products do not use tensor cores and keep both operands in registers: more would spill.
+        # IEEE float32 products use no tensor cores and keep operands in registers; larger tiles or fewer warps spill.
         max_rows, max_keys, num_warps = 16, 32, 8
     else:
         max_rows = max_keys = 64 if padded_head_size <= 128 else 32
@@ -251,13 +251,13 @@ def prefix_attention(
     query: torch.Tensor,  # [num_tokens, num_heads, head_size]
     kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size], K then V
     block_table: torch.Tensor,  # int32 [num_reqs, max_num_blocks]
-    prefix_lens: torch.Tensor,  # int32 [num_reqs]
+    prefix_lens: torch.Tensor,  # int32 [num_reqs] cached tokens that every query of the request attends
     query_start_loc: torch.Tensor,  # int32 [num_reqs + 1]
-    max_query_len: int,
-    scale: float,
-    output: torch.Tensor,  # [num_tokens, num_heads, head_size], written
-    lse: torch.Tensor,  # float32 [num_heads, num_tokens], written
-    scales: CacheScales | None = None,
+    max_query_len: int,  # upper bound
+    scale: float,  # factor of the scores
+    output: torch.Tensor,  # [num_tokens, num_heads, head_size], written; 0 where the prefix is empty
+    lse: torch.Tensor,  # float32 [num_heads, num_tokens], written; -inf where the prefix is empty
+    scales: CacheScales | None = None,  # of a quantised cache, and of the query if it is quantised too
 ) -> None:
     """Lets every query token attend all of its request's prefix, and writes the result and its log-sum-exp.
 
@@ -265,15 +265,8 @@ def prefix_attention(
     or fp8 with `scales`, `output` is one of the first three; their last dimensions, and those of `block_table` and
     `lse`, are contiguous. Other strides are free.
 
-    Args:
-        prefix_lens: how many positions, from 0, are the prefix; not bounded by anything known on the host.
-        query_start_loc: a request may have no tokens. Tokens from `query_start_loc[-1]` on, of requests that hold no
-            tree, are neither read nor written.
-        max_query_len: an upper bound on a request's tokens.
-        scale: factor of the scores.
-        output: 0 where the prefix is empty.
-        lse: natural logarithm of the sum of the exponentiated scores; -inf where the prefix is empty.
-        scales: of a quantised cache, and of the query if it is quantised too.
+    A request may have no tokens. Tokens from `query_start_loc[-1]` on, of requests without a tree, are neither read nor
+    written. The log-sum-exp is natural. No bound on the prefix lengths has to be known on the host.
     """
     kv_cache = as_stored(kv_cache)
     num_heads, head_size = query.shape[1:]

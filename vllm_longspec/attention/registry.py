@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers the tree attention backends with vLLM and chooses among them.
-
-Registration happens when an engine with trees is configured, so no other engine has them.
-"""
+"""Registers the tree attention backends with vLLM, in engines with trees only, and chooses among them."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

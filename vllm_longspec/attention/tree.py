@@ -162,31 +162,19 @@ def _tree_attention_kernel(
 def tree_attention(
     query: torch.Tensor,  # [num_tokens, num_heads, head_size]
     kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size], K then V
-    slot_mapping: torch.Tensor,  # int64 [num_tokens]
+    slot_mapping: torch.Tensor,  # int64 [num_tokens]; -1 for padding, which no row attends
     query_start_loc: torch.Tensor,  # int32 [num_reqs + 1]
-    ancestor_masks: torch.Tensor,  # int32 [num_reqs, num_rows, num_words], by batch position
-    max_query_len: int,
-    scale: float,
-    prefix_lse: torch.Tensor,  # float32 [num_heads, num_tokens]
-    output: torch.Tensor,  # [num_tokens, num_heads, head_size], read and written
-    scales: CacheScales | None = None,
+    ancestor_masks: torch.Tensor,  # int32 [at least num_reqs, num_rows, num_words] by batch position
+    max_query_len: int,  # upper bound on a request's rows; none has more than num_rows
+    scale: float,  # factor of the scores
+    prefix_lse: torch.Tensor,  # float32 [num_heads, num_tokens] log-sum-exp; infinite, of either sign, without prefix
+    output: torch.Tensor,  # [num_tokens, num_heads, head_size] the prefix attention; overwritten with the merged one
+    scales: CacheScales | None = None,  # of a quantised cache, and of the query if it is quantised too
 ) -> None:
     """Lets every row attend its ancestors and itself, and merges that into the prefix attention's result.
 
-    Heads, dtypes and strides are as in `prefix_attention`; the last dimension of `ancestor_masks` is contiguous.
-
-    Args:
-        kv_cache: the rows' own K and V are already in it.
-        slot_mapping: slot of each row's K and V; a row with slot -1 is padding, and no row attends it.
-        query_start_loc: a request may have no rows. Tokens from `query_start_loc[-1]` on, of requests that hold no
-            tree, are neither read nor written.
-        ancestor_masks: see the module; a request has at most `num_rows` rows. May have more requests than the batch.
-        max_query_len: an upper bound on a request's rows.
-        scale: factor of the scores.
-        prefix_lse: natural logarithm of the sum of the prefix's exponentiated scores; infinite, with either sign, where
-            the prefix is empty. There the content of `output` is ignored.
-        output: the prefix attention on entry, the attention over prefix and tree on return.
-        scales: of a quantised cache, and of the query if it is quantised too.
+    Heads, dtypes, strides and `query_start_loc` are as in `prefix_attention`; the last dimensions of `ancestor_masks`
+    and `prefix_lse` are contiguous. The cache already holds the rows' K and V. `output` is not read without a prefix.
     """
     kv_cache = as_stored(kv_cache)
     num_heads, head_size = query.shape[1:]

@@ -45,8 +45,7 @@ def enable() -> None:
     try:
         from triton.backends import Backend, backends
     except ImportError:
-        # Start-up refuses a GLIDE draft without Triton by name.
-        return
+        return  # start-up refuses a GLIDE draft and says that Triton is missing
     backends.setdefault("cpu", Backend(compiler=None, driver=InterpreterDriver))
 
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replacements for parts of vLLM's sampling that Triton's interpreter cannot run, or only slowly.
 
-**Gumbel sampling** with many rows in one program. vLLM's kernel has a program for every row, for each of which the
-interpreter takes about ten milliseconds, and a tree has a row for every node. The draws are the same, bit for bit,
-because vLLM's own functions make the noise.
-
-**Grammar bitmasks** in PyTorch. vLLM's kernel combines a scalar condition with conditions of elements into the mask of
-a store. The interpreter makes integers of that, and accepts only boolean masks.
-
-**NaN counts** in PyTorch. vLLM's kernel calls a function of the device's library, which the interpreter does not have.
+- Gumbel sampling with many rows in one program. vLLM's kernel has a program for every row, for each of which the
+  interpreter takes about ten milliseconds, and a tree has a row for every node. The draws are the same, bit for bit,
+  because vLLM's own functions make the noise.
+- Grammar bitmasks in PyTorch. vLLM's kernel combines a scalar condition with conditions of elements into the mask of a
+  store. The interpreter makes integers of that, and accepts only boolean masks.
+- NaN counts in PyTorch. vLLM's kernel calls a function of the device's library, which the interpreter does not have.
 """
 
 from collections.abc import Callable

@@ -20,18 +20,14 @@ from vllm_longspec.scheduling.schedule import numbers_of_nodes
 
 
 class DraftGraphs(CudaGraphManager):
-    """Graphs by batch size and number of nodes.
-
-    Args:
-        nodes_by_batch_size: the numbers of nodes that may be kept for each number of requests; entry 0 is not used.
-    """
+    """Graphs by batch size and number of nodes."""
 
     def __init__(
         self,
         vllm_config: VllmConfig,
         device: torch.device,
         cudagraph_mode: CUDAGraphMode,
-        nodes_by_batch_size: Sequence[Sequence[int]],
+        nodes_by_batch_size: Sequence[Sequence[int]],  # numbers that may be kept for n requests; entry 0 is not used
     ):
         # A request is one "token" of the draft's batch.
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len=1)

@@ -120,11 +120,8 @@ class TreeSpeculator(DraftModelSpeculator):
         mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
-    ) -> torch.Tensor:
-        """Drafts a tree for every request that decodes next.
-
-        Returns int64 [num_reqs, num_nodes]: tokens in list order; zeros for requests in their prompt.
-        """
+    ) -> torch.Tensor:  # int64 [num_reqs, num_nodes] tokens in list order; zeros for requests in their prompt
+        """Drafts a tree for every request that decodes next."""
         num_reqs = input_batch.num_reqs
         if dummy_run:
             if is_profile:

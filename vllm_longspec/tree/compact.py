@@ -16,10 +16,9 @@ from vllm.triton_utils import tl, triton
 class KVCacheTable:
     """Addresses and layout of the KV caches of all layers, so that one kernel launch covers every layer.
 
-    Args:
-        kv_caches: each layer's cache, logical shape [num_blocks, num_kv_heads, block_size, 2 * head_size] (K, then V),
-            of any dtype of 1, 2 or 4 bytes. The last dimension must be contiguous. Dtype, strides and block tables must
-            be the same in every layer, and the addresses must not change.
+    A cache has the logical shape [num_blocks, num_kv_heads, block_size, 2 * head_size] (K, then V), any dtype of 1, 2 or 4
+    bytes and a contiguous last dimension. Dtype, strides and block tables must be the same in every layer, and the
+    addresses must not change.
 
     Raises:
         ValueError: no layer, a layer (named by its index) that differs from layer 0, or another layout or dtype.
@@ -58,23 +57,16 @@ class KVCacheTable:
 
 def compact_kv_caches(
     kv_caches: KVCacheTable,
-    block_tables: torch.Tensor,  # int32 [num_reqs, max_num_blocks]
-    first_positions: torch.Tensor,  # int32 or int64 [num_reqs]
-    path_rows: torch.Tensor,  # int32 [num_reqs, width]
-    num_emitted: torch.Tensor,  # int32 [num_reqs]
-    max_depth: int,
+    block_tables: torch.Tensor,  # int32 [num_reqs, max_num_blocks] by batch position
+    first_positions: torch.Tensor,  # int32 or int64 [num_reqs] linear position of row 0: the tokens computed so far
+    path_rows: torch.Tensor,  # int32 [num_reqs, width] of `walk_tree`
+    num_emitted: torch.Tensor,  # int32 [num_reqs] of `walk_tree`
+    max_depth: int,  # depth of the deepest node of any tree, the most rows that one request can have accepted
 ) -> None:
     """Moves K and V of every accepted row, in every layer, from position first + path_rows[r, i] to first + i.
 
-    Does nothing for a request that emitted one token, or none because its prompt is not finished. The last dimension of
-    every tensor must be contiguous.
-
-    Args:
-        block_tables: by batch position, over linear positions.
-        first_positions: linear position of each request's row 0, the number of tokens computed before this step.
-        path_rows: row at which each emitted token was sampled, as `walk_tree` writes it.
-        num_emitted: tokens emitted; rows path_rows[r, 1] to path_rows[r, num_emitted[r] - 1] were accepted.
-        max_depth: depth of the deepest node of any tree, the most rows that one request can have accepted.
+    The accepted rows are path_rows[r, 1] to path_rows[r, num_emitted[r] - 1]. A request that emitted one token, or none
+    because its prompt is not finished, is left alone. The last dimension of every tensor must be contiguous.
 
     Raises:
         ValueError: `path_rows` has no room for max_depth + 1 rows.

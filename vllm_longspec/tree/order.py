@@ -19,16 +19,16 @@ from vllm_longspec.tree.state import NO_TOKEN
 
 
 def order_tree(
-    draft_tokens: torch.Tensor,  # int64 [num_reqs, num_drafted]
-    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted]
-    draft_parents: torch.Tensor,  # int32 [num_reqs, num_drafted]
-    idx_mapping: torch.Tensor,  # int64 [num_reqs]
-    takes_chain: torch.Tensor,  # int32 [max_num_reqs]
-    ordered_tokens: torch.Tensor,  # int64 [num_reqs, num_nodes], written
-    parent_rows: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written
-    depths: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written
-    ancestor_masks: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes, num_words], written
-    max_depth: int,
+    draft_tokens: torch.Tensor,  # int64 [num_reqs, num_drafted] in draft order: every parent before its children
+    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted] natural log of the probability given the root
+    draft_parents: torch.Tensor,  # int32 [num_reqs, num_drafted] index in draft order, -1 for the root
+    idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for padding, for which nothing is written
+    takes_chain: torch.Tensor,  # int32 [max_num_reqs] by req_state_idx; 1 for a chain, 0 for a tree
+    ordered_tokens: torch.Tensor,  # int64 [num_reqs, num_nodes], written in list order
+    parent_rows: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written; as in `TreeState`
+    depths: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written; likewise
+    ancestor_masks: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes, num_words], written; likewise
+    max_depth: int,  # depth of the deepest drafted node, at least 1
 ) -> None:
     """Keeps the `num_nodes` most probable drafted nodes of each request and describes the tree that they form.
 
@@ -40,16 +40,6 @@ def order_tree(
     when a child is certain, when rounding lifts a child above its parent, or when the head produced NaN.
 
     The last dimension of every tensor must be contiguous.
-
-    Args:
-        draft_tokens: token ids in draft order, every parent before its children.
-        log_probs: natural log of each node's probability given the root, the sum along its path.
-        draft_parents: index of each node's parent in draft order, -1 for the root.
-        idx_mapping: req_state_idx of each request, -1 for padding (nothing is written).
-        takes_chain: by req_state_idx, 1 for a chain, 0 for a tree.
-        ordered_tokens: the kept nodes' token ids in list order, by batch position.
-        parent_rows, depths, ancestor_masks: as in `TreeState`, by req_state_idx.
-        max_depth: depth of the deepest drafted node, at least 1.
 
     Raises:
         ValueError: more nodes are listed than drafted, or the tree state's rows are not the listed nodes and the root.

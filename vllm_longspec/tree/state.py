@@ -23,7 +23,7 @@ class TreeState:
 
     takes_chain: torch.Tensor  # [max_num_reqs] 1 for a chain, 0 for a tree
     parent_rows: torch.Tensor  # [max_num_reqs, num_rows] -1 for the root and for rows that hold no node
-    depths: torch.Tensor  # [max_num_reqs, num_rows] 0 for the root and for rows that hold no node
+    depths: torch.Tensor  # [max_num_reqs, num_rows] 0 for the root
     # [max_num_reqs, num_rows, num_words] bit r is set if row r is this row or an ancestor of it
     ancestor_masks: torch.Tensor
 
@@ -49,7 +49,7 @@ class TreeState:
         req_state_indices: torch.Tensor,  # [num_added] int64
         takes_chain: torch.Tensor,  # [num_added] int32
     ) -> None:
-        """Resets the rows of new requests: they hold no node until the first draft."""
+        """Sets up the rows of new requests, which hold no node until the first draft."""
         self.takes_chain[req_state_indices] = takes_chain
         self.parent_rows.index_fill_(0, req_state_indices, -1)
 

@@ -15,21 +15,14 @@ from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
 
 
 def list_a_path_early(
-    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted]
-    parents: torch.Tensor,  # int32 [num_reqs, num_drafted]
-    levels: tuple[int, ...],
-) -> torch.Tensor:
+    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted] cumulative, at most 0; nodes level by level
+    parents: torch.Tensor,  # int32 [num_reqs, num_drafted] index of each node's parent, -1 for the root
+    levels: tuple[int, ...],  # nodes per level
+) -> torch.Tensor:  # float32 [num_reqs, num_drafted]
     """Log-probabilities by which the path to the first node of the last level comes right after one other node.
 
     That node (of level 1, where it has another one) leaves a gap: otherwise the accepted path would already be in place
     and compaction would move nothing. Both tensors must be contiguous.
-
-    Args:
-        log_probs: cumulative log-probabilities, at most 0, of the drafted nodes, level by level.
-        parents: index of each node's parent, -1 for the root.
-        levels: nodes per level.
-
-    Returns float32 [num_reqs, num_drafted].
     """
     num_reqs, num_drafted = log_probs.shape
     listed = torch.empty_like(log_probs)
@@ -77,12 +70,12 @@ def _list_a_path_early_kernel(
 
 
 def walk_synthetically(
-    conditional_rates: torch.Tensor,  # float32 [max_depth]
-    seeds: torch.Tensor,  # int64 [max_num_reqs]
-    positions: torch.Tensor,  # int64 [num_logits]
-    depths: torch.Tensor,  # int32 [max_num_reqs, num_rows]
-    sampled: torch.Tensor,  # int64 [num_logits]
-    row_tokens: torch.Tensor,  # int32 or int64 [num_logits]
+    conditional_rates: torch.Tensor,  # float32 [max_depth] from 0 to 1, for depth 1, 2, .. max_depth
+    seeds: torch.Tensor,  # int64 [max_num_reqs] by req_state_idx
+    positions: torch.Tensor,  # int64 [num_logits] true position of every row
+    depths: torch.Tensor,  # int32 [max_num_reqs, num_rows] by req_state_idx; 0 for the root and rows without a node
+    sampled: torch.Tensor,  # int64 [num_logits] the target's own next token at every row
+    row_tokens: torch.Tensor,  # int32 or int64 [num_logits] the token in every row
     cu_num_logits: torch.Tensor,  # int32 [num_reqs + 1]
     idx_mapping: torch.Tensor,  # int64 [num_reqs]
     parent_rows: torch.Tensor,  # int32 [max_num_reqs, num_rows]
@@ -95,17 +88,9 @@ def walk_synthetically(
     The node at depth d of that path is accepted with probability conditional_rates[d - 1] if its parent is, by the same
     random number as in vLLM: that of the request's seed and the position of the parent's row. A request with fewer rows
     than its tree may have no path of the requested depth and accepts less. A row without a token (below 0) is not
-    accepted.
+    accepted. Emitted are the tokens of the accepted rows, then the target's where the walk stops.
 
-    The last dimension of every tensor must be contiguous. Arguments that are not listed are as in `walk_tree`.
-
-    Args:
-        conditional_rates: from 0 to 1, for depth 1, 2, .. max_depth.
-        seeds: by req_state_idx.
-        positions: true position of every row.
-        depths: by req_state_idx; 0 for the root and for rows that hold no node.
-        sampled: the target's own next token at every row; emitted where the walk stops.
-        row_tokens: the token in every row; emitted for accepted rows.
+    The other arguments are as in `walk_tree`. The last dimension of every tensor must be contiguous.
 
     Raises:
         ValueError: `emitted` and `path_rows` differ in width or have no room for max_depth + 1 tokens.

@@ -17,10 +17,7 @@ def rates_by_depth(options: Mapping[str, Any], shape: TreeShape) -> dict[str, An
     """The options that replace the user's synthetic acceptance; empty without it.
 
     `synthetic_acceptance_length` is in tokens per step, from 1 to one more than the verified depth;
-    `synthetic_acceptance_rates` has an entry for each verified depth.
-
-    Args:
-        options: of the speculative configuration, with `num_speculative_tokens` resolved.
+    `synthetic_acceptance_rates` has an entry for each verified depth. `num_speculative_tokens` must be resolved.
 
     Raises:
         ValueError: vLLM's own, for a length or rates that the tree's depth does not allow.
@@ -39,10 +36,7 @@ def rates_by_depth(options: Mapping[str, Any], shape: TreeShape) -> dict[str, An
 
 
 def conditional_rates(config: "SpeculativeConfig", max_depth: int) -> list[float] | None:
-    """Probability, from 0 to 1, of accepting a node at depth 1, 2, .. `max_depth` if its parent is accepted.
-
-    None if acceptance is not synthetic.
-    """
+    """Probability of accepting a node at depth 1, 2, .. `max_depth` whose parent is accepted; None if not synthetic."""
     from vllm.v1.spec_decode.utils import unconditional_to_conditional_rates
 
     if config.rejection_sample_method != "synthetic":

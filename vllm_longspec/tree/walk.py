@@ -11,33 +11,24 @@ from vllm.triton_utils import tl, triton
 
 
 def walk_tree(
-    sampled: torch.Tensor,  # int64 [num_logits]
-    row_tokens: torch.Tensor,  # int32 or int64 [num_logits]
-    cu_num_logits: torch.Tensor,  # int32 [num_reqs + 1]
-    idx_mapping: torch.Tensor,  # int64 [num_reqs]
-    parent_rows: torch.Tensor,  # int32 [max_num_reqs, num_rows]
+    sampled: torch.Tensor,  # int64 [num_logits] the target's own next token at every row
+    row_tokens: torch.Tensor,  # int32 or int64 [num_logits] the token in every row; the root's is not read
+    cu_num_logits: torch.Tensor,  # int32 [num_reqs + 1] first row of each request, then the number of rows
+    idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for a request with only a root
+    parent_rows: torch.Tensor,  # int32 [max_num_reqs, num_rows] by req_state_idx; -1 for the root
     emitted: torch.Tensor,  # int64 [num_reqs, width], written
-    num_emitted: torch.Tensor,  # int32 [num_reqs], written
+    num_emitted: torch.Tensor,  # int32 [num_reqs], written: 1 to max_depth + 1; 0 for a request without rows
     path_rows: torch.Tensor,  # int32 [num_reqs, width], written
-    max_depth: int,
+    max_depth: int,  # depth of the deepest node of any tree, the most steps of a walk
 ) -> None:
     """Accepts the drafted tokens that the target sampled too.
+
+    `emitted` gets the accepted tokens, then the token sampled where the walk stopped, and `path_rows` the row at which
+    each of them was sampled: 0, then the accepted nodes' rows, strictly increasing. Both are filled up with -1.
 
     A request may have any number of rows, from its root alone (it emits one token; its tree state is not read) to
     `num_rows`. Of two children with the same token, which no draft produces, the lower row is accepted. The last
     dimension of every tensor must be contiguous.
-
-    Args:
-        sampled: the target's own next token at every row.
-        row_tokens: the token in every row. The root's is not read.
-        cu_num_logits: request r has rows cu_num_logits[r] to cu_num_logits[r + 1] - 1.
-        idx_mapping: req_state_idx of each request; -1 for a request with only a root.
-        parent_rows: row of each row's parent, by req_state_idx; -1 for the root.
-        emitted: accepted tokens, then the token sampled where the walk stopped, then -1.
-        num_emitted: from 1 to max_depth + 1 (0 for a request without rows).
-        path_rows: path_rows[r, i] is the row at which emitted token i was sampled: 0, then the accepted nodes' rows,
-            strictly increasing, then -1.
-        max_depth: depth of the deepest node of any tree, the most steps of a walk.
 
     Raises:
         ValueError: `emitted` and `path_rows` differ in width or have no room for max_depth + 1 tokens.
