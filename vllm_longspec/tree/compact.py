@@ -16,8 +16,8 @@ from vllm.triton_utils import tl, triton
 class KVCacheTable:
     """Addresses and layout of the KV caches of all layers, so that one kernel launch covers every layer.
 
-    A cache has the logical shape [num_blocks, num_kv_heads, block_size, 2 * head_size] (K, then V), any dtype of 1, 2 or 4
-    bytes and a contiguous last dimension. Dtype, strides and block tables must be the same in every layer, and the
+    A cache has the logical shape [num_blocks, num_kv_heads, block_size, 2 * head_size] (K, then V), any dtype of 1, 2
+    or 4 bytes and a contiguous last dimension. Dtype, strides and block tables must be the same in every layer, and the
     addresses must not change.
 
     Raises:
@@ -58,7 +58,7 @@ class KVCacheTable:
 def compact_kv_caches(
     kv_caches: KVCacheTable,
     block_tables: torch.Tensor,  # int32 [num_reqs, max_num_blocks] by batch position
-    first_positions: torch.Tensor,  # int32 or int64 [num_reqs] linear position of row 0: the tokens computed so far
+    first_positions: torch.Tensor,  # int32 or int64 [num_reqs] linear position of row 0, i.e. tokens before it
     path_rows: torch.Tensor,  # int32 [num_reqs, width] of `walk_tree`
     num_emitted: torch.Tensor,  # int32 [num_reqs] of `walk_tree`
     max_depth: int,  # depth of the deepest node of any tree, the most rows that one request can have accepted

@@ -93,7 +93,7 @@ class TreeSampler:
         )
 
     def _count_nans(self, logits: torch.Tensor, input_batch: InputBatch) -> torch.Tensor:
-        """NaNs in `logits` [num_logits, vocab_size] of each request, int32 [num_reqs], without rows that hold no node."""
+        """NaNs in `logits` [num_logits, vocab_size] by request, int32 [num_reqs], without rows that hold no node."""
         row = input_batch.expanded_local_pos
         holds_node = self.state.parent_rows[input_batch.expanded_idx_mapping, row] >= 0
         row_nans = logits_metrics.get_num_nans(logits).masked_fill(~holds_node & (row > 0), 0)
