@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over the target's paged KV cache: the shared prefix, the tree, and their backends. Knows no proposer."""
+"""Attention over the target's paged KV cache: prefix, tree, and their backends. Must not import a proposer."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tree backends have in common: a batch is split into requests with a tree and requests without.
+"""The common part of the tree attention backends: splits a batch into requests with a tree and requests without.
 
-Requests with a tree lead the batch. Their rows attend the cached prefix without a mask, with the fastest paged kernel
-there is (`prefix_attention` of the concrete backend), and each other through `tree_attention`, which merges both.
-Everything else (prompts, single tokens) goes down the concrete backend's own causal path.
+Requests with a tree lead the batch. Their rows attend the cached prefix without a mask (the concrete backend's
+`prefix_attention`) and each other through `tree_attention`, which merges both. All other requests (prompts, single
+tokens) take the concrete backend's causal path.
 
-The two mixins stand before a vLLM backend's builder and implementation; see flash.py, triton.py and cpu.py beside this.
+The mixins precede a vLLM backend's builder and implementation in the bases of flash.py, triton.py and cpu.py.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,13 @@ from vllm_longspec.attention.tree import tree_attention
 
 @dataclass(frozen=True)
 class TreesToAttend(ModelSpecificAttnMetadata):
-    """Tells the builders which requests of the batch carry a tree: the leading `num_tree_reqs`."""
+    """Passed to the builders: the leading `num_tree_reqs` requests of the batch have a tree."""
 
     num_tree_reqs: int
     ancestor_masks: torch.Tensor  # int32 [max_num_reqs, num_rows, num_words]
     prefix_lens: torch.Tensor  # int32 [max_num_reqs]
-    # A bound on the prefix; for a CUDA graph on that of every batch that it will run.
-    max_prefix_len: int
-    # Whether attention runs as part of a CUDA graph of the whole forward pass.
-    in_graph: bool
+    max_prefix_len: int  # upper bound; when captured in a CUDA graph, for all batches that it will run
+    in_graph: bool  # attention is part of a CUDA graph of the whole forward pass
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
         return {"to_attend": self}
@@ -38,7 +36,7 @@ class TreesToAttend(ModelSpecificAttnMetadata):
 
 @dataclass
 class TreeRequests:
-    """The requests of a batch that carry a tree: its leading `num_reqs` requests and `num_tokens` rows."""
+    """The leading `num_reqs` requests and `num_tokens` rows of a batch, which have a tree."""
 
     num_reqs: int
     num_tokens: int
@@ -49,20 +47,18 @@ class TreeRequests:
     block_table: torch.Tensor  # int32 [num_reqs, max_num_blocks]
     slot_mapping: torch.Tensor  # int64 [num_tokens]
     ancestor_masks: torch.Tensor  # int32 [num_reqs, num_rows, num_words]
-    in_graph: bool  # a CUDA graph holds on to all of these tensors
-    # How the prefix kernel divides its work, where that can be decided once for all layers.
-    prefix_schedule: torch.Tensor | None = None
+    in_graph: bool  # a CUDA graph keeps the addresses of all of these tensors
+    prefix_schedule: torch.Tensor | None = None  # of `schedule_prefix`
 
 
 @dataclass
 class TreeAttentionMetadata:
     trees: TreeRequests | None
-    # The concrete backend's own metadata, for the requests without a tree; None when there are none.
-    causal: Any | None
+    causal: Any | None  # the concrete backend's metadata for the requests without a tree, if there are any
 
 
 class TreeMetadataBuilderMixin:
-    # A graph of the whole forward pass holds either trees of one number of rows or single tokens.
+    # A full CUDA graph has either trees with the same number of rows or single tokens.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = False
     supports_draft_decode_metadata_update = False
@@ -91,11 +87,11 @@ class TreeMetadataBuilderMixin:
         return TreeAttentionMetadata(trees=trees, causal=causal)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TreeAttentionMetadata:
-        # Batches with trees do not come here, see `TreeModelState.prepare_attn`.
+        # Not called for batches with trees, see `TreeModelState.prepare_attn`.
         return self.build(0, common_attn_metadata)
 
     def schedule_prefix(self, trees: TreeRequests) -> torch.Tensor | None:
-        """What to hand to `prefix_attention` as its schedule, in every layer."""
+        """How the prefix kernel splits its work, if that can be computed once for all layers."""
         return None
 
 
@@ -166,7 +162,7 @@ class TreeAttentionImplMixin:
         scales: CacheScales | None,  # None: neither cache nor query is quantised
         schedule: torch.Tensor | None = None,  # of the builder's `schedule_prefix`
     ) -> torch.Tensor:  # float32 [num_heads, num_tokens] log-sum-exp
-        """Every query attends every cached token before its request's root, without a mask."""
+        """Unmasked attention of every query to its request's cached tokens before the root."""
         raise NotImplementedError
 
     def forward(
@@ -183,8 +179,7 @@ class TreeAttentionImplMixin:
     ) -> torch.Tensor:
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("tree attention does not quantise its output")
-        if attn_metadata is None:
-            # vLLM's memory profiling.
+        if attn_metadata is None:  # vLLM's memory profiling
             return output.fill_(0)
 
         trees = attn_metadata.trees

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tree attention on a machine without a GPU: trees in Triton's interpreter, everything else in PyTorch.
+"""Tree attention without a GPU: trees in Triton's interpreter, everything else in PyTorch.
 
-vLLM's own CPU backend packs its cache for vector instructions, which a Triton kernel cannot read, so this backend keeps
-the plain layout and does the causal path itself.
+vLLM's CPU backend packs its cache for vector instructions, which a Triton kernel cannot read. This backend keeps the
+unpacked layout and therefore has a causal path of its own.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class CausalMetadataBuilder(AttentionMetadataBuilder[CausalRequests]):
 
 
 class CausalImpl(AttentionImpl):
-    """Causal attention over the paged cache, a request at a time."""
+    """Causal attention over the paged cache, one request at a time."""
 
     def __init__(
         self,
@@ -122,12 +122,7 @@ class CausalImpl(AttentionImpl):
             positions = torch.arange(seq_len)
             causal = positions <= positions[seq_len - (end - start) :, None]
             output[start:end] = nn.functional.scaled_dot_product_attention(
-                query[start:end].transpose(0, 1),
-                keys,
-                values,
-                attn_mask=causal,
-                scale=self.scale,
-                enable_gqa=True,
+                query[start:end].transpose(0, 1), keys, values, attn_mask=causal, scale=self.scale, enable_gqa=True
             ).transpose(0, 1)
         return output
 
@@ -136,12 +131,12 @@ def _to_fp8(
     values: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
     scale: torch.Tensor,  # [] or [num_kv_heads]
 ) -> torch.Tensor:  # the same shape, as bytes
-    """Rounds towards zero, as vLLM's own CPU backend does and no GPU: without the draft the cache must be the same."""
+    """Rounds towards zero like vLLM's CPU backend, unlike a GPU, so that the cache equals that of plain decoding."""
     fp8 = current_platform.fp8_dtype()
     limit = torch.finfo(fp8).max
     scaled = (values.float() / scale.view(-1, 1)).clamp(-limit, limit)
     nearest = scaled.to(fp8)
-    # The sign is a bit of its own, so one less is one step towards zero.
+    # Sign and magnitude are separate bits, so one less is one step towards zero.
     return nearest.view(torch.uint8) - (nearest.float().abs() > scaled.abs()).to(torch.uint8)
 
 

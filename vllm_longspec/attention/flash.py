@@ -19,8 +19,7 @@ from vllm_longspec.attention.cache_scales import CacheScales, as_stored
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # FlashAttention 3 decides on the device how many blocks of keys a split of a request gets. It can do so once a
-        # step instead of once a layer. Prompts in the same batch have a schedule of their own.
+        # FlashAttention 3's schedule, computed once per step, not per layer. Prompts in the batch have their own.
         if self.use_full_cuda_graph and self.aot_schedule:
             self.tree_schedule = torch.zeros_like(self.scheduler_metadata)
 
@@ -37,7 +36,7 @@ class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttention
         )
         if schedule is None or not trees.in_graph:
             return schedule
-        # Blocks of the grid that have no entry must find zeros.
+        # Thread blocks without an entry must read zeros.
         self.tree_schedule[schedule.shape[0] :].zero_()
         return self.tree_schedule[: schedule.shape[0]].copy_(schedule)
 
@@ -57,7 +56,7 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
         schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self.vllm_flash_attn_version is not None
-        # A rank with a single KV head has a stride there that the hardware's block loads do not take.
+        # With a single KV head per rank, the stride of that dimension may be one that TMA does not accept.
         key_cache, value_cache = (
             canonicalize_singleton_dim_strides(half)
             for half in as_stored(kv_cache).transpose(1, 2).split(self.head_size, dim=-1)

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of every row of a tree to the tokens that all of them follow: the prefix, read without a mask.
+"""Unmasked attention of the rows of a tree to their request's prefix, in Triton.
 
-Nothing distinguishes the rows of a tree where the prefix is concerned, so a mask is not needed and the result comes
-with its log-sum-exp, for `vllm_longspec/attention/tree.py` to merge the tree's own part into. The kernel serves where
-FlashAttention does not: float32, other devices, and Triton's interpreter.
+Used where FlashAttention is not available: float32, other devices, and Triton's interpreter. The result comes with its
+log-sum-exp, for `vllm_longspec/attention/tree.py` to merge; that module shares the functions of a tile below.
 
-The rows of a tile are pairs of a query token and a query head of one KV head's group, so that a tile reads each K and
-V once for the whole group, as FlashAttention does for grouped queries ("packed GQA"). The softmax is computed in one
-pass over the keys with a running maximum and sum in float32 (Milakov and Gimelshein, "Online normalizer calculation
-for softmax", 2018; Dao et al., "FlashAttention", 2022).
-
-The functions of a tile are shared with the tree half in `vllm_longspec/attention/tree.py`.
+The rows of a tile are (query token, query head) pairs of one KV head's group, so that a tile reads each K and V once
+for the group, as in FlashAttention ("packed GQA"). The softmax takes one pass over the keys with a running maximum and
+sum in float32 (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
+2022).
 """
 
 from typing import NamedTuple
@@ -21,15 +18,15 @@ from vllm.triton_utils import tl, triton
 from vllm_longspec.attention.cache_scales import CacheScales, as_stored
 from vllm_longspec.interpreter import interpreting
 
-# tl.dot takes no operand with a smaller side.
+# The smallest side of a tl.dot operand.
 MIN_TILE = 16
-# The interpreter turns an operation on a tile into one NumPy call, so its cost is the number of tiles.
+# In the interpreter an operation on a tile is one NumPy call, so few large tiles are fastest.
 INTERPRETER_ROWS = 2048
 INTERPRETER_KEYS = 512
 
 
 class TileSizes(NamedTuple):
-    """The shape of a tile of scores and how a GPU runs it."""
+    """Size of a tile of scores, and its number of warps."""
 
     rows: int  # (query token, head of the group) pairs
     keys: int
@@ -39,14 +36,13 @@ class TileSizes(NamedTuple):
 def choose_tile_sizes(num_rows: int, num_keys: int, padded_head_size: int, dtype: torch.dtype) -> TileSizes:
     """Tile sizes for `num_rows` packed rows against at most `num_keys` keys.
 
-    On a GPU they follow from the registers, which hold a tile's float32 result, and from the shared memory, which
-    holds its K and V. `padded_head_size` is the head size rounded up to a power of two.
+    On a GPU the limits are registers, for a tile's float32 result, and shared memory, for its K and V.
+    `padded_head_size` is the head size rounded up to a power of two.
     """
     if interpreting():
         max_rows, max_keys, num_warps = INTERPRETER_ROWS, INTERPRETER_KEYS, 4
     elif dtype == torch.float32:
-        # Exact float32 products run on the ordinary cores, which keep both operands of a tile in registers: with larger
-        # tiles or fewer warps they spill.
+        # IEEE float32 products use no tensor cores and keep operands in registers; larger tiles or fewer warps spill.
         max_rows, max_keys, num_warps = 16, 32, 8
     else:
         max_rows = max_keys = 64 if padded_head_size <= 128 else 32
@@ -59,9 +55,9 @@ def choose_tile_sizes(num_rows: int, num_keys: int, padded_head_size: int, dtype
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The type in which a tile's operands are multiplied; products are summed in float32 either way.
+    """The dtype of the operands of tl.dot; products are summed in float32.
 
-    The interpreter multiplies the bit patterns of bfloat16 operands as if they were integers, so it gets float32.
+    The interpreter multiplies the bit patterns of bfloat16 operands as integers, so it gets float32.
     """
     if interpreting():
         return tl.float32
@@ -69,7 +65,7 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def scale_arguments(scales: CacheScales | None, num_kv_heads: int) -> tuple[torch.Tensor | int | None, ...]:
-    """What `load_scales` takes between the factor of the scores and the KV head."""
+    """The arguments of `load_scales` between `scale` and `kv_head`."""
     arguments: tuple[torch.Tensor | int | None, ...] = ()
     for scale in (scales.query, scales.key, scales.value) if scales is not None else (None, None, None):
         arguments += (None, 0) if scale is None else (scale, scale.expand(num_kv_heads).stride(0))
@@ -78,7 +74,7 @@ def scale_arguments(scales: CacheScales | None, num_kv_heads: int) -> tuple[torc
 
 @triton.jit
 def packed_rows(tile, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """The query token (within its request) and the query head of each row of a tile."""
+    """Query token (within its request) and query head of each row of a tile."""
     row = tile * ROWS + tl.arange(0, ROWS)
     return row // GROUP, kv_head * GROUP + row % GROUP
 
@@ -97,7 +93,7 @@ def load_keys_values(
     PADDED_HEAD_SIZE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """K and V of one tile, [KEYS, PADDED_HEAD_SIZE] each, zero where there is nothing."""
+    """K and V of one tile, [KEYS, PADDED_HEAD_SIZE] each, zero where masked."""
     dim = tl.arange(0, PADDED_HEAD_SIZE)
     # A cache can hold more than 2**31 elements.
     start = block.to(tl.int64) * block_stride + kv_head.to(tl.int64) * head_stride + offset.to(tl.int64) * offset_stride
@@ -119,9 +115,9 @@ def load_scales(
     value_scale_stride,
     kv_head,
 ):
-    """The factor of a KV head's scores and that of its values.
+    """Factors of a KV head's scores and of its values.
 
-    Scaling what comes out of a product, not what goes in, is cheaper, and exact: fp8 is part of every operand type.
+    Scaling products instead of operands is cheaper, and exact: every operand dtype can represent fp8 values.
     """
     value_scale = 1.0
     if query_scale_ptr is not None:
@@ -143,11 +139,11 @@ def attend_tile(
     weight_sum,  # float32 [ROWS] sum of exp(score - score_max)
     weighted_sum,  # float32 [ROWS, PADDED_HEAD_SIZE] sum of exp(score - score_max) * value
 ):
-    """Adds one tile of keys to the running softmax of every row; returns its new state."""
+    """Adds a tile of keys to the running softmax of every row; returns its new state."""
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     score = tl.where(attends, score, float("-inf"))
     new_max = tl.maximum(score_max, tl.max(score, axis=1))
-    # Without this, a row that has met no key yet would subtract infinity from infinity.
+    # Avoids inf - inf in a row that has had no key yet.
     reference = tl.where(new_max == float("-inf"), 0.0, new_max)
     weight = tl.exp(score - reference[:, None])
     rescale = tl.exp(score_max - reference)
@@ -157,7 +153,7 @@ def attend_tile(
     return new_max, weight_sum, weighted_sum
 
 
-# The number of tokens changes with the batch, and is the stride of `lse`: it must not compile the kernel anew.
+# The stride of `lse` is the number of tokens, which changes with the batch and must not trigger recompilation.
 @triton.jit(do_not_specialize=["lse_head_stride"])
 def _prefix_attention_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
@@ -252,23 +248,16 @@ def _prefix_attention_kernel(
 
 
 def prefix_attention(
-    # [num_tokens, num_heads, head_size]
-    query: torch.Tensor,
-    # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-    kv_cache: torch.Tensor,
-    # [num_reqs, max_num_blocks] int32
-    block_table: torch.Tensor,
-    # [num_reqs] int32, cached tokens that every query of the request attends
-    prefix_lens: torch.Tensor,
-    # [num_reqs + 1] int32
-    query_start_loc: torch.Tensor,
-    max_query_len: int,
-    scale: float,
-    # [num_tokens, num_heads, head_size]
-    output: torch.Tensor,
-    # [num_heads, num_tokens] float32
-    lse: torch.Tensor,
-    scales: CacheScales | None = None,
+    query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size], K then V
+    block_table: torch.Tensor,  # int32 [num_reqs, max_num_blocks]
+    prefix_lens: torch.Tensor,  # int32 [num_reqs] cached tokens that every query of the request attends
+    query_start_loc: torch.Tensor,  # int32 [num_reqs + 1]
+    max_query_len: int,  # upper bound
+    scale: float,  # factor of the scores
+    output: torch.Tensor,  # [num_tokens, num_heads, head_size], written; 0 where the prefix is empty
+    lse: torch.Tensor,  # float32 [num_heads, num_tokens], written; -inf where the prefix is empty
+    scales: CacheScales | None = None,  # of a quantised cache, and of the query if it is quantised too
 ) -> None:
     """Lets every query token attend all of its request's prefix, and writes the result and its log-sum-exp.
 
@@ -276,18 +265,8 @@ def prefix_attention(
     or fp8 with `scales`, `output` is one of the first three; their last dimensions, and those of `block_table` and
     `lse`, are contiguous. Other strides are free.
 
-    Args:
-        query: the tokens of all requests, one request after the other.
-        kv_cache: the layer's cache, K then V in the last dimension.
-        block_table: the blocks of each request, in the order of its positions.
-        prefix_lens: how many positions, from 0, are the prefix; not bounded by anything known on the host.
-        query_start_loc: first token of each request, then the end of the last; a request may have none. Requests that
-            hold no tree can follow: tokens from `query_start_loc[-1]` on are neither read nor written.
-        max_query_len: a bound on a request's tokens.
-        scale: factor of the scores.
-        output: written; 0 where the prefix is empty.
-        lse: natural logarithm of the sum of the exponentiated scores, written; -inf where the prefix is empty.
-        scales: of a quantised cache, and of the query if it is quantised too.
+    A request may have no tokens. Tokens from `query_start_loc[-1]` on, of requests without a tree, are neither read nor
+    written. The log-sum-exp is natural. No bound on the prefix lengths has to be known on the host.
     """
     kv_cache = as_stored(kv_cache)
     num_heads, head_size = query.shape[1:]

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the tree attention backends known to vLLM, when a target first needs one, and chooses among them.
-
-No engine without trees ever sees them.
-"""
+"""Registers the tree attention backends with vLLM, in engines with trees only, and chooses among them."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,7 +13,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-# The name of each in `--attention-backend` and its class.
+# The names for `--attention-backend`, and the classes.
 FLASH_BACKEND, TRITON_BACKEND, CPU_BACKEND = "LONGSPEC_FLASH", "LONGSPEC_TRITON", "LONGSPEC_CPU"
 ATTENTION_BACKENDS = {
     FLASH_BACKEND: "vllm_longspec.attention.flash.TreeFlashAttentionBackend",
@@ -26,21 +23,21 @@ ATTENTION_BACKENDS = {
 
 
 def attention_backend(name: str) -> "AttentionBackendEnum":
-    """The member of vLLM's enum for one of ATTENTION_BACKENDS."""
+    """The member of vLLM's enum for one of ATTENTION_BACKENDS, registered if it is not there yet."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if name not in AttentionBackendEnum.__members__:
         member = AttentionBackendEnum.register(name, ATTENTION_BACKENDS[name])
-        # A spawned process unpickles vLLM's configuration before it loads plugins, when its enum has no such member.
+        # A spawned process unpickles vLLM's configuration before it loads plugins, when the enum lacks this member.
         member.__reduce_ex__ = lambda protocol: (attention_backend, (name,))  # type: ignore[assignment]
     return AttentionBackendEnum[name]
 
 
 def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig") -> None:
-    """Selects the tree attention backend for the target: it is what `attention_backend` says from then on.
+    """Selects the tree attention backend for the target in `engine_args`.
 
     Raises:
-        ValueError: when the user asks for a backend that cannot verify a tree.
+        ValueError: the user asks for a backend that cannot verify a tree.
     """
     from vllm.platforms import current_platform
 
@@ -75,7 +72,7 @@ def _flash_attention_serves(engine_args: "EngineArgs", target: "ModelConfig") ->
         return False
     version: int | None = engine_args.attention_config.flash_attn_version
     version = version or get_flash_attn_version(head_size=target.get_head_size())
-    # The checkpoint may ask for a quantised cache too; of compressed-tensors vLLM finds that out later, in the worker.
+    # The checkpoint may ask for a quantised cache too; for compressed-tensors vLLM resolves that later, in the worker.
     cache_dtype = resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, target)
     scheme = (getattr(target.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
     is_quantised = is_quantized_kv_cache(cache_dtype) or (cache_dtype == "auto" and scheme is not None)
@@ -89,7 +86,7 @@ def get_cpu_backend_cls(
     attn_selector_config: "AttentionSelectorConfig",
     num_heads: int | None = None,
 ) -> str:
-    """The path of the backend that a CPU takes."""
+    """The path of the backend on a CPU."""
     if selected_backend is not None and selected_backend.name == CPU_BACKEND:
         return selected_backend.get_path()
     return original(cls, selected_backend, attn_selector_config, num_heads)

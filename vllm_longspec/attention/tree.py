@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage "verify": each row of a tree attends its ancestors, and the result is merged with the prefix attention's.
 
-The target scores a whole tree in one forward pass. In every layer a row attends what it would attend if the sequence
-ended with it: the prefix, and of the tree only its own path from the root. The prefix, with nearly all of the keys,
-needs no mask, so the fastest kernel there is serves it: FlashAttention, or `vllm_longspec/attention/prefix.py`. What
-is left is a square of at most 256 rows with a mask, below.
+The prefix, with nearly all of the keys, needs no mask and has a kernel of its own: FlashAttention, or
+`vllm_longspec/attention/prefix.py`. What is left is a masked square of at most 256 rows, below.
 
-**Mask.** Row i of request r attends row k when bit k % 32 of word k // 32 of `ancestor_masks[r, i]` is set: i itself
-and its ancestors. Rows beyond the request's query do not exist, whatever the mask says of them: a list of nodes may be
-cut anywhere, and what is left is a tree.
+**Mask.** Row i of request r attends row k if bit k % 32 of word k // 32 of `ancestor_masks[r, i]` is set: i itself and
+its ancestors. The bits of rows beyond the request's query are ignored, because a list of nodes may be cut anywhere.
 
-**K and V come from the cache,** not from the layer's own K and V tensors, although those are at hand. A later step
-reads an accepted row's K and V from the cache, and plain decoding reads a token's own from there too; with a cache of
-lower precision than the layer the two sources differ, and then so would the tokens.
+**K and V are read from the cache,** not from the layer's own K and V tensors, because later steps and plain decoding
+read them there; with a cache of lower precision than the layer the two differ, and then so would the tokens.
 
-**Merge.** Attention over the union of two sets of keys is the mean of the attentions over each, weighted by their sums
-of exponentiated scores: the prefix's weight is sigmoid(lse_prefix - lse_tree) (Dao et al., "Flash-Decoding for
-long-context inference", 2023). The same follows from starting the running softmax of the tree where the prefix ended,
-as if the prefix were one key with score `lse_prefix` and value `output`; that spares a second normalisation, and the
-cases in which one of the two is empty.
+**Merge.** The running softmax of the tree starts as if the prefix were one key with score `lse_prefix` and value
+`output`. That equals the mean of both attentions weighted by their sums of exponentiated scores (Dao et al.,
+"Flash-Decoding for long-context inference", 2023), without a second normalisation or special cases for an empty part.
 """
 
 import torch
@@ -40,7 +34,7 @@ from vllm_longspec.interpreter import interpreting
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Of the device; 1 without a GPU, where one program runs after the other."""
+    """Of the device; 1 without a GPU, where programs run one after the other."""
     return current_platform.num_compute_units(device.index or 0) if device.type == "cuda" else 1
 
 
@@ -49,8 +43,8 @@ def choose_tree_tiles(
 ) -> TileSizes:
     """Tile sizes for `num_groups` squares (one for each KV head of each request) of `max_query_len` query tokens.
 
-    A square is small, so time is latency: as many programs as the GPU has multiprocessors, each with few rows, and all
-    keys of an ordinary tree at once.
+    A square is small and bound by latency: few rows per program, enough programs for all multiprocessors, and all keys
+    of an ordinary tree at once.
     """
     num_rows = max_query_len * group
     if interpreting() or dtype == torch.float32 or padded_head_size > 128:
@@ -62,7 +56,7 @@ def choose_tree_tiles(
     return TileSizes(rows, keys, num_warps=4)
 
 
-# The number of tokens changes with the batch, and is the stride of `prefix_lse`: it must not compile the kernel anew.
+# The stride of `prefix_lse` is the number of tokens, which changes with the batch and must not trigger recompilation.
 @triton.jit(do_not_specialize=["lse_head_stride"])
 def _tree_attention_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
@@ -123,20 +117,20 @@ def _tree_attention_kernel(
     query_row = token * query_token_stride + head * query_head_stride
     query = tl.load(query_ptr + query_row[:, None] + dim[None, :], mask=row_mask, other=0.0).to(DOT_DTYPE)
 
-    # The softmax goes on where the prefix left it. For an empty prefix FlashAttention 2 reports +inf, all others -inf.
+    # Continues the prefix's softmax. For an empty prefix FlashAttention 2 returns +inf, all others -inf.
     lse = tl.load(lse_ptr + head.to(tl.int64) * lse_head_stride + token, mask=is_row, other=float("-inf"))
     has_prefix = tl.abs(lse) != float("inf")
     score_max = tl.where(has_prefix, lse, float("-inf"))
     weight_sum = has_prefix.to(tl.float32)
     output_row = token * output_token_stride + head * output_head_stride
     output_tile_ptr = output_ptr + output_row[:, None] + dim[None, :]
-    # In the scale of the values, like everything that is added to it.
+    # In units of the stored values, like the products that are added to it.
     weighted_sum = tl.load(output_tile_ptr, mask=row_mask & has_prefix[:, None], other=0.0).to(tl.float32) / value_scale
 
     mask_ptr = masks_ptr + request.to(tl.int64) * masks_request_stride + tree_row * masks_row_stride
     for start in range(0, query_len, KEYS):
         key_row = start + tl.arange(0, KEYS)
-        # Rows that only pad a CUDA graph's batch have slot -1.
+        # Rows that pad a CUDA graph's batch have slot -1.
         slot = tl.load(slot_mapping_ptr + query_start + key_row, mask=key_row < query_len, other=-1)
         is_key = slot >= 0
         key, value = load_keys_values(
@@ -166,43 +160,21 @@ def _tree_attention_kernel(
 
 
 def tree_attention(
-    # [num_tokens, num_heads, head_size]
-    query: torch.Tensor,
-    # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-    kv_cache: torch.Tensor,
-    # [num_tokens] int64
-    slot_mapping: torch.Tensor,
-    # [num_reqs + 1] int32
-    query_start_loc: torch.Tensor,
-    # [num_reqs, num_rows, num_words] int32, by batch position
-    ancestor_masks: torch.Tensor,
-    max_query_len: int,
-    scale: float,
-    # [num_heads, num_tokens] float32
-    prefix_lse: torch.Tensor,
-    # [num_tokens, num_heads, head_size]
-    output: torch.Tensor,
-    scales: CacheScales | None = None,
+    query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size], K then V
+    slot_mapping: torch.Tensor,  # int64 [num_tokens]; -1 for padding, which no row attends
+    query_start_loc: torch.Tensor,  # int32 [num_reqs + 1]
+    ancestor_masks: torch.Tensor,  # int32 [at least num_reqs, num_rows, num_words] by batch position
+    max_query_len: int,  # upper bound on a request's rows; none has more than num_rows
+    scale: float,  # factor of the scores
+    prefix_lse: torch.Tensor,  # float32 [num_heads, num_tokens] log-sum-exp; infinite, of either sign, without prefix
+    output: torch.Tensor,  # [num_tokens, num_heads, head_size] the prefix attention; overwritten with the merged one
+    scales: CacheScales | None = None,  # of a quantised cache, and of the query if it is quantised too
 ) -> None:
     """Lets every row attend its ancestors and itself, and merges that into the prefix attention's result.
 
-    Query head h reads KV head h // (num_heads / num_kv_heads). `query` and `kv_cache` are float16, bfloat16 or float32,
-    or fp8 with `scales`, `output` is one of the first three; their last dimensions, and those of `ancestor_masks` and
-    `prefix_lse`, are contiguous. Other strides are free.
-
-    Args:
-        query: the rows of all requests, one request after the other.
-        kv_cache: the layer's cache, K then V in the last dimension; the rows' own are already there.
-        slot_mapping: slot of each row's K and V; a row with slot -1 is padding, and no row attends it.
-        query_start_loc: first row of each request, then the end of the last; a request may have none. Requests that
-            hold no tree can follow: tokens from `query_start_loc[-1]` on are neither read nor written.
-        ancestor_masks: see the module; a request has at most `num_rows` rows. May have more requests than the batch.
-        max_query_len: a bound on a request's rows.
-        scale: factor of the scores.
-        prefix_lse: natural logarithm of the sum of the prefix's exponentiated scores; infinite, with either sign, where
-            the prefix is empty. Then what `output` holds is not used.
-        output: the prefix attention on entry, the attention over prefix and tree on return.
-        scales: of a quantised cache, and of the query if it is quantised too.
+    Heads, dtypes, strides and `query_start_loc` are as in `prefix_attention`; the last dimensions of `ancestor_masks`
+    and `prefix_lse` are contiguous. The cache already holds the rows' K and V. `output` is not read without a prefix.
     """
     kv_cache = as_stored(kv_cache)
     num_heads, head_size = query.shape[1:]

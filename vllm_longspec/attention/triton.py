@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tree attention in Triton alone, for what FlashAttention cannot serve on CUDA, such as float32."""
+"""Tree attention in Triton alone, for what FlashAttention does not support on CUDA, such as float32."""
 
 import torch
 from vllm.v1.attention.backends.triton_attn import (

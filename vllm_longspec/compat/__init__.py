@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the versions of vLLM, and which of them are supported. Nothing else in the package knows."""
+"""Supported versions of vLLM, and what differs between them. No other folder depends on vLLM's version."""

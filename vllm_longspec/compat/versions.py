@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of versions of vLLM that this plugin does not support."""
+"""Check of the version of vLLM, and the messages for an unsupported one."""
 
 import functools
 import multiprocessing
@@ -16,7 +16,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def is_supported(version: str = VLLM_VERSION) -> bool:
-    """Whether the plugin supports this version of vLLM; a local suffix such as `+cpu` is fine."""
+    """Whether the plugin supports this version of vLLM; a local suffix such as `+cpu` is ignored."""
     try:
         return SpecifierSet(f"=={SUPPORTED}").contains(version, prereleases=True)
     except InvalidVersion:
@@ -24,7 +24,7 @@ def is_supported(version: str = VLLM_VERSION) -> bool:
 
 
 def unsupported_version(version: str = VLLM_VERSION) -> str:
-    """What is wrong with this version of vLLM, and the way out, in one line."""
+    """The message for this version of vLLM, with the way out, in one line."""
     return (
         f"vllm-longspec {__version__} supports vLLM {SUPPORTED}, this is vLLM {version}: "
         f"install a supported vLLM (pip install 'vllm=={SUPPORTED}') or another release of vllm-longspec"
@@ -33,6 +33,6 @@ def unsupported_version(version: str = VLLM_VERSION) -> str:
 
 @functools.cache
 def warn_unsupported() -> None:
-    """Says once that the plugin stays out of the way: once a process, and not in the processes that vLLM starts."""
+    """Warns once that the plugin is inactive, and not in the processes that vLLM starts."""
     if multiprocessing.parent_process() is None:
         logger.warning("%s. GLIDE drafts are off, everything else is untouched.", unsupported_version())

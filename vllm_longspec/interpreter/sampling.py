@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of vLLM's sampling Triton's interpreter cannot run, or not in good time.
+"""Replacements for parts of vLLM's sampling that Triton's interpreter cannot run, or only slowly.
 
-**Gumbel sampling** with many rows in one program. vLLM's kernel has a program for every row. That is right for a GPU,
-but the interpreter takes some ten milliseconds for each, and a tree has a row for every node: sampling would take most
-of a step. The draws are the same, bit for bit, because vLLM's own functions make the noise.
-
-**Grammar bitmasks** in PyTorch. vLLM's kernel combines a condition of a whole program with conditions of its elements
-into the mask of a store. The interpreter makes integers of that, and then takes no mask but booleans.
-
-**NaN counts** in PyTorch. vLLM's kernel calls a function of the device's library, which the interpreter does not have.
+- Gumbel sampling with many rows in one program. vLLM's kernel has a program for every row, for each of which the
+  interpreter takes about ten milliseconds, and a tree has a row for every node. The draws are the same, bit for bit,
+  because vLLM's own functions make the noise.
+- Grammar bitmasks in PyTorch. vLLM's kernel combines a scalar condition with conditions of elements into the mask of a
+  store. The interpreter makes integers of that, and accepts only boolean masks.
+- NaN counts in PyTorch. vLLM's kernel calls a function of the device's library, which the interpreter does not have.
 """
 
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker, _build_grammar_mapping
 
-# Elements of a program's block; NumPy is no faster with more.
+# Elements of a program's block; larger blocks are no faster in NumPy.
 _MAX_ELEMENTS = 1 << 18
 
 
@@ -39,8 +37,7 @@ def gumbel_sample(
 ) -> torch.Tensor:
     """The token drawn at every row, int64 [num_rows]: the argmax for temperature 0, otherwise under Gumbel noise.
 
-    A row without a request (-1) gets its argmax. Calls `original`, which is vLLM's function of the same name, for
-    what only drafts of other kinds ask for.
+    A row without a request (-1) gets its argmax. Calls vLLM's function, `original`, for arguments of other drafts.
     """
     if apply_temperature or is_drafting or use_fp64 or logits_cache:
         return original(
@@ -58,7 +55,7 @@ def gumbel_sample(
     drawn = ((expanded_idx_mapping >= 0) & (temperature[expanded_idx_mapping] != 0.0)).nonzero()[:, 0]
     if len(drawn) == 0:
         return sampled
-    # A program's rows side by side, so that its reduction runs down the vocabulary as vLLM's does.
+    # Transposed, so that the reduction runs along the vocabulary as in vLLM's kernel.
     columns = logits[drawn].float().t().contiguous()
     seeds, positions = seed[expanded_idx_mapping[drawn]], pos[drawn].contiguous()
     tokens = torch.empty_like(positions)
@@ -112,9 +109,9 @@ def apply_grammar_bitmask(
     grammar_req_ids: list[str],
     grammar_bitmask: np.ndarray,  # int32 [num_masks, vocab_size / 32]
 ) -> None:
-    """Sets the logits of all tokens that a grammar forbids to minus infinity.
+    """Sets the logits of all tokens that a grammar forbids to -inf.
 
-    The masks are those of the requests in `grammar_req_ids`, one for each of their rows; a set bit allows a token.
+    There is a mask for every row of the requests in `grammar_req_ids`; a set bit allows a token.
     """
     mapping = _build_grammar_mapping(
         input_batch.req_ids,
@@ -125,7 +122,7 @@ def apply_grammar_bitmask(
         self.mask_stride,
     )
     requests, positions = np.divmod(np.array(mapping, dtype=np.int64), self.mask_stride)
-    # The device's, as in vLLM's kernel: the host's may count rows that were dropped since.
+    # The device's, as in vLLM's kernel: the host's may include rows that were dropped since.
     cu_num_logits = input_batch.cu_num_logits.cpu().numpy()
     is_row = positions < cu_num_logits[requests + 1] - cu_num_logits[requests]
     rows = torch.from_numpy((cu_num_logits[requests] + positions)[is_row]).to(logits.device)
@@ -135,19 +132,13 @@ def apply_grammar_bitmask(
     logits[rows] = logits[rows].masked_fill(is_forbidden, float("-inf"))
 
 
-def get_num_nans(
-    original: Callable[..., torch.Tensor],
-    logits: torch.Tensor,  # [num_rows, vocab_size]
-) -> torch.Tensor:  # int32 [num_rows]
-    """NaNs in every row."""
+def get_num_nans(original: Callable[..., torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    """NaNs in every row of `logits` [num_rows, vocab_size], int32 [num_rows]."""
     return logits.isnan().sum(dim=-1, dtype=torch.int32)
 
 
 def use_pytorch_top_k_top_p() -> None:
-    """vLLM's own function in PyTorch, for machines without Triton.
-
-    Its Triton kernel does not run in the interpreter (a scalar argument has no `.to`).
-    """
+    """Selects vLLM's PyTorch function: its Triton kernel fails in the interpreter (a scalar has no `.to`)."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.HAS_TRITON = False

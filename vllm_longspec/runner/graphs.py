@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs: of the whole draft, window update, all levels of the tree and ordering; and which of the target's.
+"""CUDA graphs of the whole draft, and the choice of the target's.
 
-A draft is some hundred small kernels between which nothing is decided on the host. What it does depends on how many
-requests it drafts for and on how many nodes are kept. Not every number goes with every size of a batch
-(`vllm_longspec/scheduling/schedule.py`), so there is a graph for every size with the numbers that do.
+A draft is about a hundred small kernels without a decision on the host between them. It depends on the number of
+requests and on the number of nodes that are kept, so every batch size is captured with each number of nodes that it
+can have (`vllm_longspec/scheduling/schedule.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +20,14 @@ from vllm_longspec.scheduling.schedule import numbers_of_nodes
 
 
 class DraftGraphs(CudaGraphManager):
-    """
-    Args:
-        nodes_by_batch_size: numbers of nodes that may be kept for a batch of so many requests; entry 0 is not used.
-    """
+    """Graphs by batch size and number of nodes."""
 
     def __init__(
         self,
         vllm_config: VllmConfig,
         device: torch.device,
         cudagraph_mode: CUDAGraphMode,
-        nodes_by_batch_size: Sequence[Sequence[int]],
+        nodes_by_batch_size: Sequence[Sequence[int]],  # numbers that may be kept for n requests; entry 0 is not used
     ):
         # A request is one "token" of the draft's batch.
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len=1)
@@ -40,11 +37,11 @@ class DraftGraphs(CudaGraphManager):
                 for num_nodes in nodes_by_batch_size[batch_size]:
                     if num_nodes > 0:
                         graphs[SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=num_nodes)] = None
-        # The largest come first, so that smaller ones fit into their memory.
+        # Largest first, so that smaller graphs reuse their memory.
         self._capture_descs = {CUDAGraphMode.FULL: list(graphs)} if graphs else {}
 
     def capture_drafts(self, draft: Callable[[int, int], None]) -> None:
-        """Captures `draft(num_reqs, num_nodes)` for everything that there is a graph for."""
+        """Captures `draft(num_reqs, num_nodes)` for every graph."""
 
         def create_forward_fn(desc: SpeculatorBatchDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             num_reqs = desc.num_reqs
@@ -54,7 +51,7 @@ class DraftGraphs(CudaGraphManager):
         self.capture(create_forward_fn, "Capturing CUDA graphs of the draft")
 
     def find(self, batch_size: int, num_nodes: int) -> SpeculatorBatchDescriptor | None:
-        """The graph that drafts for at least `batch_size` requests, if there is one."""
+        """The graph for at least `batch_size` requests, if there is one."""
         desc = self.dispatch(batch_size, batch_size, uniform_token_count=1, num_active_loras=0)
         if desc.cg_mode != CUDAGraphMode.FULL:
             return None
@@ -72,7 +69,7 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
     build_lookup = cudagraph_utils.build_dynamic_sd_schedule_lookup
     if options.adaptive_verification:
         numbers = numbers_of_nodes(config)
-        # All that is read of the table is which numbers it has, behind entry 0.
+        # vLLM reads only which numbers are in the table, from entry 1 on.
         cudagraph_utils.build_dynamic_sd_schedule_lookup = lambda *_, **__: [0, *numbers]
     try:
         original(self)
@@ -86,5 +83,5 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
         for desc in uniform:
             if desc.num_tokens >= num_tokens and desc.num_active_loras == num_active_loras:
                 smallest.setdefault(desc.uniform_token_count, desc)
-        # The first that fits a batch is taken, and those of any number of tokens come last.
+        # vLLM takes the first that fits a batch, so uniform graphs come before those of any query length.
         candidates[:0] = [desc for desc in smallest.values() if desc not in candidates]

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's per-step hooks: lay trees out before its forward pass, compact its cache after the walk.
-
-vLLM's `ModelState` is the seam; `TreeSpeculator.load_draft_model` gives it to the target.
-"""
+"""The target's per-step hooks (vLLM's `ModelState`): layout before its forward pass, compaction after the walk."""
 
 from typing import Any
 
@@ -52,15 +49,14 @@ class TreeModelState(DefaultModelState):
         self.max_depth = options.tree_shape.max_depth
         rates = conditional_rates(vllm_config.speculative_config, self.max_depth)
         self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
-        # By req_state_idx, the host's copy of the tree state's.
-        self.takes_chain = np.zeros(self.max_num_reqs, dtype=np.int32)
+        self.takes_chain = np.zeros(self.max_num_reqs, dtype=np.int32)  # host copy of TreeState.takes_chain
         self.added_requests: list[int] = []
-        # Of the step in flight.
+        # Of the current step.
         self.num_tree_reqs = 0
         self.block_table: torch.Tensor | None = None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
-        # Every layer of a supported target is ordinary full attention, so all of them share one block table.
+        # All layers of a supported target have full attention and share one block table.
         assert len(kv_cache_config.kv_cache_groups) == 1
         layers = self.vllm_config.compilation_config.static_forward_context
         layer_names = kv_cache_config.kv_cache_groups[0].layer_names
@@ -100,7 +96,7 @@ class TreeModelState(DefaultModelState):
         num_drafts = input_batch.num_draft_tokens_per_req
         self.num_tree_reqs = 0 if num_drafts is None else int((num_drafts > 0).sum())
         if for_capture and input_batch.num_tokens > input_batch.num_reqs:
-            # Requests of several tokens are captured for trees alone. They carry no draft yet.
+            # Only trees are captured with several tokens per request; they have no draft tokens yet.
             self.num_tree_reqs = input_batch.num_reqs
         self.block_table = block_tables[0]
         if self.num_tree_reqs > 0:
@@ -116,7 +112,7 @@ class TreeModelState(DefaultModelState):
             )
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         to_attend = TreesToAttend(
-            # A graph's batch is all trees; those that pad it have no rows.
+            # All requests in a graph have a tree; padding requests have no rows.
             input_batch.num_reqs_after_padding if in_graph and self.num_tree_reqs else self.num_tree_reqs,
             self.tree_batch.ancestor_masks,
             self.tree_batch.prefix_lens,
@@ -130,17 +126,14 @@ class TreeModelState(DefaultModelState):
             slot_mappings,
             attn_groups,
             kv_cache_config,
-            # What is special about metadata to capture, `to_attend` says; vLLM would leave it out.
+            # For a capture vLLM would not pass `to_attend`, which has all that a capture needs.
             for_capture and self.num_tree_reqs == 0,
             ubatch_idx,
             to_attend,
         )
 
     def postprocess_state(
-        self,
-        idx_mapping: torch.Tensor,
-        num_sampled: torch.Tensor,
-        num_computed_tokens: torch.Tensor | None = None,
+        self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_computed_tokens: torch.Tensor | None = None
     ) -> None:
         num_reqs = self.num_tree_reqs
         if num_reqs == 0:

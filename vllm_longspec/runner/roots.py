@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where trees begin, out of vLLM's request states."""
+"""Reads the roots of trees from vLLM's request states."""
 
 import torch
 from vllm.triton_utils import tl, triton
@@ -10,11 +10,11 @@ BLOCK = 128
 
 
 def read_roots(
-    idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for a request that only pads the batch
+    idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for padding
     num_computed_tokens: torch.Tensor,  # int32 [max_num_reqs], by req_state_idx
     last_sampled_tokens: torch.Tensor,  # int64 [max_num_reqs, 1], by req_state_idx
 ) -> Roots:
-    """The roots of these requests; token 0 at position 0 for one that only pads the batch."""
+    """The roots of these requests; token 0 at position 0 for padding."""
     num_reqs = idx_mapping.shape[0]
     tokens, positions = torch.empty_like(idx_mapping), torch.empty_like(idx_mapping)
     prefix_lens = torch.empty_like(idx_mapping, dtype=torch.int32)

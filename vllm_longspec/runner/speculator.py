@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speculator that vLLM's V2 runner calls after every step, whatever proposes: stage, propose, order."""
+"""The speculator that vLLM's V2 runner calls after every step, for any proposer: stage, propose, order."""
 
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early
 
-# vLLM shows what loggers below its own say.
+# A child of vLLM's logger, so that vLLM's logging configuration applies.
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -47,18 +47,18 @@ class TreeSpeculator(DraftModelSpeculator):
         self.req_states = req_states
         self.tree_state = TreeState.allocate(self.max_num_reqs, self.num_speculative_steps, device)
         self.tree_batch = TreeBatch.allocate(self.tree_state, options.tree_shape.max_depth)
-        # The requests that are drafted for, by their order in the draft's batch.
+        # By position in the draft's batch.
         self.num_sampled = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         cls = resolve_obj_by_qualname(proposers.setup_of(options.proposer).proposer)
         self.proposer: Proposer = cls(vllm_config, options.tree_shape, device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         model = self.proposer.load(target_model, target_attn_layer_names)
-        # vLLM asks the target for the state that accompanies its steps.
+        # vLLM asks the target for its model state class.
         target_model.get_model_state_cls = lambda: partial(
             TreeModelState, tree_state=self.tree_state, tree_batch=self.tree_batch
         )
-        # And where its weights are reloaded, this.
+        # Called after vLLM has reloaded the target's weights.
         target_model.renew_proposer = self.proposer.renew
         shape = self.options.tree_shape
         logger.info_once(
@@ -96,7 +96,7 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def capture(self) -> None:
         if self.graphs.needs_capture():
-            # Requests that only pad the batch: nothing is written for them.
+            # All requests are padding, for which nothing is written.
             self.idx_mapping.fill_(-1)
             self.graphs.capture_drafts(lambda num_reqs, num_nodes: self._draft(num_reqs, num_nodes, self.max_model_len))
 
@@ -106,18 +106,13 @@ class TreeSpeculator(DraftModelSpeculator):
         input_batch: InputBatch,
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
-        # [num_tokens, hidden_size]; a proposer reads the target's cache instead
-        last_hidden_states: torch.Tensor,
+        last_hidden_states: torch.Tensor,  # [num_tokens, hidden_size]; a proposer reads the target's cache instead
         aux_hidden_states: list[torch.Tensor] | None,
-        # [num_reqs]
-        num_sampled: torch.Tensor,
-        # [num_reqs]
-        num_rejected: torch.Tensor,
-        # [max_num_reqs, 1]
-        last_sampled: torch.Tensor,
+        num_sampled: torch.Tensor,  # [num_reqs]
+        num_rejected: torch.Tensor,  # [num_reqs]
+        last_sampled: torch.Tensor,  # [max_num_reqs, 1]
         next_prefill_tokens: torch.Tensor,
-        # [max_num_reqs]; the tree does not depend on how the target samples
-        temperature: torch.Tensor,
+        temperature: torch.Tensor,  # [max_num_reqs]; the tree does not depend on how the target samples
         seeds: torch.Tensor,
         dp_sync_state: DPSyncState | None = None,
         dummy_run: bool = False,
@@ -125,11 +120,8 @@ class TreeSpeculator(DraftModelSpeculator):
         mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
-    ) -> torch.Tensor:
-        """Drafts a tree for every request that decodes next.
-
-        Returns int64 [num_reqs, num_nodes]: tokens in list order; zeros for requests that are still in their prompt.
-        """
+    ) -> torch.Tensor:  # int64 [num_reqs, num_nodes] tokens in list order; zeros for requests in their prompt
+        """Drafts a tree for every request that decodes next."""
         num_reqs = input_batch.num_reqs
         if dummy_run:
             if is_profile:
@@ -138,7 +130,7 @@ class TreeSpeculator(DraftModelSpeculator):
 
         prompt_done = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
         decodes_next = ~input_batch.is_prefilling_np | (prompt_done >= input_batch.prefill_len_np)
-        # Which requests decode next is known on the host, so a prompt in the batch costs the draft nothing.
+        # Known on the host, so that requests in their prompt are not part of the draft's batch.
         num_drafts = int(decodes_next.sum())
         if num_drafts == 0:
             return self._no_drafts(num_reqs)
@@ -156,7 +148,7 @@ class TreeSpeculator(DraftModelSpeculator):
         num_nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         max_prefix_len = int(input_batch.seq_lens_cpu_upper_bound.max())
         if num_nodes == 0:
-            # Speculation does not pay now; the proposer's state is kept for when it does.
+            # No speculation in this step, but the proposer's state must be valid for the next one.
             self.proposer.skip(self._requests(num_drafts, max_prefix_len))
             return self._no_drafts(num_reqs)
         if (graph := self.graphs.find(num_reqs, num_nodes)) is not None:
@@ -171,13 +163,13 @@ class TreeSpeculator(DraftModelSpeculator):
         return draft_tokens
 
     def _stage(self, staged: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """Copies the rows that are drafted for to where `_draft` reads them."""
+        """Copies the rows of the requests that are drafted for to the tensor that `_draft` reads."""
         values = values if rows is None else values[rows]
         staged = staged[: values.shape[0]]
         return staged.copy_(values)
 
-    # What follows reads and writes nothing but tensors that live as long as the engine, and its shapes depend on the
-    # numbers of requests and nodes alone, as a CUDA graph needs it. A request with req_state_idx -1 pads the batch.
+    # The methods below run in CUDA graphs: inputs and outputs are allocated once for the engine, and shapes depend only
+    # on the numbers of requests and nodes. req_state_idx -1 is padding.
 
     def _roots(self, idx_mapping: torch.Tensor) -> Roots:
         return read_roots(idx_mapping, self.req_states.num_computed_tokens.gpu, self.req_states.last_sampled_tokens)
@@ -194,7 +186,7 @@ class TreeSpeculator(DraftModelSpeculator):
         )
 
     def _draft(self, num_drafts: int, num_nodes: int, max_prefix_len: int) -> None:
-        """Draws candidates for the staged requests: the best `num_nodes` go to `draft_tokens` and the tree state."""
+        """Drafts for the staged requests: the best `num_nodes` go to `draft_tokens` and the tree state."""
         requests = self._requests(num_drafts, max_prefix_len)
         candidates = self.proposer.propose(requests, num_nodes)
         log_probs = candidates.log_probs

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of draft tokens: their state, and the stages of a step that see nothing else. Knows no proposer."""
+"""Trees of draft tokens: their state and the stages of a step that operate on them. Must not import a proposer."""

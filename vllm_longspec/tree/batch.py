@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trees of the batch in flight, by batch position, like vLLM's `InputBatch`."""
+"""The trees of the current step, indexed by batch position, as in vLLM's `InputBatch`."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,11 @@ from vllm_longspec.tree.state import TreeState
 
 @dataclass
 class TreeBatch:
-    """All tensors are int32 and live as long as the engine, so kernels and CUDA graphs can hold on to them."""
+    """int32 tensors, allocated once for the engine because CUDA graphs keep their addresses."""
 
-    # [max_num_reqs, num_rows, num_words] as in `TreeState`
-    ancestor_masks: torch.Tensor
-    # [max_num_reqs] cached tokens before the root
-    prefix_lens: torch.Tensor
-    # [max_num_reqs, max_depth + 1] rows of the last walk; column 0 is the root
-    path_rows: torch.Tensor
+    ancestor_masks: torch.Tensor  # [max_num_reqs, num_rows, num_words] as in `TreeState`
+    prefix_lens: torch.Tensor  # [max_num_reqs] cached tokens before the root
+    path_rows: torch.Tensor  # [max_num_reqs, max_depth + 1] rows of the last walk; column 0 is the root
 
     @classmethod
     def allocate(cls, state: TreeState, max_depth: int) -> "TreeBatch":

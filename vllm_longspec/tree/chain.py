@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which requests take a chain instead of a tree.
 
-vLLM takes a request's draft tokens for a chain: the history of draft token i is draft tokens 0 to i - 1. In a tree it
-is the path from the root, so whatever reads the history of a draft token would count tokens of other branches. A
-request that asks for such a thing gets a chain, a tree in which every node has one child, and vLLM's own handling is
-right. Everything else reads no more than a node's own logits and position, and takes a tree.
+vLLM assumes that draft token i of a request follows its draft tokens 0 to i - 1. In a tree it follows the path from the
+root, so sampling that reads the history of a draft token would include tokens of other branches. Requests that ask for
+it get a chain, a tree in which every node has one child. All others depend on a node's own logits and position only.
 """
 
 import json
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig
 
-# vLLM shows what loggers below its own say.
+# A child of vLLM's logger, so that vLLM's logging configuration applies.
 logger = init_logger(f"vllm.{__name__}")
 
-# Name of the parameter, and whether a request uses it.
+# Sampling parameter -> whether a request uses it.
 _CHAIN_PARAMETERS: dict[str, Callable[["SamplingParams"], bool]] = {
     "presence_penalty": lambda params: params.presence_penalty != 0.0,
     "frequency_penalty": lambda params: params.frequency_penalty != 0.0,
@@ -35,15 +34,14 @@ CHAIN_PARAMETERS = tuple(_CHAIN_PARAMETERS)
 
 
 def needs_chain(params: "SamplingParams") -> bool:
-    """Whether the request reads the history of its draft tokens."""
+    """Whether sampling reads the history of the draft tokens."""
     return any(used(params) for used in _CHAIN_PARAMETERS.values())
 
 
 def warn_of_chains(target: "ModelConfig") -> None:
-    """Says once if requests to this target take a chain by default.
+    """Logs once if requests to this target take a chain by default.
 
-    Checkpoints bring sampling parameters in their generation_config.json, and vLLM's server gives them to every request
-    that does not set them itself.
+    vLLM's server applies a checkpoint's generation_config.json to all requests that do not set its parameters.
     """
     from vllm import SamplingParams
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage "compact": moves the accepted nodes' K and V to the slots right after the root.
 
-During verification row i of a request's tree lies at linear position first + i of the KV cache. Of those rows the walk
-accepts a path, so rejected nodes leave holes in front of accepted ones. Afterwards the i-th emitted token must lie at
-position first + i, as if it had been decoded alone; later steps and the prefix cache see nothing else.
+During verification row i of a request is at linear position first + i of the KV cache. The accepted rows are a path
+with gaps; afterwards emitted token i must be at position first + i, as in plain decoding, for later steps and the
+prefix cache.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,14 @@ from vllm.triton_utils import tl, triton
 
 
 class KVCacheTable:
-    """Where the KV caches of all layers lie, so that one kernel launch can reach every layer.
+    """Addresses and layout of the KV caches of all layers, so that one kernel launch covers every layer.
 
-    Args:
-        kv_caches: each layer's cache, logical shape [num_blocks, num_kv_heads, block_size, 2 * head_size] (K, then V),
-            of any dtype of 1, 2 or 4 bytes. The last dimension must be contiguous; the other strides are free, but the
-            same in every layer. All layers must use the same block tables. The caches must stay where they are.
+    A cache has the logical shape [num_blocks, num_kv_heads, block_size, 2 * head_size] (K, then V), any dtype of 1, 2
+    or 4 bytes and a contiguous last dimension. Dtype, strides and block tables must be the same in every layer, and the
+    addresses must not change.
 
     Raises:
-        ValueError: there is no layer, or a layer (named by its index) differs from the first, or the layout or dtype
-            is not one of those above.
+        ValueError: no layer, a layer (named by its index) that differs from layer 0, or another layout or dtype.
     """
 
     def __init__(self, kv_caches: Sequence[torch.Tensor]):
@@ -50,7 +48,7 @@ class KVCacheTable:
         self.num_layers = len(kv_caches)
         _, self.num_kv_heads, self.block_size, self.row_size = first.shape
         self.strides = first.stride()
-        # Rows are moved as they are, so only the size of an element matters.
+        # Rows are copied bitwise, so only the size of an element matters.
         self.element_type: Any = {1: tl.int8, 2: tl.int16, 4: tl.int32}[first.element_size()]
         self.pointers = torch.tensor(
             [kv_cache.data_ptr() for kv_cache in kv_caches], dtype=torch.int64, device=first.device
@@ -59,25 +57,16 @@ class KVCacheTable:
 
 def compact_kv_caches(
     kv_caches: KVCacheTable,
-    block_tables: torch.Tensor,  # int32 [num_reqs, max_num_blocks]
-    first_positions: torch.Tensor,  # int32 or int64 [num_reqs]
-    path_rows: torch.Tensor,  # int32 [num_reqs, width]
-    num_emitted: torch.Tensor,  # int32 [num_reqs]
-    max_depth: int,
+    block_tables: torch.Tensor,  # int32 [num_reqs, max_num_blocks] by batch position
+    first_positions: torch.Tensor,  # int32 or int64 [num_reqs] linear position of row 0, i.e. tokens before it
+    path_rows: torch.Tensor,  # int32 [num_reqs, width] of `walk_tree`
+    num_emitted: torch.Tensor,  # int32 [num_reqs] of `walk_tree`
+    max_depth: int,  # depth of the deepest node of any tree, the most rows that one request can have accepted
 ) -> None:
     """Moves K and V of every accepted row, in every layer, from position first + path_rows[r, i] to first + i.
 
-    A request that emitted one token, or none because its prompt is not finished, has nothing to move and is left alone.
-
-    The last dimension of every tensor must be contiguous.
-
-    Args:
-        kv_caches: the caches of all layers.
-        block_tables: block p // block_size of a request holds its linear position p; by batch position.
-        first_positions: linear position of each request's row 0, the number of tokens computed before this step.
-        path_rows: row at which each emitted token was sampled, as `walk_tree` writes it.
-        num_emitted: tokens emitted; rows path_rows[r, 1] to path_rows[r, num_emitted[r] - 1] were accepted.
-        max_depth: depth of the deepest node of any tree, the most rows that one request can have accepted.
+    The accepted rows are path_rows[r, 1] to path_rows[r, num_emitted[r] - 1]. A request that emitted one token, or none
+    because its prompt is not finished, is left alone. The last dimension of every tensor must be contiguous.
 
     Raises:
         ValueError: `path_rows` has no room for max_depth + 1 rows.
@@ -127,7 +116,7 @@ def _compact_kv_caches_kernel(
     if num_emitted <= 1:
         return
 
-    # A cache's address arrives as an integer, because each layer's cache is a tensor of its own.
+    # Each layer's cache is a tensor of its own, so the table holds addresses as integers.
     kv_cache_ptr = tl.load(kv_cache_pointers_ptr + layer).to(tl.pointer_type(ELEMENT_TYPE))
     kv_cache_ptr += head * head_stride
     block_tables_ptr += request * block_tables_stride
@@ -136,11 +125,9 @@ def _compact_kv_caches_kernel(
     element = tl.arange(0, ROW_BLOCK)
     is_element = element < ROW_SIZE
 
-    # Rows on a path strictly increase, so path_rows[i] >= i. Hence
-    # - row i is overwritten after it was read, if ever it is read: path_rows[j] = i asks for j <= i;
-    # - no row is read that was written here: a later i reads path_rows[i] >= i, and only rows before i are written.
-    # The second means that no load waits for another thread's store. The first holds within a thread, since an element
-    # has the same place in the block for every i. So the moves need no barrier.
+    # Rows on a path strictly increase, so path_rows[i] >= i, and the moves need no barrier:
+    # - a row is overwritten only after it was read. An element has the same lane for every i, so one thread does both;
+    # - no row is read that was written here: step i reads row path_rows[i] >= i, and only rows before i are written.
     for i in range(1, tl.minimum(num_emitted, max_depth + 1)):
         row = tl.load(path_rows_ptr + i)
         if row != i:
@@ -152,6 +139,6 @@ def _compact_kv_caches_kernel(
 
 @triton.jit
 def _position_offset(block_table_ptr, position, block_stride, token_stride, BLOCK_SIZE: tl.constexpr):
-    """Elements from the start of a head's cache to the row of a linear position."""
+    """Offset of a linear position's row in a head's cache, in elements."""
     block = tl.load(block_table_ptr + position // BLOCK_SIZE).to(tl.int64)
     return block * block_stride + (position % BLOCK_SIZE).to(tl.int64) * token_stride

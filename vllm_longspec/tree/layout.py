@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage "lay out": gives the rows of trees their true positions, and the batch its ancestor masks.
 
-vLLM lays a request's draft tokens out one after the other: row i gets the KV slot of linear position root + i. The
-token's true position is root + depth, and that is what RoPE and the sampler must see. It is written over the linear one
-once the slots have been computed.
+vLLM gives row i of a request the KV slot and position of the linear position root + i. RoPE and the sampler must get
+the true position, root + depth, which replaces the linear one after the slot mapping has been computed.
 """
 
 import torch
@@ -43,7 +42,7 @@ def _lay_out_trees_kernel(
     row = tl.arange(0, ROWS)
     depth = tl.load(depths_ptr + req_state_idx * num_rows + row, mask=row < query_len, other=0)
     tl.store(positions_ptr + query_start + row, root_position + depth, mask=row < query_len)
-    # Rows that hold no token are run like all others, so their embedding must be there.
+    # Rows without a token (-1) are part of the forward pass too and need a valid token id.
     token = tl.load(input_ids_ptr + query_start + row, mask=row < query_len, other=0)
     tl.store(input_ids_ptr + query_start + row, tl.maximum(token, 0), mask=row < query_len)
 
@@ -56,22 +55,16 @@ def lay_out_trees(
     state: TreeState,
     batch: TreeBatch,
     num_tree_reqs: int,
-    # [num_reqs] int64, batch position -> req_state_idx; the tree requests lead the batch
-    idx_mapping: torch.Tensor,
-    # [num_padded_reqs + 1] int32
-    query_start_loc: torch.Tensor,
-    # [num_padded_reqs] int32, computed tokens plus the query's; 0 for requests that only pad a CUDA graph's batch
-    seq_lens: torch.Tensor,
-    # [num_tokens] int32, overwritten where a tree request's row has no token
-    input_ids: torch.Tensor,
-    # [num_tokens] int64, overwritten in the tree requests' rows
-    positions: torch.Tensor,
+    idx_mapping: torch.Tensor,  # int64 [num_reqs], the tree requests lead the batch
+    query_start_loc: torch.Tensor,  # int32 [num_padded_reqs + 1]
+    seq_lens: torch.Tensor,  # int32 [num_padded_reqs], computed tokens plus the query's; 0 for padding requests
+    input_ids: torch.Tensor,  # int32 [num_tokens], overwritten where a tree request's row has no token
+    positions: torch.Tensor,  # int64 [num_tokens], overwritten in the tree requests' rows
 ) -> None:
-    """Gives every row of the leading `num_tree_reqs` requests its true position and publishes their ancestor masks.
+    """Writes the true positions and the batch's ancestor masks of the leading `num_tree_reqs` requests.
 
-    The length of the prefix is published for every request, so that one which only pads the batch has none to attend.
-    A request may hold fewer rows than its tree (a token budget or `max_model_len` cut the list); a prefix of the list
-    is a tree of its own, so nothing else changes.
+    Prefix lengths are written for every request, so that the prefix of a CUDA graph's padding requests is empty. A
+    request may have fewer rows than its tree (cut by a token budget or `max_model_len`): a prefix of a tree is a tree.
     """
     num_words = state.ancestor_masks.shape[2]
     _lay_out_trees_kernel[(seq_lens.shape[0],)](

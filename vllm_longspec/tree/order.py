@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage "order": puts the drafted nodes of a request in prefix-optimal order, or picks a chain of them.
+"""Stage "order": lists the drafted nodes of a request by cumulative log-probability, or picks a chain of them.
 
-Nodes are listed by cumulative log-probability, highest first. A node's log-probability is its parent's plus that of one
-more token, so it never exceeds its parent's, and two things follow:
+A node's log-probability is its parent's plus that of one more token, so it never exceeds its parent's. Every prefix of
+the list is therefore a tree, and the best tree of its size: no k nodes have a higher sum of probabilities, which is the
+expected acceptance length, than the k most probable. Cutting the list anywhere, as the scheduler does for its token
+budget, leaves the best valid tree.
 
-- parents precede their children, so any prefix of the list is a tree;
-- any prefix of the list is the best tree of its size. The k most probable nodes have the highest sum of probabilities
-  (which is the expected acceptance length) of any k nodes; they happen to form a tree, so they are the best tree.
-
-Cutting the list anywhere, as the scheduler does for its token budget, therefore leaves the best valid tree.
-
-A request that reads the history of its draft tokens (`vllm_longspec/tree/chain.py`) gets a chain: of all paths of
-the draft the one with the highest sum of probabilities, which is again the expected acceptance length. Row i has
-parent i - 1, so vLLM's own handling, for which draft tokens are a chain, is right. The scheduler counts on as many
-draft tokens from one request as from another; the rows that are left over hold no node (`vllm_longspec/tree/state.py`).
+A request that takes a chain (`vllm_longspec/tree/chain.py`) gets the path with the highest sum of probabilities. Row i
+has parent i - 1, as vLLM assumes. The scheduler expects the same number of draft tokens from every request; the rows
+after the chain hold no node (`vllm_longspec/tree/state.py`).
 """
 
 import torch
@@ -24,42 +19,30 @@ from vllm_longspec.tree.state import NO_TOKEN
 
 
 def order_tree(
-    draft_tokens: torch.Tensor,  # int64 [num_reqs, num_drafted]
-    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted]
-    draft_parents: torch.Tensor,  # int32 [num_reqs, num_drafted]
-    idx_mapping: torch.Tensor,  # int64 [num_reqs]
-    takes_chain: torch.Tensor,  # int32 [max_num_reqs]
-    ordered_tokens: torch.Tensor,  # int64 [num_reqs, num_nodes], written
-    parent_rows: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written
-    depths: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written
-    ancestor_masks: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes, num_words], written
-    max_depth: int,
+    draft_tokens: torch.Tensor,  # int64 [num_reqs, num_drafted] in draft order: every parent before its children
+    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted] natural log of the probability given the root
+    draft_parents: torch.Tensor,  # int32 [num_reqs, num_drafted] index in draft order, -1 for the root
+    idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for padding, for which nothing is written
+    takes_chain: torch.Tensor,  # int32 [max_num_reqs] by req_state_idx; 1 for a chain, 0 for a tree
+    ordered_tokens: torch.Tensor,  # int64 [num_reqs, num_nodes], written in list order
+    parent_rows: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written; as in `TreeState`
+    depths: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written; likewise
+    ancestor_masks: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes, num_words], written; likewise
+    max_depth: int,  # depth of the deepest drafted node, at least 1
 ) -> None:
     """Keeps the `num_nodes` most probable drafted nodes of each request and describes the tree that they form.
 
-    Of a request that takes a chain it keeps the first `num_nodes` nodes of the best path instead, and the remaining
-    rows hold no node: token `NO_TOKEN`, no parent (-1), depth 0, and no ancestor but the root.
+    For a request that takes a chain it keeps the first `num_nodes` nodes of the best path; the remaining rows hold no
+    node: token `NO_TOKEN`, no parent (-1), depth 0, and no ancestor but the root.
 
-    Nodes come in draft order (every parent before its children). Nodes of equal log-probability keep their draft order,
-    so a certain child still follows its parent. The rank of a node is taken by the least log-probability on its path
-    from the root, NaN counting as minus infinity. For sound input that is its own log-probability; it keeps parents
-    before children when rounding lifts a child above its parent or when the head produced NaN.
+    Nodes are ranked by the least log-probability on their path from the root, NaN counting as minus infinity, and nodes
+    of equal rank by draft order. For sound input this is their own log-probability; it keeps parents before children
+    when a child is certain, when rounding lifts a child above its parent, or when the head produced NaN.
 
     The last dimension of every tensor must be contiguous.
 
-    Args:
-        draft_tokens: token ids of the drafted nodes, in draft order.
-        log_probs: natural log of each node's probability given the root, the sum along its path.
-        draft_parents: index of each node's parent in draft order, -1 for the root.
-        idx_mapping: req_state_idx of each request, -1 for one that only pads the batch (nothing is written).
-        takes_chain: by req_state_idx, whether the request takes a chain (1) or a tree (0).
-        ordered_tokens: the kept nodes' token ids in list order, by batch position.
-        parent_rows, depths, ancestor_masks: as in `TreeState`, by req_state_idx.
-        max_depth: depth of the deepest drafted node, at least 1.
-
     Raises:
-        ValueError: the list is longer than the draft, or the tree state has not one row for each listed node and the
-            root.
+        ValueError: more nodes are listed than drafted, or the tree state's rows are not the listed nodes and the root.
     """
     num_reqs, num_drafted = draft_tokens.shape
     num_nodes = ordered_tokens.shape[1]
@@ -93,7 +76,7 @@ def order_tree(
         NO_TOKEN=NO_TOKEN,
         NUM_WORDS=num_words,
         BLOCK=block,
-        # All pairs of nodes are compared; a strip at a time keeps a wide tree in registers.
+        # All pairs of nodes are compared, in strips that fit into registers.
         STRIP=block if interpreting() else min(block, 32),
         WORD_BLOCK=triton.next_power_of_2(num_words),
     )
@@ -144,8 +127,7 @@ def _order_tree_kernel(
     is_node = node < num_drafted
     parent = tl.load(draft_parents_ptr + node, mask=is_node, other=-1)
 
-    # The least log-probability on the path to each node, the length of that path and the sum of its probabilities. Only
-    # inputs are read here, so no thread waits for another's store.
+    # Least log-probability, sum of probabilities and length of the path to each node. Reads only inputs: no barrier.
     least = _load_log_prob(log_probs_ptr, node, is_node, float("-inf"))
     path_sum = _probability(least)
     depth = tl.full([BLOCK], 1, tl.int32)
@@ -158,9 +140,9 @@ def _order_tree_kernel(
         depth += exists.to(tl.int32)
         ancestor = tl.load(draft_parents_ptr + ancestor, mask=exists, other=-1)
 
-    # The rank is a node's place in the list.
+    # The rank of a node is its index in the list.
     if tl.load(takes_chain_ptr + req_state_idx) != 0:
-        # The nodes of the best path in order; all others come after the list's end.
+        # The nodes of the best path by depth; all others are past the end of the list.
         last = tl.argmax(tl.where(is_node, path_sum, -1.0), axis=0)
         num_listed = tl.sum(tl.where(node == last, depth, 0), axis=0)
         rank = tl.full([BLOCK], num_nodes, tl.int32)
@@ -168,8 +150,7 @@ def _order_tree_kernel(
             rank = tl.where(node == last, depth - 1, rank)
             last = tl.load(draft_parents_ptr + last, mask=last >= 0, other=-1)
     else:
-        # The number of nodes before it. The lanes past the last node hold minus infinity and the highest indices, so
-        # they come before none.
+        # The number of nodes before it. Lanes past the last node hold -inf and the highest indices: they come last.
         num_listed = num_nodes
         rank = tl.zeros([BLOCK], tl.int32)
         for start in range(0, BLOCK, STRIP):
@@ -225,14 +206,11 @@ def _load_log_prob(log_probs_ptr, node, mask, other):
 
 @triton.jit
 def _probability(log_prob):
-    # No more than 1, whatever rounding made of a certain node.
+    # At most 1: rounding may lift the log-probability of a certain node above 0.
     return tl.exp(tl.minimum(log_prob, 0.0))
 
 
 @triton.jit
-def _row_bit(
-    row,  # int32 [n]
-    word,  # int32 [1, num_words]
-):
-    """The ancestor mask [n, num_words] in which only the bit of `row` is set."""
+def _row_bit(row, word):
+    """The ancestor mask, int32 [n, num_words], with only the bit of `row` [n]; `word` is the range [1, num_words]."""
     return tl.where(row[:, None] // 32 == word, 1 << (row[:, None] % 32), 0)

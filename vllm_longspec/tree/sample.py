@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage "sample": draw the target's own next token at every node, then walk.
+"""Stage "sample": draws the target's own next token at every row, then walks.
 
-The tree is fixed before any draw, so sampling every node with the target's sampler and following the path that the
-draws themselves take emits nothing but the target's samples: the output distribution is the target's for every
-sampling setting. vLLM's Gumbel noise is keyed by (seed, position, token id) and every node is sampled at its true
-position, so the tokens are also the very ones that plain decoding emits with the same seed.
+Every emitted token is the target's own sample, for every sampling setting, and every row is sampled at its true
+position. vLLM's Gumbel noise is keyed by (seed, position, token id), so plain decoding with the same seed emits the
+same tokens.
 """
 
 import torch
@@ -26,7 +25,7 @@ from vllm_longspec.tree.walk import walk_tree
 
 
 class TreeSampler:
-    """Stands where vLLM's V2 runner calls its rejection sampler."""
+    """Takes the place of vLLM's rejection sampler."""
 
     # Read by vLLM's kernel warm-up.
     enable_adaptive_verification = False
@@ -55,17 +54,16 @@ class TreeSampler:
         # As in vLLM: before penalties and temperature are applied.
         num_nans = self._count_nans(logits, input_batch) if self.sampler.compute_nans else None
         num_reqs = input_batch.num_reqs
-        # What the walk compares. A draft token that vLLM's scheduler did not check against the request's grammar must
-        # not be accepted; everything but the walk still sees it.
+        # The walk must not accept draft tokens that vLLM's scheduler did not check against the request's grammar.
         draft_tokens = input_batch.input_ids[input_batch.logits_indices]
         if invalid_drafts is not None:
             draft_tokens = draft_tokens.masked_fill(invalid_drafts, NO_TOKEN)
         emitted = torch.empty(num_reqs, self.max_depth + 1, dtype=torch.int64, device=logits.device)
         num_emitted = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
-        # Most log-probabilities and most named tokens (`logprob_token_ids`) that a request of the batch wants.
+        # The most log-probabilities and the most `logprob_token_ids` of any request.
         logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         logprobs: list[LogprobsTensors] = []
-        # Processed logits are a float32 copy, so a large batch goes through in slices, as in vLLM.
+        # In chunks, as in vLLM, because processed logits are a float32 copy.
         max_logits = get_max_chunk_logits(logits.shape[1])
         for start, end in _iter_request_chunks(input_batch.cu_num_logits_np, max_logits):
             chunk_logprobs = self._sample_requests(
@@ -94,19 +92,12 @@ class TreeSampler:
             num_rejected=num_rejected,
         )
 
-    def _count_nans(
-        self,
-        logits: torch.Tensor,  # [num_logits, vocab_size]
-        input_batch: InputBatch,
-    ) -> torch.Tensor:  # int32 [num_reqs]
-        """NaNs in the logits of each request, at the root and at every node.
-
-        Rows that hold no node are run like all others, but what comes out of them is no request's.
-        """
+    def _count_nans(self, logits: torch.Tensor, input_batch: InputBatch) -> torch.Tensor:
+        """NaNs in `logits` [num_logits, vocab_size] by request, int32 [num_reqs], without rows that hold no node."""
         row = input_batch.expanded_local_pos
         holds_node = self.state.parent_rows[input_batch.expanded_idx_mapping, row] >= 0
         row_nans = logits_metrics.get_num_nans(logits).masked_fill(~holds_node & (row > 0), 0)
-        # vLLM takes the i-th count for that of the i-th request.
+        # vLLM expects a count for each request.
         nans_before = nn.functional.pad(row_nans.cumsum(0), (1, 0))
         return nans_before[input_batch.cu_num_logits].diff().to(torch.int32)
 
@@ -206,10 +197,8 @@ def _rows_of_emitted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits row and token of every emitted token, packed at the front of each request's rows.
 
-    vLLM reads a request's log-probabilities as its first `num_emitted` rows, which for a tree are not the rows that the
-    tokens were drawn from. Rows that emit nothing point at row 0 and are never read.
-
-    Returns two int64 tensors [num_logits].
+    vLLM reads a request's log-probabilities from its first `num_emitted` rows, which in a tree are not the rows of the
+    emitted tokens. The remaining entries point at row 0 and are never read. Returns two int64 tensors [num_logits].
     """
     rows = torch.zeros(num_logits, dtype=torch.int64, device=emitted.device)
     tokens = torch.zeros(num_logits, dtype=torch.int64, device=emitted.device)

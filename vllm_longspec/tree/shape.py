@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a drafted tree: how many nodes it has at each depth."""
+"""The shape of a drafted tree."""
 
 from dataclasses import dataclass
 
-# An ancestor mask has one bit a row, the root's included: 256 rows are 8 words of int32.
+# An ancestor mask has one bit per row, including the root: 256 rows are 8 int32 words.
 MAX_NODES = 255
 
 
 @dataclass(frozen=True)
 class TreeShape:
-    """How many nodes a drafted tree has at each depth, from depth 1 on; depth 0 is the root."""
+    """Number of nodes at each depth, from depth 1 on; depth 0 is the root."""
 
     levels: tuple[int, ...]
 
     @property
     def num_nodes(self) -> int:
-        """Drafted nodes in all, without the root."""
+        """Drafted nodes, without the root."""
         return sum(self.levels)
 
     @property
@@ -33,11 +33,10 @@ class TreeShape:
         return max(self.levels)
 
     def for_best(self, num_nodes: int) -> "TreeShape":
-        """A narrower shape whose tree has the same `num_nodes` likeliest nodes.
+        """A narrower shape whose tree has the same `num_nodes` most probable nodes.
 
-        With a node come all its ancestors, which are as likely or likelier. So none of these nodes is deeper than there
-        are nodes, and each is one of the `num_nodes` likeliest children of a level that has its parent. Deep levels
-        could do with fewer still, but every width is one more shape to compile kernels for.
+        An ancestor is at least as probable as its node, so these nodes are no deeper than `num_nodes`, and each is one
+        of the `num_nodes` most probable of its level. Deep levels need fewer, but kernels compile for every width.
         """
         return TreeShape(tuple(min(level, num_nodes) for level in self.levels[:num_nodes]))
 

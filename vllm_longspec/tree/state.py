@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree of every running request, by req_state_idx, like vLLM's `RequestState`.
+"""The tree of every request, indexed by req_state_idx, as in vLLM's `RequestState`.
 
 A tree has `num_rows = 1 + num_nodes` rows. Row 0 is the root, the last sampled token, whose K and V are not in the
-target's cache yet. Rows 1.. are the drafted nodes, highest cumulative log-probability first, parents before children,
-so every prefix of the list is a tree (see `vllm_longspec/tree/order.py`). A chain is shorter than that: the rows after
-it hold no node, and as nothing is their parent the walk never reaches them.
+target's cache yet. Rows 1.. are the drafted nodes in the order of `vllm_longspec/tree/order.py`: every prefix of them
+is a tree. The rows after a chain hold no node; they are no row's children, so the walk does not reach them.
 """
 
 from dataclasses import dataclass
@@ -14,22 +13,18 @@ from vllm.utils.math_utils import cdiv
 
 MASK_BITS = 32
 
-# The token of a row that holds no node. vLLM's scheduler takes it for padding: it ends the draft tokens that a grammar
-# is advanced over.
+# The token of a row that holds no node. vLLM's scheduler takes it for padding, which ends the input of a grammar.
 NO_TOKEN = -1
 
 
 @dataclass
 class TreeState:
-    """All tensors are int32 and live as long as the engine, so kernels and CUDA graphs can hold on to them."""
+    """int32 tensors, allocated once for the engine because CUDA graphs keep their addresses."""
 
-    # [max_num_reqs] whether the request takes a chain (1) instead of a tree (0)
-    takes_chain: torch.Tensor
-    # [max_num_reqs, num_rows] row of the parent; -1 for row 0 and for rows that hold no node
-    parent_rows: torch.Tensor
-    # [max_num_reqs, num_rows] 0 for the root
-    depths: torch.Tensor
-    # [max_num_reqs, num_rows, num_words] bit r is set when row r is this row or an ancestor of it
+    takes_chain: torch.Tensor  # [max_num_reqs] 1 for a chain, 0 for a tree
+    parent_rows: torch.Tensor  # [max_num_reqs, num_rows] -1 for the root and for rows that hold no node
+    depths: torch.Tensor  # [max_num_reqs, num_rows] 0 for the root
+    # [max_num_reqs, num_rows, num_words] bit r is set if row r is this row or an ancestor of it
     ancestor_masks: torch.Tensor
 
     @classmethod
@@ -40,7 +35,7 @@ class TreeState:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         ancestor_masks = zeros(max_num_reqs, num_rows, cdiv(num_rows, MASK_BITS))
-        # Until a request has been drafted for, its rows know no ancestor but the root.
+        # Before the first draft the root is the only ancestor of every row.
         ancestor_masks[:, :, 0] = 1
         return cls(
             takes_chain=zeros(max_num_reqs),
@@ -54,7 +49,7 @@ class TreeState:
         req_state_indices: torch.Tensor,  # [num_added] int64
         takes_chain: torch.Tensor,  # [num_added] int32
     ) -> None:
-        """Lets new requests in: until they are drafted for, their rows hold no node."""
+        """Sets up the rows of new requests, which hold no node until the first draft."""
         self.takes_chain[req_state_indices] = takes_chain
         self.parent_rows.index_fill_(0, req_state_indices, -1)
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage "walk" with synthetic acceptance: as many drafted tokens are accepted as the user asks for, and no others.
+"""Stage "walk" with synthetic acceptance, for timing models without their weights.
 
-For timing models of full size without their weights (`vllm_longspec/tree/synthetic_rates.py`). Everything else is as
-always: the tree is drafted and verified, every row is sampled, an accepted path is one of the tree and its keys and
-values are moved. Two things differ, both because random weights make every token about as probable as any other:
+The rates are the user's (`vllm_longspec/tree/synthetic_rates.py`). Drafting, verification, sampling and compaction are
+unchanged. Two things differ, because random weights make all tokens about equally probable:
 
-- of the drafted paths one that is as deep as the tree is listed early. The most probable nodes of such a draft are the
-  shallow ones, so a cut list would hold no path of the length asked for, while the list of a draft that is accepted
-  that often would;
-- the walk follows that path, and chance says how far.
+- one of the deepest drafted paths is listed early. The most probable nodes of such a draft are the shallow ones, so a
+  cut list would hold no path of the requested length;
+- the walk follows that path and accepts its nodes at random.
 """
 
 import torch
@@ -17,23 +15,14 @@ from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
 
 
 def list_a_path_early(
-    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted]
-    parents: torch.Tensor,  # int32 [num_reqs, num_drafted]
-    levels: tuple[int, ...],
-) -> torch.Tensor:
+    log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted] cumulative, at most 0; nodes level by level
+    parents: torch.Tensor,  # int32 [num_reqs, num_drafted] index of each node's parent, -1 for the root
+    levels: tuple[int, ...],  # nodes per level
+) -> torch.Tensor:  # float32 [num_reqs, num_drafted]
     """Log-probabilities by which the path to the first node of the last level comes right after one other node.
 
-    That node, where level 1 has another one, makes a hole: without it an accepted path would lie where it has to be
-    already, and nothing would be moved.
-
-    Both tensors must be contiguous.
-
-    Args:
-        log_probs: cumulative log-probabilities, at most 0, of the drafted nodes, level by level.
-        parents: number of each node's parent node, -1 for the root.
-        levels: nodes per level.
-
-    Returns float32 [num_reqs, num_drafted].
+    That node (of level 1, where it has another one) leaves a gap: otherwise the accepted path would already be in place
+    and compaction would move nothing. Both tensors must be contiguous.
     """
     num_reqs, num_drafted = log_probs.shape
     listed = torch.empty_like(log_probs)
@@ -50,7 +39,7 @@ def list_a_path_early(
     return listed
 
 
-# A node's number must stay one where it is 1: what is 1 becomes a constant.
+# Triton specialises arguments of value 1 to constants, which a loop variable such as `node` must not be.
 @triton.jit(do_not_specialize=["num_drafted", "first_of_last_level", "num_levels"])
 def _list_a_path_early_kernel(
     log_probs_ptr,  # float32 [num_reqs, num_drafted]
@@ -81,12 +70,12 @@ def _list_a_path_early_kernel(
 
 
 def walk_synthetically(
-    conditional_rates: torch.Tensor,  # float32 [max_depth]
-    seeds: torch.Tensor,  # int64 [max_num_reqs]
-    positions: torch.Tensor,  # int64 [num_logits]
-    depths: torch.Tensor,  # int32 [max_num_reqs, num_rows]
-    sampled: torch.Tensor,  # int64 [num_logits]
-    row_tokens: torch.Tensor,  # int32 or int64 [num_logits]
+    conditional_rates: torch.Tensor,  # float32 [max_depth] from 0 to 1, for depth 1, 2, .. max_depth
+    seeds: torch.Tensor,  # int64 [max_num_reqs] by req_state_idx
+    positions: torch.Tensor,  # int64 [num_logits] true position of every row
+    depths: torch.Tensor,  # int32 [max_num_reqs, num_rows] by req_state_idx; 0 for the root and rows without a node
+    sampled: torch.Tensor,  # int64 [num_logits] the target's own next token at every row
+    row_tokens: torch.Tensor,  # int32 or int64 [num_logits] the token in every row
     cu_num_logits: torch.Tensor,  # int32 [num_reqs + 1]
     idx_mapping: torch.Tensor,  # int64 [num_reqs]
     parent_rows: torch.Tensor,  # int32 [max_num_reqs, num_rows]
@@ -94,23 +83,14 @@ def walk_synthetically(
     num_emitted: torch.Tensor,  # int32 [num_reqs], written
     path_rows: torch.Tensor,  # int32 [num_reqs, width], written
 ) -> None:
-    """Accepts drafted tokens by chance, down the first of the deepest paths of each request's rows.
+    """Accepts drafted tokens at random along the first of the deepest paths of each request's rows.
 
     The node at depth d of that path is accepted with probability conditional_rates[d - 1] if its parent is, by the same
-    random number as in vLLM: that of the request's seed and the position of the row above. A request with fewer rows
-    than its tree may have no path as deep as asked for; then it accepts less. A row without a token (below 0) is not
-    accepted.
+    random number as in vLLM: that of the request's seed and the position of the parent's row. A request with fewer rows
+    than its tree may have no path of the requested depth and accepts less. A row without a token (below 0) is not
+    accepted. Emitted are the tokens of the accepted rows, then the target's where the walk stops.
 
-    The last dimension of every tensor must be contiguous.
-
-    Args:
-        conditional_rates: from 0 to 1, for depth 1, 2, .. max_depth.
-        seeds: of the requests, by req_state_idx.
-        positions: true position of every row.
-        depths: depth of each row, by req_state_idx; 0 for the root and for rows that hold no node.
-        sampled: the target's own next token at every row; emitted is that of the row where the walk stops.
-        row_tokens: the token in every row; emitted are those of the accepted rows.
-        cu_num_logits, idx_mapping, parent_rows, emitted, num_emitted, path_rows: as in `walk_tree`.
+    The other arguments are as in `walk_tree`. The last dimension of every tensor must be contiguous.
 
     Raises:
         ValueError: `emitted` and `path_rows` differ in width or have no room for max_depth + 1 tokens.
@@ -185,7 +165,7 @@ def _walk_synthetically_kernel(
     is_node = (row > 0) & (row < num_rows)
     parent_row = tl.load(parent_rows_ptr + req_state_idx * parent_rows_stride + row, mask=is_node, other=-1)
     depth = tl.load(depths_ptr + req_state_idx * depths_stride + row, mask=is_node, other=0)
-    # The first of the deepest rows, and the rows above it.
+    # The first of the deepest rows, and its ancestors.
     goal = tl.min(tl.where(depth == tl.max(depth, axis=0), row, ROW_BLOCK), axis=0)
     is_on_path = row == goal
     ancestor = goal

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's `rejection_sample_method="synthetic"` for trees: acceptance as asked, whatever the two models say.
+"""Acceptance rates of vLLM's `rejection_sample_method="synthetic"`, by depth.
 
-It is for timing models of full size without their weights. vLLM counts acceptance by draft token, and a chain has as
-many depths as tokens. In a tree only the depth counts, so here rates are by depth.
+vLLM has a rate for each draft token, and a chain has as many depths as tokens. In a tree only the depth counts.
 """
 
 from collections.abc import Mapping
@@ -15,13 +14,10 @@ if TYPE_CHECKING:
 
 
 def rates_by_depth(options: Mapping[str, Any], shape: TreeShape) -> dict[str, Any]:
-    """What to tell vLLM instead of the user's synthetic acceptance; nothing if there is none.
+    """The options that replace the user's synthetic acceptance; empty without it.
 
-    `synthetic_acceptance_length` counts tokens a step, from 1 to one more than the depth that is verified, and
-    `synthetic_acceptance_rates` has an entry for every such depth.
-
-    Args:
-        options: of the speculative configuration, with `num_speculative_tokens` resolved.
+    `synthetic_acceptance_length` is in tokens per step, from 1 to one more than the verified depth;
+    `synthetic_acceptance_rates` has an entry for each verified depth. `num_speculative_tokens` must be resolved.
 
     Raises:
         ValueError: vLLM's own, for a length or rates that the tree's depth does not allow.
@@ -35,15 +31,12 @@ def rates_by_depth(options: Mapping[str, Any], shape: TreeShape) -> dict[str, An
     rates = SpeculativeConfig._resolve_synthetic_acceptance_rates(
         depth, options.get("synthetic_acceptance_rates"), options.get("synthetic_acceptance_length")
     )
-    # vLLM asks for one of the two, and for a rate for every draft token.
+    # vLLM takes only one of the two, with a rate for every draft token.
     return {"synthetic_acceptance_rates": rates + [0.0] * (num_nodes - depth), "synthetic_acceptance_length": None}
 
 
 def conditional_rates(config: "SpeculativeConfig", max_depth: int) -> list[float] | None:
-    """How probable a node at depth 1, 2, .. `max_depth` is to be accepted when its parent is, from 0 to 1.
-
-    None when the acceptance is not synthetic.
-    """
+    """Probability of accepting a node at depth 1, 2, .. `max_depth` whose parent is accepted; None if not synthetic."""
     from vllm.v1.spec_decode.utils import unconditional_to_conditional_rates
 
     if config.rejection_sample_method != "synthetic":

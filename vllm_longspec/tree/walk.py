@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage "walk": follows the target's own tokens down the tree.
 
-The target has sampled its next token at every row. The walk starts at the root: while the token sampled at the current
-row is the token of one of its children, that child is accepted and becomes the current row; otherwise the walk stops.
-Every token that is emitted is the target's own sample given the tokens before it, so the emitted sequence has exactly
-the target's distribution, whatever was drafted.
+The walk starts at the root. While the token that the target sampled at the current row is the token of one of its
+children, that child is accepted and becomes the current row. Every emitted token is thus the target's own sample given
+the tokens before it, so the output has exactly the target's distribution, whatever was drafted.
 """
 
 import torch
@@ -12,34 +11,24 @@ from vllm.triton_utils import tl, triton
 
 
 def walk_tree(
-    sampled: torch.Tensor,  # int64 [num_logits]
-    row_tokens: torch.Tensor,  # int32 or int64 [num_logits]
-    cu_num_logits: torch.Tensor,  # int32 [num_reqs + 1]
-    idx_mapping: torch.Tensor,  # int64 [num_reqs]
-    parent_rows: torch.Tensor,  # int32 [max_num_reqs, num_rows]
+    sampled: torch.Tensor,  # int64 [num_logits] the target's own next token at every row
+    row_tokens: torch.Tensor,  # int32 or int64 [num_logits] the token in every row; the root's is not read
+    cu_num_logits: torch.Tensor,  # int32 [num_reqs + 1] first row of each request, then the number of rows
+    idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for a request with only a root
+    parent_rows: torch.Tensor,  # int32 [max_num_reqs, num_rows] by req_state_idx; -1 for the root
     emitted: torch.Tensor,  # int64 [num_reqs, width], written
-    num_emitted: torch.Tensor,  # int32 [num_reqs], written
+    num_emitted: torch.Tensor,  # int32 [num_reqs], written: 1 to max_depth + 1; 0 for a request without rows
     path_rows: torch.Tensor,  # int32 [num_reqs, width], written
-    max_depth: int,
+    max_depth: int,  # depth of the deepest node of any tree, the most steps of a walk
 ) -> None:
     """Accepts the drafted tokens that the target sampled too.
 
-    A request may have any number of rows in the batch, from its root alone (it emits one token; its tree state is not
-    looked at) up to `num_rows`. Of two children with the same token, which no draft produces, the lower row is taken.
+    `emitted` gets the accepted tokens, then the token sampled where the walk stopped, and `path_rows` the row at which
+    each of them was sampled: 0, then the accepted nodes' rows, strictly increasing. Both are filled up with -1.
 
-    The last dimension of every tensor must be contiguous.
-
-    Args:
-        sampled: the target's own next token at every row.
-        row_tokens: the token in every row. The root's is not looked at.
-        cu_num_logits: rows of request r are cu_num_logits[r] up to, but without, cu_num_logits[r + 1].
-        idx_mapping: req_state_idx of each request. A request with -1 is taken to have only a root.
-        parent_rows: row of each row's parent, by req_state_idx; -1 for the root.
-        emitted: accepted tokens, then the token sampled where the walk stopped, then -1 to the end.
-        num_emitted: number of tokens emitted, from 1 to max_depth + 1 (0 for a request without rows).
-        path_rows: path_rows[r, i] is the row at which emitted token i was sampled: 0, then the accepted nodes' rows,
-            strictly increasing, then -1 to the end.
-        max_depth: depth of the deepest node of any tree. The walk takes no more than `max_depth` steps.
+    A request may have any number of rows, from its root alone (it emits one token; its tree state is not read) to
+    `num_rows`. Of two children with the same token, which no draft produces, the lower row is accepted. The last
+    dimension of every tensor must be contiguous.
 
     Raises:
         ValueError: `emitted` and `path_rows` differ in width or have no room for max_depth + 1 tokens.
@@ -97,7 +86,7 @@ def _walk_tree_kernel(
     sampled_ptr += first
     row_tokens_ptr += first
 
-    # Rows past the request's last one have no parent here: the draft may have been cut short of the tree in the state.
+    # Rows past the request's last one have no parent: the tree in the state may have more rows than were scheduled.
     row = tl.arange(0, ROW_BLOCK)
     is_node = (row > 0) & (row < num_rows)
     row_token = tl.load(row_tokens_ptr + row, mask=is_node, other=-1).to(tl.int64)
