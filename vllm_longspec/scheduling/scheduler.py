@@ -63,8 +63,8 @@ class TreeSchedulerMixin(_Base):
             table: Any = self.adaptive
             self.dynamic_sd_lookup = table
         elif self.dynamic_sd_lookup is None:
-            # Without a table vLLM pads a request with one token left to a whole list of draft tokens, or delays it until
-            # they fit. With one it schedules the root alone.
+            # Without a table vLLM pads a new decoding request to a whole list of draft tokens, or delays it until they
+            # fit. With one it schedules the root alone.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_batch_size + 1)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
