@@ -23,14 +23,10 @@ _ATTRIBUTE = "longspec"
 class LongSpecOptions:
     """The plugin's options of an engine with candidate trees."""
 
-    # Name of a proposer, see `vllm_longspec/proposers/__init__.py`.
-    proposer: str
-    # The drafted tree, before it is cut to the nodes that are verified.
-    tree_shape: TreeShape
-    # File of the tokens that may be drafted; None for the whole vocabulary.
-    frequent_tokens: str | None = None
-    # Whether the number of verified nodes follows the measured acceptance length.
-    adaptive_verification: bool = False
+    proposer: str  # a name in `vllm_longspec/proposers/__init__.py`
+    tree_shape: TreeShape  # as drafted, before it is cut to the nodes that are verified
+    frequent_tokens: str | None = None  # file of the tokens that may be drafted; None for the whole vocabulary
+    adaptive_verification: bool = False  # whether the number of verified nodes follows the acceptance length
 
 
 def attach_options(config: "SpeculativeConfig", options: LongSpecOptions) -> None:

@@ -60,8 +60,7 @@ class AdaptiveVerification:
         # Counting is slow for large batches, which often have a single choice.
         num_tokens = self.num_cached_tokens() if len(choices) > 1 else 0
 
-        # Tokens per request and step of plain decoding.
-        def throughput(index: int) -> float:
+        def throughput(index: int) -> float:  # tokens per request in the time of a step of plain decoding
             num_nodes = choices[index]
             return (1 + self._acceptance(num_nodes, quality)) / self.cost(batch_size, num_nodes, num_tokens)
 

@@ -33,10 +33,8 @@ NODE = 0.006
 class StepCost:
     """(batch size, nodes per request, cached tokens of all requests) -> cost in steps of plain decoding."""
 
-    # Weights of all layers and the head that each GPU reads.
-    target: float
-    # K and V of a cached token in all layers, in weights.
-    token: float
+    target: float  # weights of all layers and the head that each GPU reads
+    token: float  # K and V of a cached token in all layers, in weights
     drafting: DraftingCost
 
     @classmethod

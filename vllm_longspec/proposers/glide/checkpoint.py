@@ -72,10 +72,8 @@ class DraftCheckpoint:
     """The checkpoint of a GLIDE draft."""
 
     model: str
-    # A value of FAMILIES.
-    architecture: str
-    # config.json
-    config: dict[str, Any]
+    architecture: str  # a value of FAMILIES
+    config: dict[str, Any]  # config.json
     # Without the prefix of the names; empty if they cannot be read without a download.
     shapes: Shapes = field(default_factory=dict)
 

@@ -18,10 +18,8 @@ LEVEL = 165e6
 
 @dataclass(frozen=True)
 class GlideCost:
-    # Weights of the draft's layer and head that each GPU reads, in weights of two bytes.
-    level: float
-    # Layers of the target.
-    num_layers: int
+    level: float  # weights of the draft's layer and head that each GPU reads, in weights of two bytes
+    num_layers: int  # of the target
     max_depth: int
 
     @classmethod
