@@ -50,8 +50,8 @@ def add_cli_args(
 
 
 def from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-    # It copies the fields of EngineArgs and nothing else. The speculative configuration is one of them, so the options
-    # move there, in the parsed arguments themselves: further API servers get those, and read them before they load us.
+    # Only fields of EngineArgs are copied, so the plugin's options move to `speculative_config`. They move in `args`
+    # itself, which further API servers receive, and read before they load plugins.
     for name in ("tree_shape", "frequent_tokens"):
         value = getattr(args, f"speculative_{name}", None)
         if value is None:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the speculative options as the user wrote them to those that vLLM and this plugin are started with.
-
-Engines whose draft is not one of `vllm_longspec/proposers` are left alone.
-"""
+"""Turns the user's speculative options into vLLM's and the plugin's; see docs/design.md#from-options-to-an-engine."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-# The same order as vLLM's: flag, key of the speculative configuration, field of EngineArgs.
+# (flag, key of the speculative configuration, field of EngineArgs), in vLLM's order
 _FLAGS = (
     ("--spec-method", "method", "spec_method"),
     ("--spec-model", "model", "spec_model"),
@@ -45,20 +42,14 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class Speculation:
-    """What an engine with candidate trees is started with."""
-
     setup: DraftSetup
     options: LongSpecOptions
-    # of vLLM's SpeculativeConfig
+    # Arguments of vLLM's SpeculativeConfig.
     vllm_options: dict[str, Any]
 
 
 def given_config(engine_args: "EngineArgs | argparse.Namespace") -> dict[str, Any]:
-    """The speculative configuration as the user wrote it; empty when there is none.
-
-    Raises:
-        ValueError: it is not an object with names.
-    """
+    """The user's speculative configuration, empty if there is none. Raises ValueError if it is not a JSON object."""
     given = engine_args.speculative_config
     if given is None:
         return {}
@@ -71,10 +62,10 @@ def given_config(engine_args: "EngineArgs | argparse.Namespace") -> dict[str, An
 
 
 def read_options(engine_args: "EngineArgs") -> dict[str, Any]:
-    """The speculative options from all the places where a user can put them.
+    """The speculative options from the configuration and from flags.
 
     Raises:
-        ValueError: when one of them is given in two places, the way vLLM says it, or they are none.
+        ValueError: the configuration is not a JSON object, or an option is given twice.
     """
     options: dict[str, Any] = {}
     for key, value in given_config(engine_args).items():
@@ -95,11 +86,11 @@ def read_options(engine_args: "EngineArgs") -> dict[str, Any]:
 def configure(
     engine_args: "EngineArgs", target: "ModelConfig", parallel_config: "ParallelConfig"
 ) -> Speculation | None:
-    """What the user asks for; None when there is no draft or one that is vLLM's own.
+    """Resolves the options of an engine with candidate trees; None for every other engine.
 
     Raises:
-        ValueError: in one line, for a draft, a target or an option that does not work, and for an option of a tree
-            without a draft that grows one.
+        ValueError: the draft, the target or an option is not supported, or an option of trees is given without a draft
+            that drafts them.
     """
     given = read_options(engine_args)
     own = {name: given.pop(name) for name in OPTION_NAMES if name in given}
@@ -112,7 +103,7 @@ def configure(
     from vllm.platforms import current_platform
 
     if name != proposers.GLIDE:
-        # A method of ours, which vLLM does not know.
+        # vLLM does not know the names of proposers.
         del given["method"]
     support.check_platform()
     support.check_options(given, parallel_config)
@@ -126,14 +117,12 @@ def configure(
     tree_shape = parse_tree_shape(own, draft_vocab_size)
     num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
-    adaptive_verification = _adapts(own, given, needs_schedule, target)
+    adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
     options = dict(given)
-    # Triton's interpreter is for trying and testing; there the number of nodes has no load to follow.
+    # In Triton's interpreter, which is for tests, all nodes are verified by default.
     if needs_schedule and (adaptive_verification or current_platform.is_cuda()):
-        queries_per_kv_head = target.get_num_attention_heads(parallel_config) // target.get_num_kv_heads(
-            parallel_config
-        )
-        schedule = default_schedule(num_nodes, queries_per_kv_head)
+        num_kv_heads = target.get_num_kv_heads(parallel_config)
+        schedule = default_schedule(num_nodes, target.get_num_attention_heads(parallel_config) // num_kv_heads)
         options["num_speculative_tokens_per_batch_size"] = schedule
         num_nodes = schedule[0][2]
     options["num_speculative_tokens"] = num_nodes
@@ -142,17 +131,18 @@ def configure(
     return Speculation(setup, LongSpecOptions(name, tree_shape, frequent_tokens, adaptive_verification), options)
 
 
-def _adapts(own: dict[str, Any], given: dict[str, Any], needs_schedule: bool, target: "ModelConfig") -> bool:
-    """Whether the number of verified nodes follows what is accepted."""
+def _use_adaptive_verification(
+    own: dict[str, Any], given: dict[str, Any], needs_schedule: bool, target: "ModelConfig"
+) -> bool:
     from vllm.platforms import current_platform
 
     name, value = read_flag(own, "adaptive_verification", "adapt_nodes")
     if value is None:
-        # Synthetic acceptance is the same of few nodes as of many, so there is nothing to adapt to.
+        # Synthetic acceptance does not depend on the number of nodes.
         is_synthetic = given.get("rejection_sample_method") == "synthetic"
         return current_platform.is_cuda() and needs_schedule and not is_synthetic and target.quantization is None
     if value and target.quantization is not None:
-        # `vllm_longspec/scheduling/cost.py` knows weights of two bytes.
+        # `vllm_longspec/scheduling/cost.py` assumes weights of two bytes.
         raise ValueError(
             f"{name} is not supported with a target of quantization={target.quantization!r}: leave it out, or "
             "serve a target that is not quantised"
@@ -160,13 +150,13 @@ def _adapts(own: dict[str, Any], given: dict[str, Any], needs_schedule: bool, ta
     return value
 
 
-# The setup of the draft whose speculative configuration is being built.
+# The setup of the draft whose SpeculativeConfig is being built, for `compose_draft_hf_overrides`.
 _current: ContextVar[DraftSetup | None] = ContextVar("longspec_current_setup", default=None)
 
 
 @contextmanager
 def _building(speculation: Speculation, engine_args: "EngineArgs") -> Iterator[None]:
-    """Shows vLLM the options as it knows them while it builds the draft's SpeculativeConfig, then the user's again."""
+    """Puts vLLM's options into `engine_args` while vLLM builds the SpeculativeConfig, then restores the user's."""
     fields = ("speculative_config", *(field for _, _, field in _FLAGS))
     given = {field: getattr(engine_args, field) for field in fields}
     token = _current.set(speculation.setup)
@@ -187,7 +177,6 @@ def create_speculative_config(
     target_model_config: "ModelConfig",
     target_parallel_config: "ParallelConfig",
 ) -> "SpeculativeConfig | None":
-    """vLLM's speculative configuration, of an engine with trees with the options that only this plugin knows."""
     speculation = configure(self, target_model_config, target_parallel_config)
     if speculation is None:
         config = original(self, target_model_config, target_parallel_config)
@@ -203,7 +192,7 @@ def create_speculative_config(
 
 
 def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Callable[..., PretrainedConfig]":
-    """The `hf_overrides` of the draft that is being built. Part of vLLM's configuration, so it must be picklable."""
+    """The `hf_overrides` of the draft that is being built; must be picklable."""
     setup = _current.get()
     return original(*args) if setup is None else setup.hf_overrides(original(*args))
 
@@ -211,18 +200,17 @@ def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Cal
 def create_engine_config(
     original: "Callable[..., VllmConfig]", self: "EngineArgs", *args: Any, **kwargs: Any
 ) -> "VllmConfig":
-    """A complete configuration, checked where an error is the user's own process's."""
     given_backend = self.attention_backend
     try:
         vllm_config = original(self, *args, **kwargs)
     finally:
-        # The draft's choice is this engine's own; the arguments may be used again, with another draft or none.
+        # `create_speculative_config` chose a backend for this engine; `self` may be used again, with another draft.
         self.attention_backend = given_backend
     if options_of(vllm_config.speculative_config) is not None:
         support.check_engine(vllm_config)
         warn_of_chains(vllm_config.model_config)
         from vllm_longspec.scheduling.scheduler import scheduler_name
 
-        # Only now is it known whether scheduling is asynchronous.
+        # The class depends on `async_scheduling`, which vLLM resolves in `original`.
         vllm_config.scheduler_config.scheduler_cls = scheduler_name(vllm_config.scheduler_config)
     return vllm_config

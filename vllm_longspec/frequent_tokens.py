@@ -27,7 +27,7 @@ def read_frequent_tokens(path: str | Path, vocab_size: int) -> list[int]:
     """Reads a file of token ids, most frequent first.
 
     Raises:
-        ValueError: the file cannot be read, or is not a list of different token ids below `vocab_size`; in one line.
+        ValueError: the file cannot be read, or is not a list of distinct token ids below `vocab_size`.
     """
     remedy = "make it with python -m vllm_longspec.frequent_tokens"
     try:
@@ -48,17 +48,14 @@ def read_frequent_tokens(path: str | Path, vocab_size: int) -> list[int]:
 
 
 def most_frequent(counts: Counter[int], size: int) -> list[int]:
-    """The `size` most frequent token ids (fewer if there are not so many), most frequent first.
-
-    Tokens that are equally frequent come in the order of their ids, so that the same text gives the same list.
-    """
+    """The `size` most frequent token ids, or fewer, most frequent first; ties in the order of their ids."""
     return sorted(counts, key=lambda token_id: (-counts[token_id], token_id))[:size]
 
 
 def _tokens_of(tokenizer: Any, paths: Iterable[Path]) -> Iterator[int]:
     for path in paths:
         with path.open(errors="replace") as lines:
-            # Many lines at once, since tokens may span lines, but not a file of any size.
+            # Tokens may span lines, and files may be too large to be encoded at once.
             while chunk := "".join(islice(lines, 1000)):
                 yield from tokenizer.encode(chunk, add_special_tokens=False)
 
@@ -78,7 +75,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     counts = Counter(_tokens_of(tokenizer, arguments.texts))
     kept = most_frequent(counts, arguments.size)
-    # However rare in the texts, the end must be drafted.
+    # Without the end-of-sequence token no tree could contain the end of a text.
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in kept:
         kept = [*kept[: arguments.size - 1], tokenizer.eos_token_id]
     arguments.out.write_text(json.dumps(kept) + "\n")

@@ -1,13 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that this plugin adds to vLLM's speculative configuration, and where every process finds them again.
-
-- `tree_shape`, such as [4, 16, 16, 16, 16]: nodes at each level of the tree;
-- `gamma`, such as 5: the sequential method, which is the tree shape [1] * gamma;
-- `frequent_tokens`, a file: the tokens that are drafted, if not all (`vllm_longspec/frequent_tokens.py`);
-- `adaptive_verification`, or `adapt_nodes`: whether the number of verified nodes follows what is accepted
-  (`vllm_longspec/scheduling/adaptive.py`);
-- `num_speculative_tokens`, which is vLLM's own: verify at most so many of the tree's nodes.
-"""
+"""The options that this plugin adds to vLLM's speculative configuration; docs/options.md describes each."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,29 +15,22 @@ DEFAULT_LEVELS = (4, 16, 16, 16, 16)
 
 OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens", "adaptive_verification", "adapt_nodes")
 
-# vLLM's SpeculativeConfig travels to every process as it is, and this attribute with it.
+# Attribute of vLLM's SpeculativeConfig, which is pickled to every process.
 _ATTRIBUTE = "longspec"
 
 
 @dataclass(frozen=True)
 class LongSpecOptions:
-    """What an engine with candidate trees was started with; None of these changes while it runs.
+    """The plugin's options of an engine with candidate trees."""
 
-    Args:
-        proposer: name of what draws the candidates, see `vllm_longspec/proposers`.
-        tree_shape: of the drafted tree, before it is cut to the nodes that are verified.
-        frequent_tokens: file of the tokens that are drafted; None for all of the vocabulary.
-        adaptive_verification: whether the number of verified nodes follows what is accepted.
-    """
-
-    proposer: str
-    tree_shape: TreeShape
-    frequent_tokens: str | None = None
-    adaptive_verification: bool = False
+    proposer: str  # a name in `vllm_longspec/proposers/__init__.py`
+    tree_shape: TreeShape  # as drafted, before it is cut to the nodes that are verified
+    frequent_tokens: str | None = None  # file of the tokens that may be drafted; None for the whole vocabulary
+    adaptive_verification: bool = False  # whether the number of verified nodes follows the acceptance length
 
 
 def attach_options(config: "SpeculativeConfig", options: LongSpecOptions) -> None:
-    """Leaves the options where `options_of` finds them, in this process and in those that get a copy of `config`."""
+    """Makes `options_of(config)` return the options, in this process and in those that receive `config`."""
     setattr(config, _ATTRIBUTE, options)
 
 
@@ -55,10 +40,10 @@ def options_of(config: "SpeculativeConfig | None") -> LongSpecOptions | None:
 
 
 def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
-    """Reads `tree_shape` or `gamma` out of the options of a GLIDE draft, which draws from `vocab_size` tokens.
+    """Reads `tree_shape` or `gamma` for a draft that draws from `vocab_size` tokens.
 
     Raises:
-        ValueError: for a shape that cannot be drafted, in one line that says what to give instead.
+        ValueError: the shape cannot be drafted.
     """
     tree_shape, gamma = options.get("tree_shape"), _read_int(options.get("gamma"))
     if tree_shape is not None and gamma is not None:
@@ -69,19 +54,16 @@ def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
         if gamma > MAX_NODES:
             raise ValueError(f"gamma is {gamma}, but at most {MAX_NODES} nodes are supported: give a smaller one")
         return TreeShape((1,) * gamma)
-    if tree_shape is None:
-        levels: Any = DEFAULT_LEVELS
-    else:
-        levels = _checked_levels(tree_shape)
+    levels = DEFAULT_LEVELS if tree_shape is None else _checked_levels(tree_shape)
     _check_widths(levels, vocab_size)
     return TreeShape(levels)
 
 
 def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
-    """How many of the tree's nodes the target verifies: all of them, or as many as `num_speculative_tokens` allows.
+    """The number of nodes that the target verifies at most.
 
     Raises:
-        ValueError: when `num_speculative_tokens` is given and is not a positive integer.
+        ValueError: `num_speculative_tokens` is neither None nor a positive integer.
     """
     num_speculative_tokens = _read_int(num_speculative_tokens)
     if num_speculative_tokens is None:
@@ -95,10 +77,10 @@ def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
 
 
 def read_flag(options: Mapping[str, Any], name: str, old_name: str) -> tuple[str, bool | None]:
-    """An option that is true or false, under either of its names: the name that the user took, and the value or None.
+    """The name under which a boolean option was given, and its value; None if it was not given.
 
     Raises:
-        ValueError: in one line, for another value, or both names at once.
+        ValueError: both names are given, or the value is not a boolean.
     """
     if options.get(name) is not None and options.get(old_name) is not None:
         raise ValueError(f"{name} and {old_name} are the same option: leave one of the two out")
@@ -110,9 +92,9 @@ def read_flag(options: Mapping[str, Any], name: str, old_name: str) -> tuple[str
 
 
 def _read_int(value: Any) -> Any:
-    """An integer that is written as a string, as vLLM's `--option.name+ 2,4` gives every entry of a list."""
+    """Converts strings of digits, which are what vLLM's `--option.name+ 2,4` passes as entries of a list."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdecimal():
-        # Python refuses to read more digits than a number of nodes will ever have.
+        # Python limits the number of digits that int() converts.
         with suppress(ValueError):
             return int(value)
     return value

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every function of vLLM that this plugin replaces, with the seam that is missing there.
+"""Every function of vLLM that this plugin replaces; docs/design.md#patches has the reason for each.
 
-Each replacement gets the original and calls it for everything that is not about trees. Everything else is subclassed or
-registered; `attention/registry.py` adds members to vLLM's enum of attention backends, and `proposers/glide/` sets
-attributes of layers that are the draft's own.
+A replacement is called with the original as its first argument and calls it for every engine without trees.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def apply() -> None:
-    """Replaces what has to be replaced in a supported version of vLLM; calling it again changes nothing."""
+    """Applies the patches to a supported version of vLLM; idempotent."""
     import vllm.model_executor.model_loader.reload.inplace as inplace
     import vllm.v1.worker.gpu.spec_decode as spec_decode
     from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
@@ -41,42 +39,32 @@ def apply() -> None:
     from vllm_longspec.runner.graphs import init_verification_graphs
     from vllm_longspec.scheduling.metrics import init_prometheus_counters, observe_prometheus_counters
 
-    # The command line has no seam for options of a plugin.
     _replace(EngineArgs, "add_cli_args", cli.add_cli_args)
     _replace(EngineArgs, "from_cli_args", cli.from_cli_args)
-    # SpeculativeConfig refuses options and kinds of draft that it does not know, and a draft's config takes no other
-    # change, such as another architecture. A complete configuration is shown to platforms only.
     _replace(EngineArgs, "create_speculative_config", configure.create_speculative_config)
     _replace(SpeculativeConfig, "compose_draft_hf_overrides", configure.compose_draft_hf_overrides)
     _replace(EngineArgs, "create_engine_config", configure.create_engine_config)
     # vLLM refuses min_p and logit_bias with any draft. Sampling every node of the tree makes both exact.
     _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
-    # Slots and rows are reserved for a draft with a cache, as all others of this method have.
+    # Method `draft_model` reserves slots and rows for a KV cache of the draft; proposers have none.
     _replace(SpeculativeConfig, "max_num_new_slots_for_drafting", _max_num_new_slots_for_drafting)
     _replace(VllmConfig, "num_lookahead_tokens", _num_lookahead_tokens)
-    # The scheduler's class is an option, but vLLM warns that one from outside will be slow.
     _replace(SchedulerConfig, "get_scheduler_cls", _get_scheduler_cls)
-    # Numbers by batch size are dropped with data parallelism, since the ranks of a mixture of experts run in step. The
-    # targets of a GLIDE draft are dense, and each of their ranks is an engine of its own.
+    # Data-parallel ranks of a mixture of experts run in lockstep. Supported targets are dense: every rank is an engine
+    # of its own and keeps its schedule.
     _replace(VllmConfig, "_maybe_disable_dynamic_sd_for_data_parallel", _maybe_disable_dynamic_sd_for_data_parallel)
-    # The graphs of verification cover the numbers in the scheduler's table and no others. And where there are several,
-    # for a batch between two captured sizes vLLM looks at those of the next size alone, which may be of other numbers.
     _replace(CudaGraphManager, "_init_candidates", init_verification_graphs)
-    # The counters have a token's place in the list for a label, and none for what only trees have.
     _replace(SpecDecodingProm, "__init__", init_prometheus_counters)
     _replace(SpecDecodingProm, "observe", observe_prometheus_counters)
-    # Speculators are listed in this function; a model class cannot bring its own.
     _replace(spec_decode, "init_speculator", _init_speculator)
-    # Nobody but the model itself is told that its weights are others, before all of them are in their places.
     _replace(inplace, "reload_weights", _reload_weights)
-    # The model runner imports these two by name, usually later than this.
+    # The model runner imports these two by name, usually after plugins are loaded.
     if model_runner := sys.modules.get("vllm.v1.worker.gpu.model_runner"):
         _replace(model_runner, "init_speculator", _init_speculator)
         _replace(model_runner, "reload_weights", _reload_weights)
     if current_platform.is_cpu():
         from vllm.platforms.cpu import CpuPlatform
 
-        # A CPU has one attention backend for everything but MLA, whichever is selected.
         _replace(CpuPlatform, "get_attn_backend_cls", get_cpu_backend_cls)
     if interpreting():
         from vllm.v1.worker.gpu.metrics import logits
@@ -86,16 +74,14 @@ def apply() -> None:
         from vllm_longspec.interpreter import sampling
 
         sampling.use_pytorch_top_k_top_p()
-        # The sampler calls these functions by name; nothing asks it for others.
         _replace(sampler, "gumbel_sample", sampling.gumbel_sample)
         _replace(sampler, "get_num_nans", sampling.get_num_nans)
         _replace(logits, "get_num_nans", sampling.get_num_nans)
-        # The runner makes this worker itself, with its kernel.
         _replace(StructuredOutputsWorker, "apply_grammar_bitmask", sampling.apply_grammar_bitmask)
 
 
 def apply_refusal() -> None:
-    """All that is done to an unsupported version of vLLM: a GLIDE draft is refused by name, if the place is there."""
+    """Makes an unsupported version of vLLM refuse GLIDE drafts by name, if the function to replace exists."""
     try:
         from vllm.engine.arg_utils import EngineArgs
 
@@ -105,14 +91,13 @@ def apply_refusal() -> None:
 
 
 def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Puts `replacement`, called with the original as its first argument, in the place of `owner.name`."""
     found = vars(owner)[name]
     descriptor = type(found) if isinstance(found, staticmethod | classmethod | property) else None
     original: Any = found.fget if isinstance(found, property) else found.__func__ if descriptor else found
     if hasattr(original, "longspec_original"):
         return
 
-    # Keeps the qualified name too: vLLM's configuration pickles functions by it.
+    # `wraps` keeps the qualified name, by which vLLM's configuration pickles functions.
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return replacement(original, *args, **kwargs)
@@ -146,7 +131,7 @@ def _num_lookahead_tokens(original: Callable[..., int], self: VllmConfig) -> int
 
 
 def _get_scheduler_cls(original: Callable[..., type], self: SchedulerConfig) -> type:
-    # The scheduler's module is a worker's or a server's, of which this process need not be one.
+    # Imported here: not every process that loads the plugin needs the scheduler's modules.
     from vllm_longspec.scheduling.scheduler import get_scheduler_cls
 
     return get_scheduler_cls(original, self)

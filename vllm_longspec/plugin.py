@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of group `vllm.general_plugins`: makes GLIDE drafts known to vLLM, in every process."""
+"""Entry point of group `vllm.general_plugins`, which vLLM loads in every process."""
 
 MODEL = "vllm_longspec.proposers.glide.model:GlideForCausalLM"
 
 
 def register() -> None:
-    """Registers the draft's architectures and applies the patches. vLLM may call it any number of times in a process.
+    """Registers the draft's architectures and applies the patches. vLLM may call it several times in a process.
 
-    With a version of vLLM that is not supported it says so and only makes sure that a GLIDE draft is refused by name.
+    With an unsupported version of vLLM it warns, and a GLIDE draft is refused by name.
     """
-    # Everything is imported in here: importing this module must cost nothing.
+    # Imported here, because vLLM imports this module in every process, with or without a draft.
     from vllm_longspec import patches
     from vllm_longspec.compat.versions import is_supported, warn_unsupported
     from vllm_longspec.targets.families import FAMILIES

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step with drafts costs, in steps of plain decoding.
+"""Cost of a step with a tree, in steps of plain decoding.
 
-A step takes about as long as reading the weights and the cached K and V, and some time besides. What drafting takes,
-the proposer says. Verifying a tree reads nothing more, but each row takes a little time: of the GEMMs, more once
-arithmetic takes longer than reading, and of attention, whose tiles it fills. The constants are an H200's: with GLIDE's
-they fit within 8% all that was measured with contexts of 1k to 128k and batches of 1 to 64
-(benchmarks/results/speed.jsonl).
+A step of plain decoding takes a constant time plus that of reading the weights and the cached K and V. Drafting adds
+the proposer's `DraftingCost`. Verification reads nothing more, but every row adds time to the GEMMs, more once they are
+compute-bound, and to attention. The constants are for an H200; with GLIDE's they are within 8% of all measurements with
+contexts of 1k to 128k and batches of 1 to 64 (benchmarks/results/speed.jsonl).
 """
 
 from dataclasses import dataclass
@@ -21,28 +20,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import VllmConfig
 
-# What a step takes besides reading, in weights that could be read meanwhile: 0.8 ms, as plain decoding of two sizes
-# tells.
+# Constant time of a step, in weights that could be read meanwhile: 0.8 ms, from plain decoding of two model sizes.
 STEP = 1.5e9
-# Of each row of a batch up to `BATCH_ROWS`, and of each beyond, in readings of the target's weights.
+# Time of each of the first `BATCH_ROWS` rows of a batch, and of each further row, in readings of the target's weights.
 ROW = 0.0013
 FURTHER_ROW = 0.003
-# Of each node of a request, in readings of its cached K and V.
+# Time of each node of a request, in readings of the request's cached K and V.
 NODE = 0.006
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """`cost(requests, nodes of each, cached tokens of all)`, in steps of plain decoding.
+    """(batch size, nodes per request, cached tokens of all requests) -> cost in steps of plain decoding."""
 
-    Args:
-        target: weights that each GPU reads of all layers and the head.
-        token: K and V of a cached token, in all layers, as so many weights.
-        drafting: what drafting takes.
-    """
-
-    target: float
-    token: float
+    target: float  # weights of all layers and the head that each GPU reads
+    token: float  # K and V of a cached token in all layers, in weights
     drafting: DraftingCost
 
     @classmethod
@@ -70,16 +62,12 @@ class StepCost:
         cache_is_quantised: bool = False,
         num_ranks: int = 1,
     ) -> "StepCost":
-        """A quantised cache has one byte where the target's weights have two.
-
-        Args:
-            num_ranks: GPUs that weights and cache are split over.
-        """
+        """As `of`, from sizes. Weights have two bytes, a quantised cache has one; both are split over `num_ranks`."""
         hidden, _, _, kv_heads, head_size = layer_sizes(target)
         num_layers = target.num_hidden_layers
         return cls(
             target=(num_layers * layer_weights(target) + vocab_size * hidden) / num_ranks,
-            # Each rank has a KV head at least.
+            # Each rank has at least one KV head.
             token=2 * head_size * num_layers * max(1, kv_heads / num_ranks) * (0.5 if cache_is_quantised else 1.0),
             drafting=drafting,
         )

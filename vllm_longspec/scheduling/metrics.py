@@ -1,18 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's metrics of speculative decoding, right for trees, under the names that users already scrape.
+"""vLLM's metrics of speculative decoding for trees, under vLLM's names; docs/support.md#output lists what each means.
 
-vLLM counts by a draft token's place in its request's list, of which a chain has as many as tokens. In a tree the place
-in the list says nothing; what is accepted is a path, and its i-th token is a node of depth i. So:
-
-- `vllm:spec_decode_num_accepted_tokens_per_pos`, `position` d - 1, and the rates in the log: drafts of which a node of
-  depth d was accepted, for every depth of the tree;
-- `vllm:spec_decode_num_draft_tokens`: nodes that the target verified, of all depths. A request that takes a chain has
-  as many rows as one that takes a tree, but no more nodes than the tree is deep;
-- `vllm:spec_decode_num_accepted_tokens`, `vllm:spec_decode_num_drafts`, and so the mean acceptance length, mean what
-  they mean for a chain;
-- `vllm:spec_decode_num_drafts_by_kind` and `vllm:spec_decode_num_requests_by_kind`, `kind` tree or chain: the drafts
-  again, and the requests that have come;
-- a request's own metrics: its histogram ends at the deepest node, the most that a step can accept.
+vLLM counts acceptance by a draft token's index in its request's list, which says nothing in a tree. Here it is counted
+by depth, since the i-th token of the accepted path is a node of depth i. A request that takes a chain has as many rows
+as one that takes a tree, but counts as many draft tokens as the tree is deep at most.
 """
 
 import copy
@@ -34,23 +25,21 @@ if TYPE_CHECKING:
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
 
-# Where vLLM's own counters keep those that only trees have.
+# Attribute of vLLM's SpecDecodingProm that holds the `KindCounters`.
 _COUNTERS = "longspec_kind_counters"
 
 
 class Kind(IntEnum):
-    """What a request's drafts are."""
-
     TREE = 0
     CHAIN = 1
 
 
 @dataclass
 class TreeDecodingStats(SpecDecodingStats):
-    """A step's statistics by depth and by kind. It reaches other processes as the dataclass that it extends.
+    """A step's statistics by depth and by kind.
 
-    So it has no field of its own. `num_draft_tokens_per_pos` says nothing of a tree, and vLLM shows it to nobody: it
-    holds the drafts of each kind, then the new requests of each kind.
+    Other processes decode it as a `SpecDecodingStats`, so it has no fields of its own. vLLM does not export
+    `num_draft_tokens_per_pos`: here it holds the drafts of each kind, then the new requests of each kind.
     """
 
     @classmethod
@@ -62,13 +51,12 @@ class TreeDecodingStats(SpecDecodingStats):
         )
 
     def observe_kinds(self, draft: Kind, new_requests: Mapping[Kind, int]) -> None:
-        """Counts a request's draft, and requests that came since the last one."""
+        """Counts a request's draft, and the requests added since the last draft."""
         self.num_draft_tokens_per_pos[draft] += 1
         for kind, num_requests in new_requests.items():
             self.num_draft_tokens_per_pos[len(Kind) + kind] += num_requests
 
     def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
-        """Counts a request's step: nodes verified, and how deep the accepted path goes."""
         self.num_drafts += 1
         self.num_draft_tokens += num_draft_tokens
         self.num_accepted_tokens += num_accepted_tokens
@@ -78,20 +66,20 @@ class TreeDecodingStats(SpecDecodingStats):
 
 @dataclass
 class ChainDecodeMetrics(RequestSpecDecodeMetrics):
-    """Metrics of a request that takes a chain. They reach other processes as the dataclass that they extend."""
+    """Metrics of a request that takes a chain; other processes decode them as `RequestSpecDecodeMetrics`."""
 
     def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
         super().observe(min(num_draft_tokens, self.num_spec_tokens), num_accepted, detailed)
 
 
 def request_metrics(shape: TreeShape, params: "SamplingParams | None") -> RequestSpecDecodeMetrics:
-    """Empty metrics of a request, in the place of vLLM's own."""
+    """Empty metrics of a request. Their histogram ends at the tree's depth, the most that a step can accept."""
     cls = ChainDecodeMetrics if params is not None and needs_chain(params) else RequestSpecDecodeMetrics
     return cls.new(shape.max_depth)
 
 
 def by_depth(speculative_config: "SpeculativeConfig | None") -> "SpeculativeConfig | None":
-    """The configuration as vLLM's Prometheus counters should see it: with one token for each depth of a tree."""
+    """The configuration for vLLM's Prometheus counters: one draft token for each depth of the tree."""
     options = options_of(speculative_config)
     if speculative_config is None or options is None:
         return speculative_config
@@ -101,18 +89,10 @@ def by_depth(speculative_config: "SpeculativeConfig | None") -> "SpeculativeConf
 
 
 class KindCounters:
-    """Prometheus counters of drafts and requests by kind.
-
-    Args:
-        counter_cls, labelnames, per_engine_labelvalues: as in vLLM's `SpecDecodingProm`.
-    """
+    """Prometheus counters of drafts and requests by kind, with the arguments of vLLM's `SpecDecodingProm`."""
 
     def __init__(
-        self,
-        counter_cls: Any,
-        labelnames: list[str],
-        per_engine_labelvalues: Mapping[int, list[object]],
-        **_: Any,
+        self, counter_cls: Any, labelnames: list[str], per_engine_labelvalues: Mapping[int, list[object]], **_: Any
     ):
         counters = [
             counter_cls(name=name, documentation=documentation, labelnames=[*labelnames, "kind"])
@@ -121,7 +101,7 @@ class KindCounters:
                 ("vllm:spec_decode_num_requests_by_kind", "Number of requests that take a tree or a chain."),
             )
         ]
-        # In the order of `TreeDecodingStats`.
+        # In the order of `num_draft_tokens_per_pos` of `TreeDecodingStats`.
         self.counters = {
             engine: [counter.labels(*values, kind.name.lower()) for counter in counters for kind in Kind]
             for engine, values in per_engine_labelvalues.items()

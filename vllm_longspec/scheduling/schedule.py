@@ -1,14 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many nodes the target verifies, by batch size: vLLM's `num_speculative_tokens_per_batch_size`, and its default.
+"""Number of verified nodes by batch size: the default of vLLM's `num_speculative_tokens_per_batch_size`.
 
-A step reads the target's weights once however many rows it verifies, so rows are nearly free until arithmetic takes as
-long as reading. Two bounds follow, and the default keeps to both:
-
-- of a request: FlashAttention works on tiles of `PREFIX_TILE` rows, a row for each query token and head of a KV head's
-  group, and every further tile reads the whole prefix again;
-- of a batch: `BATCH_ROWS` rows in all, measured on an H200 (benchmarks/README.md).
-
-Where both leave nothing, K is 0, which is plain decoding.
+docs/tuning.md#number-of-nodes has the reasons for the default.
 """
 
 from typing import TYPE_CHECKING
@@ -16,24 +9,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
 
+# Rows of a FlashAttention tile, one for each query token and head of a KV head's group. Every further tile of a request
+# reads the whole prefix again.
 PREFIX_TILE = 128
+# Rows of a batch that are verified at little cost, measured on an H200 (benchmarks/README.md).
 BATCH_ROWS = 128
 
 
 def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int, int, int]]:
-    """Ranges of batch sizes and nodes for each, as vLLM takes them: (first, last, nodes).
+    """Ranges of batch sizes with their number of nodes, at most `num_nodes`, as vLLM takes them: (first, last, nodes).
 
-    Larger batches than the last range's are treated as the last range.
-
-    Args:
-        num_nodes: no request verifies more.
-        queries_per_kv_head: query heads that share a KV head.
+    A batch larger than the last range takes the last range's number.
     """
     per_request = min(num_nodes, max(1, PREFIX_TILE // queries_per_kv_head - 1))
     schedule: list[tuple[int, int, int]] = []
     first, last, nodes = 1, 1, per_request
     while nodes > 0:
-        # All sizes of a range share the number of the last one, so that few CUDA graphs serve them.
+        # All sizes of a range have the number of the last one, so that few CUDA graphs are captured.
         nodes = min(per_request, BATCH_ROWS // last - 1)
         if schedule and schedule[-1][2] == nodes:
             first = schedule.pop()[0]
@@ -43,10 +35,9 @@ def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int
 
 
 def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt: bool) -> list[list[int]]:
-    """Numbers of nodes that a batch of so many requests may verify, the largest first; entry 0 is not used.
+    """Numbers of nodes to choose from by batch size, the largest first; entry 0 is not used.
 
-    Args:
-        adapt: those of `numbers_of_nodes` that are not above the batch's own number, not that one alone.
+    With `adapt` these are all `numbers_of_nodes` up to the batch's own number, else that number alone.
     """
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
@@ -63,7 +54,7 @@ def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt:
 
 
 def numbers_of_nodes(config: "SpeculativeConfig") -> list[int]:
-    """0 and every number of the schedule, for batches of any size, the largest first."""
+    """0 and all numbers of the schedule, the largest first."""
     from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
     schedule = validate_and_normalize_dynamic_sd_schedule(config.num_speculative_tokens_per_batch_size)

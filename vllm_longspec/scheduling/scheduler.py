@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's scheduler for requests that carry trees: every step's rows fit its budgets, and no request pays for another's.
+"""vLLM's schedulers for requests with trees: lists of nodes are cut to what fits the step's token budget and KV cache.
 
-vLLM schedules the running requests in order and gives each as many of its draft tokens as are left of the step's token
-budget. Draft tokens of a chain are few. A tree has ten times as many, so the first requests' trees would take the
-budget, or the last blocks of the cache, from the requests and prompts behind them. So before vLLM schedules a step,
-the lists of nodes are cut to what fits; any prefix of a list is a tree (`vllm_longspec/tree/order.py`), down to none,
-which is plain decoding.
+Uncut, the trees of the first requests would take budget and blocks from all others; see docs/design.md#how-many-nodes.
+Any prefix of a list is a tree (`vllm_longspec/tree/order.py`), and the empty one is plain decoding.
 """
 
 from collections.abc import Callable
@@ -33,12 +30,12 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# While prompts wait or are computed, nodes leave them all of the token budget but this part.
+# Part of the token budget that nodes get at least while prompts wait or are computed.
 MAX_NODE_SHARE_BESIDE_PROMPTS = 0.25
 
 
 def most_nodes(max_nodes: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 0 to `max_nodes` that fits. What fits also does with fewer nodes, and 0 always does."""
+    """The largest number from 0 to `max_nodes` that fits; `fits` must be monotonic, and 0 always fits."""
     if fits(max_nodes):
         return max_nodes
     low, high = 0, max_nodes
@@ -49,27 +46,25 @@ def most_nodes(max_nodes: int, fits: Callable[[int], bool]) -> int:
 
 
 class TreeSchedulerMixin(_Base):
-    """Stands before one of vLLM's schedulers."""
-
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         speculative_config = self.vllm_config.speculative_config
         options = options_of(speculative_config)
         assert options is not None and speculative_config is not None
         self.tree_shape = options.tree_shape
-        # Requests that came since the last step with drafts, by kind.
+        # Requests added since the last step with drafts.
         self.num_new_requests = dict.fromkeys(Kind, 0)
         self.adaptive: AdaptiveVerification | None = None
         max_batch_size = self.scheduler_config.max_num_seqs
         if options.adaptive_verification:
             choices = nodes_by_batch_size(speculative_config, max_batch_size, adapt=True)
             self.adaptive = AdaptiveVerification(choices, StepCost.of(self.vllm_config), self._num_cached_tokens)
-            # vLLM reads the table by the batch's size and nothing else.
+            # vLLM only ever reads entry `batch_size`.
             table: Any = self.adaptive
             self.dynamic_sd_lookup = table
         elif self.dynamic_sd_lookup is None:
-            # Without a table vLLM pads a request that has one token left to a whole list of draft tokens, or lets it
-            # wait for a step that has room for them. A root without nodes is as good.
+            # Without a table vLLM pads a new decoding request to a whole list of draft tokens, or delays it until they
+            # fit. With one it schedules the root alone.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_batch_size + 1)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -88,26 +83,26 @@ class TreeSchedulerMixin(_Base):
         )
         for request in self.running:
             if len(request.spec_token_ids) > num_nodes:
-                # A list of placeholders may be shared with other requests.
+                # Not in place: requests may share a list of placeholders.
                 request.spec_token_ids = request.spec_token_ids[:num_nodes]
 
     def _max_node_rows(self) -> int:
-        """Rows of this step's token budget that are left for nodes."""
+        """Rows of this step's token budget that nodes may take."""
         budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
-        # Every running request's own next token comes first.
+        # The next token of every running request comes first.
         rest = max(0, budget - len(self.running))
         threshold = self._long_prefill_threshold() or budget
         prompt_tokens = sum(min(_num_tokens_left(request), threshold) - 1 for request in self.running)
         if self.pause_state == PauseState.UNPAUSED and len(self.running) < self.max_num_active_reqs:
             for request in self.waiting:
-                # How much of it is cached is found out when it is scheduled.
+                # Prefix caching may leave less, but that is only known once the request is scheduled.
                 prompt_tokens += min(request.num_tokens, threshold)
                 if prompt_tokens >= rest:
                     break
         return max(rest - prompt_tokens, int(rest * MAX_NODE_SHARE_BESIDE_PROMPTS) if prompt_tokens > 0 else rest)
 
     def _long_prefill_threshold(self) -> int:
-        """The most tokens of a prompt in a step, 0 for no limit; as in vLLM's `schedule`."""
+        """The most tokens of a prompt in a step, 0 for no limit, as in vLLM's `schedule`."""
         num_requests = sum(self.get_request_counts())
         threshold = self.scheduler_config.long_prefill_token_threshold if num_requests > 1 else 0
         if threshold > 0 and self.adaptive_long_prefill_threshold:
@@ -115,13 +110,13 @@ class TreeSchedulerMixin(_Base):
         return threshold
 
     def _fits_in_cache(self) -> Callable[[int], bool]:
-        """Whether so many nodes of each request have slots without a request being preempted for them."""
+        """Whether a number of nodes per request has slots without a preemption."""
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         rows = [1 + len(request.spec_token_ids) for request in self.running]
         budget = self.scheduler_config.max_num_batched_tokens
         if free * self.block_size >= sum(rows) + budget + len(rows) * self.block_size:
             return lambda nodes: True
-        # (tokens after this step without nodes, nodes, blocks that the request holds)
+        # (tokens after this step without nodes, nodes, allocated blocks)
         requests = [
             (
                 request.num_computed_tokens + min(_num_tokens_left(request), budget),
@@ -141,15 +136,12 @@ class TreeSchedulerMixin(_Base):
         return fits
 
     def _num_cached_tokens(self) -> int:
-        """Of all requests that decode."""
+        """Of all decoding requests; a request in its prompt has no draft yet."""
         return sum(
             request.num_computed_tokens
             for request in self.running
-            # A prompt that is not over has no draft yet.
             if request.num_computed_tokens >= request.num_prompt_tokens
         )
-
-    # Metrics count a draft's tokens by their place in the list, and take its length for the most that a step accepts.
 
     def make_spec_decoding_stats(
         self,
@@ -160,7 +152,7 @@ class TreeSchedulerMixin(_Base):
         request_id: str,
     ) -> SpecDecodingStats | None:
         request = self.requests[request_id]
-        # What a grammar has cut from a list says nothing about lists of that length.
+        # A grammar may reject nodes, so acceptance says nothing about the number of nodes.
         if self.adaptive is not None and not request.use_structured_output:
             self.adaptive.observe(num_draft_tokens, num_accepted_tokens)
         if not self.log_stats:
@@ -171,7 +163,7 @@ class TreeSchedulerMixin(_Base):
         stats.observe_kinds(kind, self.num_new_requests)
         self.num_new_requests = dict.fromkeys(Kind, 0)
         if kind == Kind.CHAIN:
-            # vLLM takes the invalid ones off.
+            # vLLM subtracts the invalid ones.
             num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
             num_draft_tokens = min(num_draft_tokens, self.tree_shape.max_depth + num_invalid)
         return super().make_spec_decoding_stats(
@@ -188,7 +180,7 @@ class TreeSchedulerMixin(_Base):
 
 
 def _num_tokens_left(request: Request) -> int:
-    """Tokens that a running request has not computed, without its nodes: 1, or what is left of its prompt."""
+    """Uncomputed tokens of a running request without its nodes: 1, or the rest of its prompt."""
     return max(1, request.num_tokens + request.num_output_placeholders - request.num_computed_tokens)
 
 
@@ -206,13 +198,13 @@ class AsyncTreeScheduler(TreeSchedulerMixin, AsyncScheduler):
 
 
 def scheduler_name(config: "SchedulerConfig") -> str:
-    """The qualified name of the scheduler for this configuration, as vLLM's `scheduler_cls` takes it."""
+    """Qualified name of the scheduler, for `scheduler_cls`."""
     cls: type = AsyncTreeScheduler if config.async_scheduling else TreeScheduler
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def get_scheduler_cls(original: Callable[..., type], self: "SchedulerConfig") -> type:
-    """The scheduler's class; without vLLM's warning that one from outside will be slow."""
+    """The scheduler's class, without vLLM's warning that custom schedulers are slow."""
     if self.scheduler_cls == scheduler_name(self):
         return AsyncTreeScheduler if self.async_scheduling else TreeScheduler
     return original(self)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Target models: the families that are supported, and what is refused."""
+"""Target models: supported families, and what is refused."""

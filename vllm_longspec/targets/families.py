@@ -1,51 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of targets that are supported, and where their parts are. A new one is an entry here."""
+"""The supported families of targets. A new one is an entry in `FAMILIES`."""
 
 from typing import Any, NamedTuple
 
 from torch import nn
 
-# `model_type` of a target's config.json, and the architecture that its GLIDE drafts are served as.
-FAMILIES = {
-    "llama": "LlamaGlideDecoderLayer",
-    "qwen2": "Qwen2GlideDecoderLayer",
-}
+# `model_type` of a target's config.json -> architecture of its GLIDE drafts
+FAMILIES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
 
 
 class TargetModules(NamedTuple):
-    """The modules of vLLM's model that a draft shares."""
+    """The target's modules that a draft shares."""
 
     embed_tokens: nn.Module
-    # of the last layer
     rotary_emb: nn.Module
     lm_head: nn.Module
     logits_processor: nn.Module
 
 
 def modules_of(target: nn.Module) -> TargetModules:
-    """Where a model of any of the families has them."""
-    return TargetModules(
-        target.model.embed_tokens,
-        target.model.layers[-1].self_attn.rotary_emb,
-        target.lm_head,
-        target.logits_processor,
-    )
+    model = target.model
+    rotary_emb = model.layers[-1].self_attn.rotary_emb
+    return TargetModules(model.embed_tokens, rotary_emb, target.lm_head, target.logits_processor)
 
 
 def layer_sizes(config: Any) -> list[int]:
-    """Hidden and intermediate size, heads, KV heads and head size of a layer."""
+    """Hidden size, intermediate size, heads, KV heads and head size."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     return [size_of(config, name) for name in names]
 
 
 def layer_weights(target: Any) -> int:
-    """Weights of one of the target's layers."""
+    """Number of weights of a layer, without biases and norms."""
     hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target)
     return 2 * hidden * heads * head_size + 2 * hidden * kv_heads * head_size + 3 * hidden * intermediate
 
 
 def size_of(config: Any, name: str) -> Any:
-    """A size of a Hugging Face config, or what it means to leave it out."""
+    """A size in a Hugging Face config, or the default of one that is left out."""
     value = getattr(config, name, None)
     if value is None and name == "num_key_value_heads":
         return config.num_attention_heads

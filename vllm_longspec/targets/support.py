@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GLIDE draft does not work with. Each is refused by name and with a way out, none is quietly ignored.
+"""Refuses what a GLIDE draft does not work with: by name and with the way out, as early as it can be known.
 
-A refusal stands where it can be known first: arguments and target before the speculative configuration is built, what
-vLLM works out for itself once the engine's configuration is complete, sampling parameters with each request.
+Options, arguments and target are checked before vLLM builds its SpeculativeConfig, `check_engine` sees the complete
+configuration. Every check raises ValueError, in one line.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -17,77 +17,69 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-# What the attention kernels are built and tested for.
+# Head sizes that the attention kernels are tested for.
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
 
-# Options of vLLM's speculative configuration that mean for a GLIDE draft what they mean for any other.
+# Options of vLLM's SpeculativeConfig that apply to a GLIDE draft.
 _OPTIONS = frozenset(
     {"model", "method", "num_speculative_tokens", "revision", "code_revision", "draft_load_config", "enforce_eager"}
     | {"draft_tensor_parallel_size", "num_speculative_tokens_per_batch_size"}
     | {"rejection_sample_method", "synthetic_acceptance_length", "synthetic_acceptance_rates", "quantization"}
 )
-# vLLM's names of ways to quantise while loading.
+# vLLM's methods that quantise while loading.
 _DRAFT_QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel")
 
 
-# (does it apply, what it is, the way out)
-_Refusals = Iterable[tuple[bool, str, str]]
+# (whether it applies, what is refused, the way out)
+_Refusal = tuple[bool, str, str]
 
 
-def _refuse(refusals: _Refusals) -> None:
+def _refuse(*refusals: _Refusal) -> None:
     for applies, what, way_out in refusals:
         if applies:
             raise ValueError(f"{what} is not supported with a GLIDE draft: {way_out}")
 
 
 def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig") -> None:
-    """Refuses options of the speculative configuration that a GLIDE draft has no use for.
-
-    Raises:
-        ValueError: in one line, with the way out.
-    """
+    """Refuses options of the speculative configuration, by ValueError."""
     from vllm.config import SpeculativeConfig
     from vllm.platforms import current_platform
     from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-    # vLLM would say so too, but from within the engine's process.
+    # vLLM raises it too, but in the engine's process.
     if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
         validate_and_normalize_dynamic_sd_schedule(schedule)
     method = options.get("method")
     draft_size, target_size = options.get("draft_tensor_parallel_size"), parallel_config.tensor_parallel_size
     rejection_sample_method = options.get("rejection_sample_method")
     quantization = options.get("quantization")
+    quantized = f"quantization={quantization!r} in the speculative configuration"
+    leave_out = "leave it out"
     _refuse(
-        [
-            (
-                quantization not in (None, *_DRAFT_QUANTIZATIONS),
-                f"quantization={quantization!r} in the speculative configuration",
-                f"leave it out, or give {' or '.join(_DRAFT_QUANTIZATIONS)}",
-            ),
-            (
-                quantization is not None and current_platform.is_cpu(),
-                f"quantization={quantization!r} in the speculative configuration on a CPU",
-                "leave it out",
-            ),
-            (method not in (None, "draft_model"), f"speculative method {method!r}", "leave the method out"),
-            (
-                draft_size not in (None, target_size),
-                f"draft_tensor_parallel_size={draft_size} with a target of tensor_parallel_size={target_size}",
-                "leave it out",
-            ),
-            (
-                # A tree is walked, whatever the method's name; "synthetic" is another walk.
-                rejection_sample_method not in (None, "standard", "synthetic"),
-                f"rejection_sample_method={rejection_sample_method!r} in the speculative configuration",
-                "leave it out",
-            ),
-        ]
+        (
+            quantization not in (None, *_DRAFT_QUANTIZATIONS),
+            quantized,
+            f"leave it out, or give {' or '.join(_DRAFT_QUANTIZATIONS)}",
+        ),
+        (quantization is not None and current_platform.is_cpu(), f"{quantized} on a CPU", leave_out),
+        (method not in (None, "draft_model"), f"speculative method {method!r}", "leave the method out"),
+        (
+            draft_size not in (None, target_size),
+            f"draft_tensor_parallel_size={draft_size} with a target of tensor_parallel_size={target_size}",
+            leave_out,
+        ),
+        (
+            # Trees are walked, never rejection-sampled; "synthetic" is another walk.
+            rejection_sample_method not in (None, "standard", "synthetic"),
+            f"rejection_sample_method={rejection_sample_method!r} in the speculative configuration",
+            leave_out,
+        ),
     )
     for field in fields(SpeculativeConfig):
         value = options.get(field.name)
         if field.name in _OPTIONS or value is None or value == _default(field):
             continue
-        _refuse([(True, f"{field.name}={value!r} in the speculative configuration", "leave it out")])
+        _refuse((True, f"{field.name}={value!r} in the speculative configuration", leave_out))
 
 
 def _default(field: Any) -> Any:
@@ -96,128 +88,102 @@ def _default(field: Any) -> Any:
 
 
 def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig") -> None:
-    """Refuses features of the engine that the user asks for by an argument.
-
-    Raises:
-        ValueError: in one line, with the way out.
-    """
+    """Refuses features of the engine that an argument asks for, by ValueError."""
     logits_processors = entry_points(group="vllm.logits_processors")
     pipeline = parallel_config.pipeline_parallel_size
     prefill_context = parallel_config.prefill_context_parallel_size
     decode_context = parallel_config.decode_context_parallel_size
+    scheduler_cls = engine_args.scheduler_cls
+    instead = "use --tensor-parallel-size instead"
     _refuse(
+        (pipeline > 1, f"pipeline_parallel_size={pipeline}", instead),
+        (prefill_context > 1, f"prefill_context_parallel_size={prefill_context}", instead),
         (
-            (pipeline > 1, f"pipeline_parallel_size={pipeline}", "use --tensor-parallel-size instead"),
-            (
-                prefill_context > 1,
-                f"prefill_context_parallel_size={prefill_context}",
-                "use --tensor-parallel-size instead",
-            ),
-            (
-                decode_context > 1,
-                f"decode_context_parallel_size={decode_context}",
-                "serve without --decode-context-parallel-size",
-            ),
-            (parallel_config.use_ubatching, "dual batch overlap", "serve without --enable-dbo"),
-            (engine_args.enable_lora, "LoRA", "serve without --enable-lora"),
-            (
-                # A scheduler of its own makes trees fit the budgets of a step.
-                engine_args.scheduler_cls is not None,
-                f"scheduler_cls={engine_args.scheduler_cls!r}",
-                "serve without --scheduler-cls",
-            ),
-            (
-                # A rank would walk its own requests alone, and compact the cache of no other.
-                bool(parallel_config.enable_batch_sharded_sampling),
-                "batch-sharded sampling",
-                "serve without --enable-batch-sharded-sampling",
-            ),
-            (engine_args.watermark_config is not None, "watermarking", "serve without --watermark-config"),
-            (
-                # It can load a draft's weights as well, and knows nothing of the modules that a draft shares.
-                engine_args.weight_transfer_config is not None,
-                "weight transfer from a trainer",
-                "serve without --weight-transfer-config, and let `reload_weights` read a checkpoint",
-            ),
-            (
-                # They are part of every request's sampling, and may read its history.
-                bool(logits_processors),
-                f"the installed logits processor {', '.join(plugin.name for plugin in logits_processors)}",
-                "uninstall it or serve without --speculative-model",
-            ),
-        )
+            decode_context > 1,
+            f"decode_context_parallel_size={decode_context}",
+            "serve without --decode-context-parallel-size",
+        ),
+        (parallel_config.use_ubatching, "dual batch overlap", "serve without --enable-dbo"),
+        (engine_args.enable_lora, "LoRA", "serve without --enable-lora"),
+        # `TreeScheduler` takes its place.
+        (scheduler_cls is not None, f"scheduler_cls={scheduler_cls!r}", "serve without --scheduler-cls"),
+        (
+            # Each rank would walk only its own requests, but must compact the cache of all.
+            bool(parallel_config.enable_batch_sharded_sampling),
+            "batch-sharded sampling",
+            "serve without --enable-batch-sharded-sampling",
+        ),
+        (engine_args.watermark_config is not None, "watermarking", "serve without --watermark-config"),
+        (
+            # It can load weights of a draft too, but does not know which modules the draft shares.
+            engine_args.weight_transfer_config is not None,
+            "weight transfer from a trainer",
+            "serve without --weight-transfer-config, and let `reload_weights` read a checkpoint",
+        ),
+        (
+            # They run for every request, and may read its history, which differs by node.
+            bool(logits_processors),
+            f"the installed logits processor {', '.join(plugin.name for plugin in logits_processors)}",
+            "uninstall it or serve without --speculative-model",
+        ),
     )
 
 
 def check_target(target: "ModelConfig") -> None:
-    """Refuses targets whose attention or output the draft and its tree cannot share.
-
-    Raises:
-        ValueError: in one line, with the way out.
-    """
+    """Refuses targets that cannot be served with a draft, by ValueError."""
     config = target.hf_text_config
     head_size = target.get_head_size()
-    # vLLM gives every layer the window when the config does not tell them apart.
+    # Without `layer_types` vLLM gives every layer the window.
     sliding_window = target.get_sliding_window()
     layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
     without = "serve without --speculative-model"
-    _refuse(
-        (applies, f"{what} (target {target.model})", way_out)
-        for applies, what, way_out in (
-            (target.runner_type != "generate", f"a {target.runner_type} target", without),
-            (target.is_multimodal_model, "a multimodal target", without),
-            (target.is_encoder_decoder, "an encoder-decoder target", without),
-            (target.is_diffusion, "a diffusion target", without),
-            (target.use_mla, "a target with multi-head latent attention (MLA)", without),
-            (target.is_hybrid, "a hybrid target", without),
-            (target.is_attention_free, "an attention-free target", without),
-            (
-                sliding_window is not None and "sliding_attention" in layer_types,
-                f"a target with a sliding window of {sliding_window}",
-                "serve without --speculative-model, or with --disable-sliding-window",
-            ),
-            (getattr(config, "dual_chunk_attention_config", None) is not None, "dual chunk attention", without),
-            (target.uses_alibi, "a target with ALiBi", without),
-            (target.uses_mrope, "a target with multi-dimensional RoPE", without),
-            (
-                target.model_impl not in ("auto", "vllm"),
-                f"model_impl={target.model_impl!r}",
-                "serve with --model-impl auto or vllm: a draft shares the modules of vLLM's own implementation",
-            ),
-            (
-                target.using_transformers_backend(),
-                f"the architecture {', '.join(target.architectures)}, which vLLM runs with the Transformers backend",
-                without,
-            ),
-            (
-                config.model_type not in FAMILIES,
-                f"a target of the {config.model_type} family",
-                f"the families supported are {', '.join(FAMILIES)}; {without}",
-            ),
-            (
-                not MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE,
-                f"head size {head_size}",
-                f"{MIN_HEAD_SIZE} to {MAX_HEAD_SIZE} are; {without}",
-            ),
-            (target.enable_prompt_embeds, "prompt embeddings", "serve without --enable-prompt-embeds"),
-            (bool(target.logits_processors), "a custom logits processor", "serve without --logits-processors"),
-            (target.return_sampling_mask, "a sampling mask", "serve without --return-sampling-mask"),
-            (
-                # Waking up from level 2 would have to bring the draft's weights and its restricted head back.
-                target.enable_sleep_mode,
-                "sleep mode",
-                "serve without --enable-sleep-mode",
-            ),
-        )
+    refusals: tuple[_Refusal, ...] = (
+        (target.runner_type != "generate", f"a {target.runner_type} target", without),
+        (target.is_multimodal_model, "a multimodal target", without),
+        (target.is_encoder_decoder, "an encoder-decoder target", without),
+        (target.is_diffusion, "a diffusion target", without),
+        (target.use_mla, "a target with multi-head latent attention (MLA)", without),
+        (target.is_hybrid, "a hybrid target", without),
+        (target.is_attention_free, "an attention-free target", without),
+        (
+            sliding_window is not None and "sliding_attention" in layer_types,
+            f"a target with a sliding window of {sliding_window}",
+            "serve without --speculative-model, or with --disable-sliding-window",
+        ),
+        (getattr(config, "dual_chunk_attention_config", None) is not None, "dual chunk attention", without),
+        (target.uses_alibi, "a target with ALiBi", without),
+        (target.uses_mrope, "a target with multi-dimensional RoPE", without),
+        (
+            target.model_impl not in ("auto", "vllm"),
+            f"model_impl={target.model_impl!r}",
+            "serve with --model-impl auto or vllm: a draft shares the modules of vLLM's own implementation",
+        ),
+        (
+            target.using_transformers_backend(),
+            f"the architecture {', '.join(target.architectures)}, which vLLM runs with the Transformers backend",
+            without,
+        ),
+        (
+            config.model_type not in FAMILIES,
+            f"a target of the {config.model_type} family",
+            f"the families supported are {', '.join(FAMILIES)}; {without}",
+        ),
+        (
+            not MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE,
+            f"head size {head_size}",
+            f"{MIN_HEAD_SIZE} to {MAX_HEAD_SIZE} are; {without}",
+        ),
+        (target.enable_prompt_embeds, "prompt embeddings", "serve without --enable-prompt-embeds"),
+        (bool(target.logits_processors), "a custom logits processor", "serve without --logits-processors"),
+        (target.return_sampling_mask, "a sampling mask", "serve without --return-sampling-mask"),
+        # Waking up from level 2 does not restore the draft's weights and its own head.
+        (target.enable_sleep_mode, "sleep mode", "serve without --enable-sleep-mode"),
     )
+    _refuse(*((applies, f"{what} (target {target.model})", way_out) for applies, what, way_out in refusals))
 
 
 def check_platform() -> None:
-    """Refuses machines on which the kernels cannot run.
-
-    Raises:
-        ValueError: in one line, with the way to get a Triton that can.
-    """
+    """Refuses platforms without a Triton that works, by ValueError."""
     from vllm import envs
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
@@ -240,7 +206,7 @@ def check_platform() -> None:
     if not is_installed:
         reason = "install triton (pip install triton)"
     elif current_platform.is_cpu():
-        # vLLM turns Triton off on a CPU unless the plugin is there before it looks.
+        # On a CPU vLLM disables Triton unless the platform plugin is loaded first.
         reason = left_out(INTERPRETER_PLUGIN) or (
             "VLLM_TARGET_DEVICE=cpu keeps it from asking plugins for a platform, unset it"
             if envs.VLLM_TARGET_DEVICE == "cpu"
@@ -253,43 +219,37 @@ def check_platform() -> None:
 
 
 def check_engine(vllm_config: "VllmConfig") -> None:
-    """Refuses what only the complete configuration of an engine shows.
-
-    Raises:
-        ValueError: in one line, with the way out.
-    """
+    """Refuses what only the complete configuration shows, by ValueError."""
     cache = vllm_config.cache_config
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     cache_dtypes = ("auto", model_dtype, "fp8", "fp8_e4m3")
     _refuse(
         (
-            (
-                not vllm_config.use_v2_model_runner,
-                "vLLM's model runner V1",
-                "set VLLM_USE_V2_MODEL_RUNNER=1 or leave it unset",
-            ),
-            (
-                vllm_config.kv_transfer_config is not None,
-                "a KV connector or KV offloading",
-                "serve without --kv-transfer-config and --kv-offloading-size",
-            ),
-            (
-                cache.cache_dtype not in cache_dtypes,
-                f"a KV cache of {cache.cache_dtype} with a model of {model_dtype}",
-                "serve with --kv-cache-dtype auto or fp8",
-            ),
-            (
-                # One kernel moves the accepted rows of all layers.
-                bool(cache.kv_cache_dtype_skip_layers),
-                "a KV cache that is quantised in some layers only",
-                "serve without --kv-cache-dtype-skip-layers",
-            ),
-            (
-                # It has no speculation of any kind, and would say so with every request that needs it.
-                vllm_config.structured_outputs_config.backend == "lm-format-enforcer",
-                "the structured output backend lm-format-enforcer",
-                "serve with --structured-outputs-config.backend auto, xgrammar, guidance or outlines",
-            ),
-            (cache.kv_sharing_fast_prefill, "fast prefill by KV sharing", "serve without --kv-sharing-fast-prefill"),
-        )
+            not vllm_config.use_v2_model_runner,
+            "vLLM's model runner V1",
+            "set VLLM_USE_V2_MODEL_RUNNER=1 or leave it unset",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "a KV connector or KV offloading",
+            "serve without --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            cache.cache_dtype not in cache_dtypes,
+            f"a KV cache of {cache.cache_dtype} with a model of {model_dtype}",
+            "serve with --kv-cache-dtype auto or fp8",
+        ),
+        (
+            # One kernel compacts all layers, so they must have one dtype.
+            bool(cache.kv_cache_dtype_skip_layers),
+            "a KV cache that is quantised in some layers only",
+            "serve without --kv-cache-dtype-skip-layers",
+        ),
+        (
+            # It supports no speculation, and would fail every request that uses it.
+            vllm_config.structured_outputs_config.backend == "lm-format-enforcer",
+            "the structured output backend lm-format-enforcer",
+            "serve with --structured-outputs-config.backend auto, xgrammar, guidance or outlines",
+        ),
+        (cache.kv_sharing_fast_prefill, "fast prefill by KV sharing", "serve without --kv-sharing-fast-prefill"),
     )

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage "draft": grow a tree of likely continuations, one level at a time, by beam search.
+"""Stage "draft": beam search.
 
-Level 1 is the best continuations of the root; each next level is the best of all (parent, token) pairs by cumulative
-log-probability (LongSpec, arXiv:2502.17421, section 3.3). The draft's layer runs once per level, on the nodes of the
-level before.
+Every level is the best of all (parent, token) pairs by cumulative log-probability (LongSpec, arXiv:2502.17421, section
+3.3). The draft's layer runs once per level, on the nodes of the level before.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
@@ -18,27 +18,23 @@ from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.window_attention import window_attention
 from vllm_longspec.tree.shape import TreeShape
 
-# (query [num_tokens, num_heads, head_size], width of a level) -> attended, the same shape
+# (query [num_tokens, num_heads, head_size], width of the level) -> output, the same shape
 CrossAttention = Callable[[torch.Tensor, int], torch.Tensor]
 
 
+@dataclass
 class _LevelAttention:
-    """What the nodes of one level, or the root, attend to: the window and their ancestors, and the target's cache."""
+    """Attention of the nodes of one level, or the root: a `GlideAttention`."""
 
-    def __init__(
-        self,
-        trees: GrowingTrees,
-        depth: int,
-        window_kv: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        cross_attention: CrossAttention,
-    ):
-        self.trees = trees
-        self.depth = depth
-        self.width = trees.shape.width(depth)
-        self.window_kv = window_kv
-        self.idx_mapping = idx_mapping
-        self._cross_attention = cross_attention
+    trees: GrowingTrees
+    depth: int
+    window_kv: torch.Tensor
+    idx_mapping: torch.Tensor
+    attend_target: CrossAttention
+
+    @property
+    def width(self) -> int:
+        return self.trees.shape.width(self.depth)
 
     def self_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self.trees.add_keys_values(self.depth, key, value)
@@ -55,7 +51,7 @@ class _LevelAttention:
         ).view(query.shape)
 
     def cross_attention(self, query: torch.Tensor) -> torch.Tensor:
-        return self._cross_attention(query, self.width)
+        return self.attend_target(query, self.width)
 
 
 def grow_trees(
@@ -66,9 +62,8 @@ def grow_trees(
     idx_mapping: torch.Tensor,  # int64 [num_reqs]
     window_kv: torch.Tensor,  # [max_num_reqs, window, K or V, num_kv_heads, head_size], up to date
     cross_attention: CrossAttention,
-    max_position: int,  # the rotary embedding knows none beyond
+    max_position: int,  # the last one of the rotary embedding
 ) -> GrowingTrees:
-    """Drafts a tree of this shape for every request."""
     trees = GrowingTrees(shape, root_positions, window_kv)
     tokens, positions = root_tokens, root_positions.clamp(max=max_position)
     log_probs = torch.zeros(root_tokens.shape[0], 1, dtype=torch.float32, device=idx_mapping.device)
@@ -86,14 +81,11 @@ def _best_children(
     log_probs: torch.Tensor,  # [num_reqs, width] cumulative, of the parents
     num_children: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best `num_children` (parent, token) pairs of every request.
-
-    Returns parent within the level, choice and cumulative log-probability, each [num_reqs, num_children].
-    """
+    """Returns what `best_children` does; tokens are choices of the draft's vocabulary."""
     num_reqs, width = log_probs.shape
     chosen = []
     choose = best_children_in_pytorch if interpreting() else best_children
-    # Logits over the vocabulary are large; a slice of the batch at a time bounds them as vLLM does.
+    # Bounds the memory of logits as vLLM does.
     chunk = max(1, get_max_chunk_logits(model.draft_vocab_size) // width)
     for start in range(0, num_reqs, chunk):
         logits = model.compute_logits(hidden[start * width : (start + chunk) * width])

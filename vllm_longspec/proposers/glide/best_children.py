@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a level's nodes: the best (parent, token) pairs of a request, from the draft's raw logits.
+"""The best (parent, token) pairs of each request, from raw logits: softmax and top-k without writing log-probabilities.
 
-Log-probabilities over the vocabulary are never written. Of one parent's tokens the order is that of their logits, so
+1. Each chunk of a row is read once: its maximum, its sum of exponentials and its best tokens.
+2. Each row merges its chunks into its normaliser, its best tokens and their cumulative log-probabilities.
+3. Each request picks the best of its rows' tokens.
 
-1. each chunk of a row is read once, in the dtype of the logits: its greatest logit, the sum of its exponentials, and
-   its best tokens;
-2. each row merges its chunks: what normalises its logits, its best tokens and their cumulative log-probabilities;
-3. each request picks the best of its rows' tokens.
-
-The best few of many are found by taking the greatest of distinct integers, again and again. An integer holds a score in
-its high bits, mapped so that integers are ordered as the floats are, and in its low bits the place where the score is.
+Top-k repeatedly takes the maximum of distinct integers: in the high bits a score, which orders as the float does, in
+the low bits its index.
 """
 
 import torch
 from vllm.triton_utils import tl, triton
 
-# Tokens in one program: 32 in each of its threads.
+# Tokens of a program, 32 per thread.
 CHUNK = 4096
-# Less than every pair of a score and a place.
+# Less than every pair of score and index.
 NOTHING = tl.constexpr(-(2**63))
 
 
@@ -26,19 +23,14 @@ def best_children(
     parent_log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
     num_children: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `num_children` pairs of parent and token with the highest cumulative log-probability, best first.
+    """The `num_children` (parent, token) pairs with the highest cumulative log-probability, best first.
 
-    Of pairs with the same log-probability the one with the lower parent comes first, then the one with the higher logit
-    (rounding can make equals of two that are close), then the one with the lower token.
-
-    A broken draft may produce NaN. A row with NaN or +inf, or with nothing but -inf, gives every token minus infinity;
-    the tokens that are picked are valid ones all the same.
-
-    The last dimension of both tensors must be contiguous, and `parent_log_probs` altogether.
+    Ties are broken by the lower parent, then the higher logit, then the lower token. In a row with NaN or +inf, or with
+    nothing but -inf, every token has log-probability -inf; the tokens that are picked are still valid.
 
     Args:
-        logits: float16, bfloat16 or float32; a row for every parent.
-        parent_log_probs: cumulative log-probability of each parent, not NaN.
+        logits: float16, bfloat16 or float32, a row per parent; contiguous in the last dimension.
+        parent_log_probs: not NaN; contiguous.
         num_children: at most width * vocab_size.
 
     Returns parent within the level, token and cumulative log-probability: int64, int64 and float32
@@ -46,7 +38,7 @@ def best_children(
     """
     num_reqs, width = parent_log_probs.shape
     num_rows, vocab_size = logits.shape
-    # No parent can give more children than the level holds.
+    # All children may have one parent.
     num_kept = min(num_children, vocab_size)
     chunk = min(CHUNK, triton.next_power_of_2(vocab_size))
     num_chunks = triton.cdiv(vocab_size, chunk)
@@ -82,7 +74,7 @@ def best_children(
         CHUNK_BLOCK=triton.next_power_of_2(num_chunks),
         CANDIDATES=row_candidates,
         KEPT_BLOCK=kept_block,
-        # The threads of a single warp find a maximum without waiting for each other.
+        # A maximum within one warp needs no synchronisation.
         num_warps=max(1, min(4, row_candidates // 256)),
     )
     parents = torch.empty(num_reqs, num_children, dtype=torch.int64, device=logits.device)
@@ -110,7 +102,7 @@ def best_children_in_pytorch(
     parent_log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
     num_children: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same for the interpreter, which would need some hundred NumPy calls; pairs of equals come in any order."""
+    """As `best_children`, ties in any order. For the interpreter, where the kernels take hundreds of NumPy calls."""
     token_log_probs = logits.float().log_softmax(dim=-1).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
     per_parent, tokens = token_log_probs.topk(min(num_children, logits.shape[-1]))
     candidates = parent_log_probs[:, :, None] + per_parent.view(*parent_log_probs.shape, -1)
@@ -119,7 +111,7 @@ def best_children_in_pytorch(
     return index // per_parent.shape[-1], tokens, log_probs
 
 
-# The number of children changes from level to level; it must not compile a kernel anew.
+# It differs between levels and must not trigger recompilation.
 @triton.jit(do_not_specialize=["num_kept"])
 def _best_of_chunk_kernel(
     logits_ptr,  # [num_rows, vocab_size]
@@ -139,7 +131,7 @@ def _best_of_chunk_kernel(
     is_token = token < vocab_size
     logit = tl.load(logits_ptr + row * logits_stride + token, mask=is_token, other=float("-inf"))
 
-    # NaN makes the sum NaN, whether or not the maximum takes notice of it.
+    # NaN makes the sum NaN, even if tl.max ignores it.
     value = logit.to(tl.float32)
     chunk_max = tl.max(value, axis=0)
     reference = tl.where(chunk_max == float("-inf"), 0.0, chunk_max)
@@ -148,7 +140,7 @@ def _best_of_chunk_kernel(
     tl.store(chunk_max_ptr + row_chunk, chunk_max)
     tl.store(chunk_sum_ptr + row_chunk, chunk_sum)
 
-    # The lower half of a bfloat16's score is always the same, so its place goes there and 32 bits will do.
+    # The lower half of a bfloat16's score is constant and holds the index, so keys have 32 bits.
     IS_NARROW: tl.constexpr = (logit.dtype == tl.bfloat16) and (CHUNK <= 65536)
     LEAST: tl.constexpr = -(2**31) if IS_NARROW else NOTHING
     backward = CHUNK - 1 - place
@@ -219,7 +211,7 @@ def _best_of_request_kernel(
     request = tl.program_id(0).to(tl.int64)
     row_tokens_ptr += request * num_candidates
     row_log_probs_ptr += request * num_candidates
-    # Parent by parent, the best of each first.
+    # Candidates are ordered by parent, then best first.
     candidate = tl.arange(0, CANDIDATES)
     is_candidate = candidate < num_candidates
     log_prob = tl.load(row_log_probs_ptr + candidate, mask=is_candidate, other=0.0)
@@ -237,12 +229,12 @@ def _best_of_request_kernel(
 
 @triton.jit
 def _greatest(
-    keys,  # integers, all different but for `LEAST`
+    keys,  # integers, distinct except for `LEAST`
     count,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The `count` greatest keys, greatest first, then `LEAST`: [BLOCK]."""
+    """The `count` greatest keys in descending order, then `LEAST`: [BLOCK]."""
     found = tl.full([BLOCK], LEAST, keys.dtype)
     for i in range(0, count):
         greatest = tl.max(keys, axis=0)
@@ -255,7 +247,7 @@ def _greatest(
 def _score(
     value,  # float32
 ):
-    """Int32s in the order of the values. NaN counts as minus infinity, and minus zero as zero."""
+    """int32 that orders as the values do; NaN counts as -inf, -0.0 as 0.0."""
     value = tl.where(value == value, value, float("-inf"))
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -265,13 +257,13 @@ def _score(
 def _value(
     score,  # int32
 ):
-    """The float32s that have these scores."""
+    """Inverse of `_score`: float32."""
     return tl.where(score < 0, score ^ 0x7FFFFFFF, score).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _pair(
     score,  # int32
-    backward,  # int32, not negative: of equal scores the one with the higher is the greater pair
+    backward,  # int32, not negative: breaks ties of scores, the higher first
 ):
     return (score.to(tl.int64) << 32) | backward

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognises a GLIDE draft by what is in its checkpoint: `architectures` in config.json, or its parameter names.
+"""Recognises a GLIDE draft by `architectures` in its config.json, or by its parameter names.
 
-A name of a repository or a folder says nothing. Everything here works from a local folder, from the Hugging Face cache
-(also with HF_HUB_OFFLINE=1) and from the hub, and reads headers and indices only, never the weights of a draft that
-somebody else's code will load.
+A draft is a local folder, or a repository of the Hugging Face hub or its cache (also with HF_HUB_OFFLINE=1). Only
+headers and indices are read, and never the weights of other kinds of draft.
 """
 
 import errno
@@ -23,7 +22,7 @@ from vllm.logger import init_logger
 
 from vllm_longspec.targets.families import FAMILIES
 
-# vLLM shows what loggers below its own say.
+# Below vLLM's logger, whose handlers it uses.
 logger = init_logger(f"vllm.{__name__}")
 
 _PREFIXES = ("", "glide.", "model.")
@@ -31,21 +30,20 @@ _REQUIRED = frozenset(
     {f"self_attn.{projection}_proj.weight" for projection in "qkvo"}
     | {f"cross_attn.{projection}_proj.weight" for projection in "qo"}
     | {f"mlp.{projection}_proj.weight" for projection in ("gate", "up", "down")}
-    | {f"{name}.weight" for name in ("input_layernorm", "post_self_attention_layernorm")}
-    | {"post_cross_attention_layernorm.weight"}
+    | {f"{name}_layernorm.weight" for name in ("input", "post_self_attention", "post_cross_attention")}
 )
 _OPTIONAL = frozenset(
     {f"self_attn.{projection}_proj.bias" for projection in "qkv"}
-    # k_proj and v_proj of the cross-attention are part of every published checkpoint and used by no equation.
+    # In every published checkpoint, but unused.
     | {f"cross_attn.{projection}_proj.{kind}" for projection in "kv" for kind in ("weight", "bias")}
     | {"cross_attn.q_proj.bias"}
 )
-# Both at one level of the checkpoint's name space: no other kind of draft has them there.
+# No other kind of draft has both under one prefix.
 _MARKERS = ("self_attn.q_proj.weight", "cross_attn.q_proj.weight")
 
 _NAMES_SHOWN = 3
 
-# From where vLLM pulls models; a draft's parameters cannot be seen there without downloading them.
+# vLLM can download models from these, but parameter names cannot be read without a download.
 _OBJECT_STORAGE = ("s3://", "gs://", "az://")
 
 _CACHE_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -55,43 +53,33 @@ Shapes = Mapping[str, tuple[int, ...] | None]
 
 
 class NoGlideDraftError(Exception):
-    """A model that is not a GLIDE draft, or cannot be seen to be one, with the reason and the way out in one line.
+    """A model that is not recognised as a GLIDE draft, with the reason and the way out in one line.
 
-    Other kinds of draft are vLLM's business, so this is no error unless the user asks for a GLIDE draft.
+    An error only if the user asks for a GLIDE draft; other kinds of draft are left to vLLM.
     """
 
 
 class UnseenDraftError(NoGlideDraftError):
-    """A model of which nothing can be seen from here, or not enough."""
+    """A model whose files cannot be read from here, or not enough of them."""
 
 
 class _UnreadableError(Exception):
-    """A file of a checkpoint that is there and cannot be used, with the reason and the way out in one line."""
+    """A file of a checkpoint exists but cannot be used, with the reason and the way out in one line."""
 
 
 @dataclass(frozen=True)
 class DraftCheckpoint:
-    """A checkpoint that holds a GLIDE draft."""
+    """The checkpoint of a GLIDE draft."""
 
     model: str
-    # the architecture it is served as, one of FAMILIES
-    architecture: str
-    # config.json
-    config: dict[str, Any]
-    # of its parameters, without their prefix; empty where reading them would mean downloading them
+    architecture: str  # a value of FAMILIES
+    config: dict[str, Any]  # config.json
+    # Without the prefix of the names; empty if they cannot be read without a download.
     shapes: Shapes = field(default_factory=dict)
 
 
 def inspect_draft(model: str, revision: str | None = None) -> DraftCheckpoint | None:
-    """Looks at a draft: a GLIDE checkpoint, or None for whatever else `model` is.
-
-    Args:
-        model: A local folder or a repository of the Hugging Face hub.
-        revision: Branch, tag or commit of the repository.
-
-    Raises:
-        ValueError: as `read_draft`.
-    """
+    """As `read_draft`, but None if `model` is not recognised as a GLIDE draft."""
     try:
         return read_draft(model, revision)
     except NoGlideDraftError:
@@ -99,17 +87,17 @@ def inspect_draft(model: str, revision: str | None = None) -> DraftCheckpoint | 
 
 
 def read_draft(model: str, revision: str | None = None, *, expected: bool = False) -> DraftCheckpoint:
-    """Looks at a draft that may be a GLIDE checkpoint.
+    """Reads the checkpoint of a draft.
 
     Args:
-        model: A local folder or a repository of the Hugging Face hub.
-        revision: Branch, tag or commit of the repository.
-        expected: Whether the user says that it is one, so that its weights may be downloaded to see it.
+        model: a local folder or a repository of the Hugging Face hub.
+        revision: branch, tag or commit of the repository.
+        expected: whether the user asks for a GLIDE draft, so that weights may be downloaded to recognise it.
 
     Raises:
-        NoGlideDraftError: for another kind of draft, and for a place where nothing can be seen.
-        ValueError: in one line, for a GLIDE draft of an unknown family, with missing or unexpected parameters, or with
-            files that cannot be read or must not be (pickled code, an index that points elsewhere).
+        NoGlideDraftError: `model` is not recognised as a GLIDE draft.
+        ValueError: a GLIDE draft is of an unknown family, has missing or unexpected parameters, or files that cannot be
+            read or are unsafe (pickled code, an index that names other files).
     """
     if revision is not None and not isinstance(revision, str):
         raise NoGlideDraftError(f"revision must be a string, got {revision!r}: give it in quotes")
@@ -117,7 +105,6 @@ def read_draft(model: str, revision: str | None = None, *, expected: bool = Fals
     try:
         config = repository.read_json("config.json")
     except _UnreadableError as error:
-        # Whose draft this is, only the parameters can tell now.
         if _prefix(repository.readable_shapes()) is not None:
             raise ValueError(f"draft {model} is a GLIDE draft, but {error}") from None
         raise NoGlideDraftError(f"{model} is not known to be one, {error}") from None
@@ -137,7 +124,6 @@ def read_draft(model: str, revision: str | None = None, *, expected: bool = Fals
     except _UnreadableError as error:
         if named:
             raise ValueError(f"draft {model} is a GLIDE draft, but {error}") from None
-        # Whatever is wrong with the file, it may belong to no GLIDE draft at all.
         raise NoGlideDraftError(f"{model} is not known to be one, {error}") from None
     prefix = _prefix(shapes)
     if not named and prefix is None:
@@ -151,7 +137,7 @@ def read_draft(model: str, revision: str | None = None, *, expected: bool = Fals
             f"draft {model} is a GLIDE draft of model_type {model_type!r} in its config.json, but the families "
             f"supported are {', '.join(FAMILIES)}: serve without it"
         )
-    # A repository whose names cannot be had cheaply is checked when its weights are loaded.
+    # Without shapes, names are checked when weights are loaded.
     if shapes:
         _check_names(model, shapes, prefix or "")
     shapes = {name.removeprefix(prefix or ""): shape for name, shape in shapes.items()}
@@ -159,17 +145,17 @@ def read_draft(model: str, revision: str | None = None, *, expected: bool = Fals
 
 
 def find_file(model: str, file_name: str, revision: str | None = None) -> Path | None:
-    """A file that may lie beside the weights of a checkpoint; None when it is not there."""
+    """The path of an optional file of a checkpoint; None if it does not exist."""
     repository = _Repository(model, revision)
     path = repository._find(file_name)
-    # Offline the cache is all there is. Elsewhere a file that is not found goes without saying, one not seen does not.
+    # Warns only if the file may exist; offline, the cache is expected to be complete.
     if path is None and repository.obstacle is not None and not huggingface_hub.constants.is_offline_mode():
         logger.warning("%s of draft %s is not used: the draft %s.", file_name, model, repository.obstacle)
     return path
 
 
 def weight_files(folder: str) -> list[Path]:
-    """The files of weights in a local folder, as vLLM takes them: of one format only. They may be links."""
+    """The files of weights in a local folder, of one format only, as vLLM reads them."""
     from vllm.model_executor.model_loader.weight_utils import filter_files_not_needed_for_inference
 
     for pattern in ("*.safetensors", "*.bin", "*.pt"):
@@ -203,23 +189,22 @@ def _check_names(model: str, names: Iterable[str], prefix: str) -> None:
 
 
 class _Repository:
-    """The files of a checkpoint, wherever they are. What is not there is None, never an error.
+    """The files of a checkpoint. A missing file is None, not an error.
 
-    What kept a file from being looked for is remembered in `obstacle`, in one line with the way out, to be said by
-    whoever cannot do without the file.
+    `obstacle` says why files could not be looked for, in one line with the way out.
     """
 
     def __init__(self, model: str, revision: str | None):
         self.model = model
         self.revision = revision
         self.is_local = os.path.isdir(model)
-        # Method names and dotted paths of proposer classes are not worth a question to the hub.
+        # `model` may also be the name of a method or of a proposer class, which are not looked up on the hub.
         self.is_remote = not self.is_local and model.count("/") == 1 and not envs.VLLM_USE_MODELSCOPE
         self.obstacle: str | None = None
         if self.is_local and not os.access(model, os.R_OK | os.X_OK):
             self.obstacle = "is a folder that may not be read: change its permissions"
         elif not self.is_local and not self.is_remote:
-            self.obstacle = _why_nowhere(model)
+            self.obstacle = _location_obstacle(model)
 
     def read_json(self, file_name: str) -> dict[str, Any] | None:
         path = self._find(file_name)
@@ -236,7 +221,7 @@ class _Repository:
         return content
 
     def readable_shapes(self) -> Shapes:
-        """The parameters as far as local files tell; empty when they cannot be read."""
+        """Shapes of the parameters in local files; empty if there are none or they cannot be read."""
         if not self.is_local:
             return {}
         try:
@@ -245,14 +230,10 @@ class _Repository:
             return {}
 
     def parameter_shapes(self, download_weights: bool) -> Shapes:
-        """Shapes of all parameters, from headers and indices; empty when there is no cheap way to know.
+        """Shapes of all parameters, from headers and indices; empty if they cannot be read without a download.
 
-        Args:
-            download_weights: Whether a hub repository with nothing but a .bin file, which has no header, is worth
-                downloading. It ends up in the cache, where vLLM finds it when it loads the draft.
-
-        Raises:
-            _UnreadableError: a file of weights or an index is damaged or unsafe.
+        With `download_weights` a .bin file, which has no header, is downloaded to the cache, where vLLM finds it later.
+        Raises `_UnreadableError` for a damaged or unsafe file.
         """
         named_by_index: dict[str, None] = {}
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
@@ -277,42 +258,42 @@ class _Repository:
             )
             return {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
         except Exception as error:
-            self._remember(error)
+            self._record_obstacle(error)
         weights = self._find("pytorch_model.bin") if download_weights else None
         return _shapes_in_file(weights) if weights else {}
 
     def _find(self, file_name: str) -> Path | None:
         if self.is_local:
             path = Path(self.model) / file_name
-            # Unlike `Path.is_file` it raises nothing in a folder that may not be read.
+            # Unlike `Path.is_file`, it does not raise in an unreadable folder.
             return path if os.path.isfile(path) else None
         if not self.is_remote:
             return None
         if cached := self._find_cached(file_name):
             return cached
         if self.obstacle is not None:
-            # A hub that does not answer keeps its client waiting each time.
+            # Each request to a hub that does not answer waits for a timeout.
             return None
         try:
             return Path(huggingface_hub.hf_hub_download(self.model, file_name, revision=self.revision))
         except Exception as error:
-            self._remember(error)
+            self._record_obstacle(error)
             return None
 
-    def _remember(self, error: Exception) -> None:
-        # The first one: what comes after it has mostly the same reason.
-        self.obstacle = self.obstacle or _why_unreachable(self.model, self.revision, error)
+    def _record_obstacle(self, error: Exception) -> None:
+        # The first one is the cause of most others.
+        self.obstacle = self.obstacle or _hub_obstacle(self.model, self.revision, error)
 
     def _find_cached(self, file_name: str) -> Path | None:
         try:
             cached = huggingface_hub.try_to_load_from_cache(self.model, file_name, revision=self.revision)
-        except ValueError:  # not a name that the hub could have
+        except ValueError:  # not a valid name of a repository
             return None
         return Path(cached) if isinstance(cached, str) else None
 
 
-def _why_nowhere(model: str) -> str:
-    """Why `model` is no place that is looked at, and the way out."""
+def _location_obstacle(model: str) -> str:
+    """Why `model` is neither a local folder nor a repository, and the way out."""
     if "://" in model:
         place = "in object storage" if model.lower().startswith(_OBJECT_STORAGE) else "an address"
         return f"is {place}, where no GLIDE draft is looked for: copy it to a local folder and give that"
@@ -326,10 +307,10 @@ def _why_nowhere(model: str) -> str:
     return "is neither a local folder nor the name of a repository: check it, OWNER/NAME is the name of a repository"
 
 
-def _why_unreachable(model: str, revision: str | None, error: Exception) -> str | None:
-    """What kept a file of a repository from being looked for, and the way out; None if it is known not to be there."""
+def _hub_obstacle(model: str, revision: str | None, error: Exception) -> str | None:
+    """Why a file of a repository could not be looked for, and the way out; None if it does not exist."""
     if isinstance(error, hub_errors.LocalEntryNotFoundError):
-        # Whatever has kept the client from asking the hub, when the file is not in the cache either.
+        # Not in the cache; the cause is why the hub could not be asked.
         cause = error.__cause__
         error = cause if isinstance(cause, Exception) else hub_errors.OfflineModeIsEnabled()
     if isinstance(error, hub_errors.EntryNotFoundError | hub_errors.NotASafetensorsRepoError):
@@ -376,7 +357,7 @@ def _names_in_index(file_name: str, index: dict[str, Any]) -> dict[str, None]:
     if not isinstance(weight_map, dict):
         raise _UnreadableError(f"the weight_map of its {file_name} is no JSON object: download or export it again")
     for name, file in weight_map.items():
-        # Shards lie beside their index. A path could name any file of this machine.
+        # A path could name any file of this machine.
         if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
             raise _UnreadableError(
                 f"its {file_name} has {name} in {file!r}, which is no file name: an index may name files beside it only"
@@ -404,7 +385,7 @@ def _shapes_in_file(path: Path) -> Shapes:
 def _safetensors_shapes(path: Path) -> Shapes:
     from safetensors import safe_open
 
-    # Opening checks that the header's tensors fill the file, so one that was cut short is noticed here.
+    # `safe_open` checks that the tensors fill the file, and so detects truncation.
     with safe_open(path, framework="pt") as weights:
         return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
 
@@ -412,7 +393,7 @@ def _safetensors_shapes(path: Path) -> Shapes:
 def _pickled_shapes(path: Path) -> Shapes:
     import torch
 
-    # Files in PyTorch's format from before 1.6 cannot be mapped, only read.
+    # The format before PyTorch 1.6 cannot be memory-mapped.
     is_mappable = zipfile.is_zipfile(path)
     weights = torch.load(path, map_location="meta", weights_only=True, mmap=is_mappable)
     if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):

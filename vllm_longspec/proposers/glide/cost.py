@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What growing a GLIDE draft's tree takes, in weights of the target that could be read meanwhile.
-
-Each level reads the draft's layer, its head and the K and V of the target's last layer.
-"""
+"""GLIDE's `DraftingCost`: each level reads the draft's layer, its head, and K and V of the target's last layer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,22 +12,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import VllmConfig
 
-# What a level takes besides reading: 0.09 ms, in which its kernels start.
+# Constant time of a level, in weights that could be read meanwhile: 0.09 ms of kernel launches.
 LEVEL = 165e6
 
 
 @dataclass(frozen=True)
 class GlideCost:
-    """A `DraftingCost`.
-
-    Args:
-        level: weights that each GPU reads of the draft's layer and head, in weights of the target's size.
-        num_layers: of the target.
-        max_depth: levels of the whole tree.
-    """
-
-    level: float
-    num_layers: int
+    level: float  # weights of the draft's layer and head that each GPU reads, in weights of two bytes
+    num_layers: int  # of the target
     max_depth: int
 
     @classmethod
@@ -60,18 +49,16 @@ class GlideCost:
         num_ranks: int = 1,
         max_depth: int = len(DEFAULT_LEVELS),
     ) -> "GlideCost":
-        """A quantised draft has one byte, its head too, where the target's weights have two.
+        """As `of`, from sizes. Weights have two bytes, those of a quantised draft and its head have one.
 
-        Args:
-            num_ranks: GPUs that the layer and a whole head are split over; a head of some tokens is whole on each.
+        The layer and a whole head are split over `num_ranks`; each rank has all of a restricted head.
         """
         hidden, _, heads, _, head_size = layer_sizes(target)
-        # A layer of the target's with a second attention, which has no keys and values of its own.
+        # The target's layer, and q_proj and o_proj of the cross-attention.
         layer = layer_weights(target) + 2 * hidden * heads * head_size
         head_ranks = num_ranks if draft_vocab_size == vocab_size else 1
         level = layer / num_ranks + draft_vocab_size * hidden / head_ranks
         return cls(level * (0.5 if is_quantised else 1.0), target.num_hidden_layers, max_depth)
 
     def __call__(self, num_nodes: int, cache: float) -> float:
-        # A tree of few nodes is not deeper than there are nodes.
         return min(num_nodes, self.max_depth) * (LEVEL + self.level + cache / self.num_layers)

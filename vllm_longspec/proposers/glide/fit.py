@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a GLIDE draft fits its target: it reads the target's cache and shares its embedding, rotation and head."""
+"""Checks that a draft has its target's sizes, since it shares the target's cache, embeddings and head."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ from vllm_longspec.targets.families import layer_sizes, size_of
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-# What the two must have in common, in the order in which it is compared. The rotary embedding is the target's own.
+# What must be equal, in the order of comparison.
 _SIZES = (
     "model_type",
     "hidden_size",
@@ -20,16 +20,15 @@ _SIZES = (
     "intermediate_size",
 )
 
-# Of the draft's own sizes the only one that is not its target's. Some families' configurations list every layer.
+# Not compared, but bounded, because the configs of some families list every layer.
 _MAX_LAYERS = 10_000
 
 
 def check_fit(draft: DraftCheckpoint, target: "ModelConfig") -> None:
-    """Refuses a draft that was not made for a target of these sizes, before anything is built from its config.json.
+    """Checks sizes in config.json and shapes of parameters, before anything is built from config.json.
 
     Raises:
-        ValueError: in one line: names the first size or shape that differs, with both values, or what config.json has
-            in the place of a size.
+        ValueError: names the first size or shape that differs, with both values, or a value that is not a size.
     """
     from transformers import AutoConfig
 
@@ -40,7 +39,7 @@ def check_fit(draft: DraftCheckpoint, target: "ModelConfig") -> None:
                 f"draft {draft.model} has {name} {value!r} in its config.json, which is no size: use its target's "
                 "config.json"
             )
-        # What is written down differs from the target's by as much as it likes, so it is compared before it is used.
+        # Compared before transformers uses it, since it may be arbitrarily large.
         if name in _SIZES and value is not None:
             _compare(draft, target, name, value)
     if (draft.config.get("num_hidden_layers") or 1) > _MAX_LAYERS:
@@ -49,7 +48,7 @@ def check_fit(draft: DraftCheckpoint, target: "ModelConfig") -> None:
             f"than {_MAX_LAYERS}: use its target's config.json"
         )
 
-    # Through transformers, so that a size that config.json leaves out has its family's default.
+    # transformers fills in the family's default of a size that config.json leaves out.
     options = {name: value for name, value in draft.config.items() if name != "model_type"}
     try:
         draft_config = AutoConfig.for_model(draft.config["model_type"], **options)
@@ -75,7 +74,7 @@ def _compare(draft: DraftCheckpoint, target: "ModelConfig", name: str, in_draft:
 
 def _check_shapes(draft: DraftCheckpoint, target: "ModelConfig") -> None:
     hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target.hf_text_config)
-    # Output and input features of each projection.
+    # (output features, input features)
     projections = {
         "q_proj": (heads * head_size, hidden),
         "k_proj": (kv_heads * head_size, hidden),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into a quantised layer of the draft, quantised by the kernel that computes it.
+"""Norms and activations that quantise the input of the fp8 linear layer after them, with one scale per row.
 
-A linear layer with fp8 weights quantises its input first, row by row, in a kernel of its own. A draft's layers are so
-small that every kernel shows. Where vLLM compiles a model it has the norm before such a layer do both; the draft is not
-compiled, so it asks for that kernel. For the activation before one there is none yet with a scale for each row.
+A linear layer with fp8 weights otherwise quantises its input in a kernel of its own, whose launch counts in a small
+draft. vLLM's compiler fuses the two; the draft is not compiled, so it calls vLLM's fused norm. vLLM has no fused
+activation with one scale per row, so it is here.
 """
 
 import torch
@@ -21,18 +21,17 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
 from vllm.triton_utils import tl, triton
 
-# A program holds a row, up to this many elements.
+# Elements of a row, which a program holds whole.
 MAX_ROW = 32768
-# The greatest number of fp8, and the least scale that vLLM gives a row.
+# The largest fp8 value, and the smallest scale of a row in vLLM's kernels.
 FP8_MAX = tl.constexpr(torch.finfo(kFp8DynamicTokenSym.dtype).max)
 LEAST_SCALE = tl.constexpr(1.0 / (FP8_MAX.value * 512.0))
 
 
 def accept_quantised_rows(linear: LinearBase) -> None:
-    """Lets a layer of the draft read what the functions below give it, if its kernel can.
+    """Lets a layer take inputs that the functions below quantised, if its kernel can.
 
-    vLLM's layers take quantised inputs, but this kernel declares it for scales that are known beforehand only, although
-    it reads one scale a row all the same.
+    vLLM's kernel declares this for static scales only, but also reads one scale per row.
     """
     kernel = getattr(linear.quant_method, "fp8_linear", None)
     if (
@@ -50,7 +49,7 @@ def normalise(
     hidden: torch.Tensor,  # [num_tokens, hidden_size]
     residual: torch.Tensor | None = None,  # [num_tokens, hidden_size], may be written
 ) -> tuple[torch.Tensor | QuantizedActivation, torch.Tensor]:
-    """The norm of `hidden`, plus `residual` if there is one, as `linear` reads it; and that sum, not normalised."""
+    """Returns the norm of hidden + residual, quantised if `linear` takes it so, and the sum itself."""
     if get_input_quant_key(linear) != kFp8DynamicTokenSym:
         return (norm(hidden), hidden) if residual is None else norm(hidden, residual)
     rows, scales = ops.rms_norm_dynamic_per_token_quant(
@@ -65,7 +64,7 @@ def activate(
     linear: LinearBase,
     gate_up: torch.Tensor,  # [num_tokens, 2 * intermediate_size]
 ) -> torch.Tensor | QuantizedActivation:
-    """silu(gate) * up, as `linear` reads it."""
+    """silu(gate) * up, quantised if `linear` takes it so."""
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     if get_input_quant_key(linear) != kFp8DynamicTokenSym or size > MAX_ROW:
         return activation(gate_up)

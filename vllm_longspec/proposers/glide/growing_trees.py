@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees that grow: what the levels so far leave behind for the next one, and for the stages after the draft.
+"""State of the trees while they are drafted level by level.
 
-Nodes are numbered in the order in which they are drawn; row = number + 1, row 0 is the root. A level's nodes are drawn
-first (`add_level`), and then, unless it is the last level, run through the draft's layer, which leaves their K and V
-here (`add_keys_values`).
+Nodes are numbered in draft order; row 0 is the root, row i + 1 is node i. Each level is added by `add_level`. Unless it
+is the last, its nodes then run through the draft's layer, which calls `add_keys_values`.
 """
 
 import torch
@@ -15,15 +14,14 @@ from vllm_longspec.tree.state import MASK_BITS
 
 
 class GrowingTrees:
-    """
-    Args:
-        root_positions: int64 [num_reqs].
-        window_kv: [max_num_reqs, window, K or V, num_kv_heads, head_size], for its dtype and sizes.
-    """
-
-    def __init__(self, shape: TreeShape, root_positions: torch.Tensor, window_kv: torch.Tensor):
+    def __init__(
+        self,
+        shape: TreeShape,
+        root_positions: torch.Tensor,  # int64 [num_reqs]
+        window_kv: torch.Tensor,  # [max_num_reqs, window, K or V, num_kv_heads, head_size], for its dtype and sizes
+    ):
         num_reqs, num_nodes, device = root_positions.shape[0], shape.num_nodes, root_positions.device
-        # The last level's nodes are only ever drawn, never run through the layer.
+        # Nodes of the last level do not run through the layer.
         max_rows = shape.num_rows - shape.levels[-1]
         self.shape = shape
         self.root_positions = root_positions
@@ -39,7 +37,6 @@ class GrowingTrees:
         self.masks[:, 0, 0] = 1
 
     def first_row(self, depth: int) -> int:
-        """Row of the first node at `depth`."""
         return sum(map(self.shape.width, range(depth)))
 
     def add_keys_values(
@@ -48,10 +45,9 @@ class GrowingTrees:
         key: torch.Tensor,  # [num_reqs * width, num_kv_heads, head_size]
         value: torch.Tensor,  # the same
     ) -> None:
-        """Keeps what the nodes at `depth`, or the root, were projected to."""
+        """Stores the K and V of the nodes at `depth`; depth 0 is the root."""
         first_row = self.first_row(depth)
-        rows = self.node_kv[:, first_row : first_row + self.shape.width(depth)]
-        write_nodes(rows, key, value)
+        write_nodes(self.node_kv[:, first_row : first_row + self.shape.width(depth)], key, value)
 
     def add_level(
         self,
@@ -59,15 +55,10 @@ class GrowingTrees:
         parents: torch.Tensor,  # int64 [num_reqs, width] within the level above
         choices: torch.Tensor,  # int64 [num_reqs, width]
         log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
-        token_ids: torch.Tensor | None,  # int64 [draft_vocab_size]
-        max_position: int,
+        token_ids: torch.Tensor | None,  # int64 [draft_vocab_size] token of each choice; None if choices are tokens
+        max_position: int,  # positions are clamped; nodes past it are never verified
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the nodes at `depth`, which are drawn.
-
-        Args:
-            depth: 1 or more; the levels above must have been added.
-            token_ids: the token of each choice; None where choices are tokens.
-            max_position: nodes past it are cut off before they are verified; here they must only be in range.
+        """Adds the nodes at `depth`, 1 or more; the levels above must have been added.
 
         Returns the nodes' tokens and positions, each int64 [num_reqs * width].
         """
@@ -93,7 +84,6 @@ class GrowingTrees:
             self.first_row(depth - 1),
             depth,
             max_position,
-            # Rows of the last level have no mask.
             WRITES_MASKS=depth < self.shape.max_depth,
             NUM_WORDS=self.masks.shape[2],
             WIDTH_BLOCK=triton.next_power_of_2(width),
@@ -102,7 +92,7 @@ class GrowingTrees:
         return tokens, positions
 
 
-# None of these may compile a kernel anew.
+# They differ between levels and must not trigger recompilation.
 @triton.jit(do_not_specialize=["width", "num_nodes", "first_row", "first_parent_row", "depth", "max_position"])
 def _add_level_kernel(
     parents_ptr,  # int64 [num_reqs, width]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head of the draft's own: the target's rows, of some tokens only or of all, quantised if the draft is.
+"""A copy of the target's head for the draft: of all rows or some, quantised if the draft is.
 
-Each level of a tree reads the head once, and with a large vocabulary it is more than the draft's layer.
+With a large vocabulary the head is most of what each level reads.
 """
 
 from typing import Any
@@ -14,30 +14,29 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-# What fp8 kernels take at a time. vLLM's way to pad a layer with a scale for each row fails (vllm-project/vllm issue
-# 47005).
+# fp8 kernels need multiples of this. vLLM's own padding fails for a layer with one scale per row (vLLM issue 47005).
 TILE_ROWS = 16
 
 
 def has_rows(head: nn.Module) -> bool:
-    """Whether a head's weight has a row for each token: a quantised one has not."""
+    """Whether a head's weight has a row for each token; a quantised one does not."""
     return isinstance(head.quant_method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod))
 
 
 def can_be_quantised(head: nn.Module) -> bool:
-    """Whether a copy of all of this rank's rows can be: vLLM pads a vocabulary to whole tiles, but not its shards."""
+    """Whether all rows of this rank can be: vLLM pads a vocabulary to whole tiles, but not its shards."""
     return has_rows(head) and head.weight.shape[0] % TILE_ROWS == 0
 
 
 def copy_head(
     head: nn.Module,  # weight: [num_rows, hidden_size], this rank's shard
-    token_ids: torch.Tensor | None,  # int64 [num_tokens], rows of the head; None for all of them
+    token_ids: torch.Tensor | None,  # int64 [num_tokens], rows to copy; None for all
     quant_config: QuantizationConfig | None,
 ) -> ReplicatedLinear:
-    """What vLLM's LogitsProcessor takes for a head, with a weight of its own; `has_rows(head)`.
+    """Returns a head for vLLM's LogitsProcessor with a weight of its own; needs `has_rows(head)`.
 
-    Of all rows each rank keeps its shard, whose logits the processor gathers as it does the target's. Of some rows,
-    which are few, every rank has all, and the last one as often as fills a tile; the processor cuts what is too much.
+    With all rows each rank copies its shard. With some, every rank has all of them, padded to a whole tile by copies of
+    the last; LogitsProcessor removes the padding's logits.
     """
     if token_ids is None:
         weight = head.weight
@@ -48,7 +47,7 @@ def copy_head(
         copied = ReplicatedLinear(
             weight.shape[1], weight.shape[0], bias=False, quant_config=quant_config, prefix="draft_head"
         )
-        # vLLM quantises a layer as soon as all of its weight has come through its loader.
+        # vLLM quantises a layer once its loader has received the whole weight.
         parameter: Any = copied.get_parameter("weight")
         parameter.weight_loader(parameter, weight.data)
     if quant_config is None:
@@ -61,6 +60,6 @@ def _rows_of_all_ranks(head: nn.Module, token_ids: torch.Tensor) -> torch.Tensor
     shard = head.shard_indices
     rows = token_ids - shard.org_vocab_start_index
     is_here = (rows >= 0) & (rows < shard.num_org_elements)
-    # Each row is one rank's, and zeros of the others.
+    # Each row is on one rank, and zeros on the others.
     weight = head.weight[rows.where(is_here, 0)].where(is_here.unsqueeze(1), 0)
     return tensor_model_parallel_all_reduce(weight) if head.tp_size > 1 else weight

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a draft's weights are loaded: in the format of its own files, whatever format its target's are in.
+"""The `draft_load_config` of a draft.
 
-vLLM loads a draft the way it loads the target unless `draft_load_config` says otherwise. But formats such as
-`sharded_state` or `tensorizer` are what one checkpoint was exported to, and a GLIDE draft is published as safetensors
-or .bin files.
+By default vLLM loads a draft in the target's `load_format`. But a target may have been exported to a format such as
+`sharded_state` or `tensorizer`, while GLIDE drafts are published as safetensors or .bin files.
 """
 
 import os
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from vllm.config import LoadConfig
     from vllm.engine.arg_utils import EngineArgs
 
-# The files that vLLM's loaders read in each format. Those of other formats are found in other ways.
+# load_format -> files that vLLM's loader reads, for the formats that can be checked
 _FILES = {
     **dict.fromkeys(("auto", "hf"), ("*.safetensors", "*.bin", "*.pt")),
     **dict.fromkeys(("safetensors", "fastsafetensors", "instanttensor", "runai_streamer"), ("*.safetensors",)),
@@ -29,20 +28,17 @@ _WITHOUT_WEIGHTS = 'download or export it again, or give draft_load_config {"loa
 
 
 def draft_load_config(engine_args: "EngineArgs", given: Any, checkpoint: DraftCheckpoint) -> "LoadConfig | None":
-    """The draft's own LoadConfig; None where it is loaded as the target is, without any weights.
-
-    Args:
-        given: `draft_load_config` of the speculative configuration; the user's word, kept as it is.
+    """The draft's LoadConfig: the user's `given`, or one for the draft's own files; None for dummy weights.
 
     Raises:
-        ValueError: in one line that names `draft_load_config`: it is none, or the draft has no files of its format.
+        ValueError: `given` is not a LoadConfig, or the draft has no files of its format.
     """
     from vllm.config import LoadConfig
 
     if given is None:
         if engine_args.load_format.lower() == "dummy":
             return None
-        # All that says where and how fast files are read, nothing of what is in the target's.
+        # Where and how files are read is taken from the target, but not their format.
         strategy = engine_args.safetensors_load_strategy
         return LoadConfig(
             load_format=_format_of_files(checkpoint),
@@ -85,13 +81,13 @@ def _format_of_files(checkpoint: DraftCheckpoint) -> str:
         if not files:
             raise ValueError(f"draft {checkpoint.model} has no file of weights: {_WITHOUT_WEIGHTS}")
         if files[0].suffix == ".pt":
-            # As "hf" vLLM does not get to them where a trainer has left .bin files of its own.
+            # With "hf" vLLM would read a trainer's own .bin files instead.
             return "pt"
     return "hf"
 
 
 def _check_files(load_config: "LoadConfig", checkpoint: DraftCheckpoint) -> None:
-    """Refuses a local draft without a file that its loader reads; the files of a repository are vLLM's to find."""
+    """Refuses a local draft without a file that its loader reads; vLLM checks repositories."""
     patterns = _FILES.get(load_config.load_format)
     if patterns is None or not os.path.isdir(checkpoint.model):
         return

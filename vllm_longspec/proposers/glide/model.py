@@ -7,9 +7,8 @@
     h = h + mlp(post_cross_attention_layernorm(h))
     logits = lm_head(h)                                      no norm before the head
 
-Embedding, rotary embedding, head and logits processor are the target's own modules, not copies; only a head that is
-quantised or restricted to some tokens is a copy (`head.py`). One class serves every family of
-`vllm_longspec/targets/families.py`.
+Embedding, rotary embedding, head and logits processor are the target's own modules; only a head that is quantised or
+restricted to some tokens is a copy (`head.py`). One class serves all families of `vllm_longspec/targets/families.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +22,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -42,12 +37,11 @@ from vllm_longspec.targets.families import modules_of
 # (positions, query, key or None) -> rotated query and key
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]
 
-# Keys this many positions behind a query are still in its window: position p attends [p - WINDOW_SIZE, p].
+# Position p attends positions [p - WINDOW_SIZE, p].
 WINDOW_SIZE = 512
 
-
-# vLLM leaves the operations of norms and rotary embeddings to its compiler. The draft is not compiled: a CUDA graph
-# runs it whole, and what counts is the number of kernels. So it asks for vLLM's own.
+# By default vLLM leaves norms to its compiler. The draft is not compiled but run by a CUDA graph, where the number of
+# kernels counts, so it takes vLLM's fused kernels.
 NORM_KERNELS = ["vllm_c", "native"]
 
 
@@ -61,7 +55,7 @@ def _norm_kernels() -> Iterator[None]:
 
 
 class GlideAttention(Protocol):
-    """What a layer attends to is the caller's business: the draft's state lives outside the model."""
+    """Attention of the layer. The caller implements it, because the draft's state is not part of the model."""
 
     def self_attention(
         self,
@@ -120,7 +114,7 @@ class GlideSelfAttention(nn.Module):
 
 
 class GlideCrossAttention(nn.Module):
-    """Queries only: K and V come from the target's cache, already rotated, so k_proj and v_proj are never built."""
+    """Queries only: K (already rotated) and V come from the target's cache, so there is no k_proj or v_proj."""
 
     def __init__(
         self, hidden_size: int, head_size: int, num_heads: int, quant_config: QuantizationConfig | None, prefix: str
@@ -151,7 +145,7 @@ class GlideForCausalLM(nn.Module):
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={"glide.": "", "model.": ""},
         orig_to_new_substr={
-            # Part of every published checkpoint, used by no equation.
+            # In every published checkpoint, but unused.
             "cross_attn.k_proj": None,
             "cross_attn.v_proj": None,
         },
@@ -164,20 +158,20 @@ class GlideForCausalLM(nn.Module):
         },
     )
 
-    # The target's modules, see `share_with`.
+    # Set by `share_with`.
     embed_tokens: nn.Module
     rotary_emb: nn.Module
     lm_head: nn.Module
     target_head: nn.Module
     logits_processor: LogitsProcessor
-    # The tokens of a restricted head, int64 [draft_vocab_size]; None when the draft draws any.
+    # int64 [draft_vocab_size] tokens of a restricted head; None for the whole vocabulary
     token_ids: torch.Tensor | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         model_config = vllm_config.model_config
         config = model_config.hf_config
-        # Of the draft alone: one that vLLM quantises as it loads it.
+        # Online quantization of the draft; the target's does not apply.
         self.quant_config = quant_config = vllm_config.quant_config
         hidden_size = config.hidden_size
         head_size = model_config.get_head_size()
@@ -213,7 +207,7 @@ class GlideForCausalLM(nn.Module):
             accept_quantised_rows(linear)
 
     def share_with(self, target: nn.Module) -> None:
-        """Takes the target's embedding, rotary embedding, head and logits processor; none is copied."""
+        """Shares the target's embedding, rotary embedding, head and logits processor."""
         modules = modules_of(target)
         self.embed_tokens = modules.embed_tokens
         self.embeds_by_row = get_tensor_model_parallel_world_size() == 1 and isinstance(
@@ -226,9 +220,9 @@ class GlideForCausalLM(nn.Module):
 
     def take_own_head(
         self,
-        token_ids: torch.Tensor | None,  # int64 [num_tokens]
+        token_ids: torch.Tensor | None,  # int64 [num_tokens], the rows to copy; None for all
     ) -> None:
-        """Copies the target's head, quantised if the draft is, and lets the draft draw these tokens only, or any.
+        """Copies the target's head, quantised if the draft is.
 
         Raises:
             ValueError: the target's head is quantised, so it has no rows.
@@ -246,25 +240,24 @@ class GlideForCausalLM(nn.Module):
             scale=targets.scale,
             soft_cap=targets.soft_cap,
         )
-        # A precision of its own is for heads that are not quantised, and candidates need none.
+        # A `head_dtype` is for heads that are not quantised, and candidates need no higher precision.
         self.logits_processor.head_dtype = None
 
     def renew_head(self) -> None:
-        """Copies the rows that the target's head has now, if the draft has a copy."""
+        """Copies the target's head again, if the draft has a copy, after its weights were reloaded."""
         if self.lm_head is self.target_head:
             return
         renewed = copy_head(self.target_head, self.token_ids, self.quant_config)
         if current_platform.is_cpu():
-            # Its kernels read rows that they have packed.
+            # CPU kernels read packed weights.
             self.lm_head = renewed
             return
-        # CUDA graphs read the tensors that are there.
+        # In place: CUDA graphs read these tensors.
         for parameter, value in zip(self.lm_head.parameters(), renewed.parameters(), strict=True):
             parameter.data.copy_(value.data)
 
     @property
     def draft_vocab_size(self) -> int:
-        """How many tokens the draft chooses from."""
         return self.logits_processor.org_vocab_size
 
     @property
@@ -273,7 +266,7 @@ class GlideForCausalLM(nn.Module):
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.embeds_by_row:
-            # What vLLM calls takes four times as long for a handful of rows (PyTorch's indexSelectSmallIndex).
+            # F.embedding, which vLLM calls, takes four times as long for few rows (PyTorch's indexSelectSmallIndex).
             return self.embed_tokens.weight[input_ids]
         return self.embed_tokens(input_ids)
 
@@ -283,10 +276,7 @@ class GlideForCausalLM(nn.Module):
         input_ids: torch.Tensor,  # [num_tokens]
         positions: torch.Tensor,  # [num_tokens]
     ) -> tuple[torch.Tensor, torch.Tensor]:  # key, value: [num_tokens, num_kv_heads, head_size]
-        """Self-attention K and V of tokens that are already part of the text.
-
-        The layer is the first and only one, so they depend on nothing but the token and its position.
-        """
+        """Self-attention K and V of emitted tokens. In a single layer they depend on token and position alone."""
         hidden, _ = normalise(self.input_layernorm, self.self_attn.qkv_proj, self.embed_input_ids(input_ids))
         _, key, value = self.self_attn.project(hidden, positions, self.rotate)
         return key, value
@@ -319,7 +309,7 @@ class GlideForCausalLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        # A checkpoint without biases is the same layer with biases of zero.
+        # Checkpoints may leave biases out.
         biases = {name: parameter for name, parameter in self.named_parameters() if name.endswith(".bias")}
         for bias in biases.values():
             bias.data.zero_()

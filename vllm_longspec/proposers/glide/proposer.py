@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLIDE's trees: bring the window of the last tokens up to date, then grow a tree by beam search."""
+"""GLIDE's `Proposer`: updates the window of the last tokens, then drafts a tree by beam search."""
 
 from copy import copy
 from functools import cache
@@ -33,7 +33,7 @@ class GlideProposer(Proposer):
         assert vllm_config.speculative_config is not None
         self.speculative_config = vllm_config.speculative_config
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        # The rotary embedding knows no position beyond.
+        # Rotary embeddings end there.
         self.max_position = vllm_config.model_config.max_model_len - 1
 
     def load(self, target: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -41,14 +41,13 @@ class GlideProposer(Proposer):
             self.vllm_config,
             model_config=self.speculative_config.draft_model_config,
             load_config=get_draft_load_config(self.vllm_config),
-            # A quantised target says nothing about its draft.
+            # The target's does not apply to the draft.
             quant_config=None,
             parallel_config=replace(
                 self.speculative_config.draft_parallel_config, rank=self.vllm_config.parallel_config.rank
             ),
         )
-        # A CUDA graph runs the draft whole, without vLLM's compiler. So its operations are vLLM's own kernels, whatever
-        # the target's are.
+        # CUDA graphs run the draft without vLLM's compiler, so it needs vLLM's fused kernels, whatever the target uses.
         draft_vllm_config.compilation_config = compilation_config = copy(self.vllm_config.compilation_config)
         compilation_config.mode = CompilationMode.NONE
         compilation_config.custom_ops = ["all"]
@@ -85,8 +84,7 @@ class GlideProposer(Proposer):
         self.window.rebuild(token_ids, idx_mapping, roots.positions, max_root_position)
 
     def skip(self, requests: Requests) -> None:
-        """Adds the tokens that the last step settled to the windows."""
-        # For requests whose window was just rebuilt this writes the same values once more.
+        # A window that was just rebuilt gets the same values again.
         self.window.append(
             requests.token_ids,
             requests.idx_mapping,
@@ -111,7 +109,7 @@ class GlideProposer(Proposer):
         return Candidates(drafted.tokens, drafted.parents, drafted.log_probs, shape)
 
     def _cross_attention(self, requests: Requests) -> CrossAttention:
-        """Attention of the tree's nodes to all that the target has cached, in its last layer."""
+        """Attention of nodes to the target's whole prefix in its last layer."""
         layer = self.vllm_config.compilation_config.static_forward_context[self.target_layer_name]
         scales = cache_scales(layer)
         num_reqs = requests.block_table.shape[0]

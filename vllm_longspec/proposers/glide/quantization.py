@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision of a draft's weights: vLLM's `quantization` in the speculative configuration, and its default."""
+"""The default of `quantization` in the speculative configuration."""
 
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 def default_quantization(
     engine_args: "EngineArgs", target: "ModelConfig", parallel_config: "ParallelConfig", draft_vocab_size: int
 ) -> str | None:
-    """fp8 where reading weights is most of what drafting a level takes, on the GPUs that this was measured on.
-
-    Acceptance stays what it is (benchmarks/README.md).
-    """
+    """fp8 where it was measured to pay (docs/tuning.md#fp8-drafts): if a level spends most time reading weights."""
     from vllm.platforms import current_platform
 
     is_hopper = current_platform.is_cuda() and current_platform.is_device_capability_family(90)
@@ -26,7 +23,7 @@ def default_quantization(
         return None
     if target.quantization is not None or target.dtype not in (torch.float16, torch.bfloat16):
         return None
-    # Not every kernel that a user may choose computes with the scales of an fp8 draft.
+    # Not every linear kernel that a user may choose supports the scales of an fp8 draft.
     kernels = engine_args.kernel_config
     if {engine_args.linear_backend, kernels.linear_backend} != {"auto"} or kernels.linear_backend_per_quant:
         return None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GLIDE draft at start-up: recognised from its checkpoint, checked against its target, described to vLLM."""
+"""GLIDE's `DraftSetup`: recognises a draft by its checkpoint."""
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-# vLLM shows what loggers below its own say.
+    from vllm_longspec.proposers.interface import HfOverrides
+
+# Below vLLM's logger, whose handlers it uses.
 logger = init_logger(f"vllm.{__name__}")
 
-# vLLM decides what kind of draft it has by these words in its path, before it looks at anything else.
-_WORDS_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+# If a draft's path contains one of these, vLLM takes it for another method before it looks at its config.
+_NAMES_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,14 @@ class GlideSetup(DraftSetup):
         except NoGlideDraftError as error:
             for name in own_options:
                 raise ValueError(f"{name} needs a GLIDE draft: {error}") from None
-            # Of a draft of another kind vLLM needs to know more, and will say so.
+            # vLLM needs these options for any other draft, so a user who gave one did not expect a GLIDE draft.
             if isinstance(error, UnseenDraftError) and not options.keys() & {"method", "num_speculative_tokens"}:
                 logger.warning("Draft %s. If it is a GLIDE draft, it is not recognised.", error)
             return None
 
     def check(self, target: "ModelConfig") -> None:
         check_fit(self.checkpoint, target)
-        for word in _WORDS_OF_OTHER_METHODS:
+        for word in _NAMES_OF_OTHER_METHODS:
             if word in self.checkpoint.model.lower():
                 raise ValueError(
                     f"draft {self.checkpoint.model} is a GLIDE draft, but vLLM takes any path with {word!r} in it for "
@@ -69,7 +71,6 @@ class GlideSetup(DraftSetup):
                 )
 
     def frequent_tokens(self, given: Any) -> str | None:
-        """The file that the user gives, or else the one that comes with the draft, unless the option is false."""
         if given is False:
             return None
         if given is None:
@@ -94,25 +95,20 @@ class GlideSetup(DraftSetup):
         if "quantization" not in given:
             quantization = default_quantization(engine_args, target, parallel_config, draft_vocab_size)
         return {
-            # What vLLM takes a draft that it does not know for.
+            # vLLM's method for a draft model that it does not know.
             "method": "draft_model",
             "quantization": quantization,
             "draft_load_config": draft_load_config(engine_args, given.get("draft_load_config"), self.checkpoint),
         }
 
-    def hf_overrides(
-        self, overrides: "Callable[[PretrainedConfig], PretrainedConfig]"
-    ) -> "Callable[[PretrainedConfig], PretrainedConfig]":
+    def hf_overrides(self, overrides: "HfOverrides") -> "HfOverrides":
         return functools.partial(_override, self.checkpoint.architecture, overrides)
 
     @staticmethod
     def check_other(config: "SpeculativeConfig | None") -> None:
-        """Refuses a GLIDE draft that vLLM has found where `GlideSetup.find` sees none, such as in object storage.
+        """Refuses a GLIDE draft that only vLLM found, such as one in object storage.
 
-        vLLM knows its architecture, and would build it and drive it as an ordinary model.
-
-        Raises:
-            ValueError: in one line, with the way out.
+        Its architecture is registered, so vLLM would run it as an ordinary draft model.
         """
         if config is None or config.draft_model_config is None:
             return
@@ -130,12 +126,8 @@ class GlideSetup(DraftSetup):
         return GlideCost.of(vllm_config)
 
 
-def _override(
-    architecture: str,
-    overrides: "Callable[[PretrainedConfig], PretrainedConfig]",
-    hf_config: "PretrainedConfig",
-) -> "PretrainedConfig":
+def _override(architecture: str, overrides: "HfOverrides", hf_config: "PretrainedConfig") -> "PretrainedConfig":
     hf_config.architectures = [architecture]
-    # A draft's config.json may be a quantised target's; its weights never are.
+    # config.json may be a copy of a quantised target's, but weights of a draft are never quantised.
     vars(hf_config).pop("quantization_config", None)
     return overrides(hf_config)

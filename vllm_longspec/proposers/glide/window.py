@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draft's whole state: self-attention K and V of the last tokens of every running request.
+"""The draft's state: self-attention K and V of the last tokens of every request.
 
-It is a pure function of the last token ids, because the draft's layer is the first and only one. So it never grows
-with the context, there is no draft prefill, and whatever loses it (preemption, a prefix-cache hit, a chunked prompt)
-is answered by computing it again from the ids.
+It is a function of the last token ids alone, so it is recomputed whenever it is missing; see docs/design.md#window.
 """
 
 import torch
@@ -13,27 +11,20 @@ from vllm_longspec.interpreter import interpreting
 from vllm_longspec.proposers.glide.model import WINDOW_SIZE, GlideForCausalLM
 from vllm_longspec.proposers.glide.window_attention import write_window
 
-# A rebuild of one request is up to 512 tokens wide; more requests at a time than this would only need more memory.
+# Up to WINDOW_SIZE tokens per request are rebuilt at a time; more requests would only take more memory.
 MAX_REBUILD_REQS = 8
-# The same for one new token and for a whole window, so that no prompt finds a kernel to be compiled.
+# One size for `append` and `rebuild`, so that no prompt triggers compilation.
 TOKEN_BLOCK = 64
 
 
 class DraftWindow:
-    """A ring of K and V per req_state_idx: position p is at entry p % WINDOW_SIZE."""
+    """A ring buffer of K and V per req_state_idx: position p is at entry p % WINDOW_SIZE."""
 
     def __init__(self, max_num_reqs: int, model: GlideForCausalLM, dtype: torch.dtype, device: torch.device):
         self.model = model
         # [max_num_reqs, WINDOW_SIZE, K or V, num_kv_heads, head_size]
-        self.kv = torch.zeros(
-            max_num_reqs,
-            WINDOW_SIZE,
-            2,
-            model.self_attn.num_kv_heads,
-            model.self_attn.head_size,
-            dtype=dtype,
-            device=device,
-        )
+        shape = (max_num_reqs, WINDOW_SIZE, 2, model.self_attn.num_kv_heads, model.self_attn.head_size)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def bytes_per_request(self) -> int:
@@ -41,13 +32,13 @@ class DraftWindow:
 
     def append(
         self,
-        token_ids: torch.Tensor,  # [max_num_reqs, max_model_len] text by req_state_idx
-        idx_mapping: torch.Tensor,  # int64 [num_reqs]; -1 for a request that only pads the batch
-        root_positions: torch.Tensor,  # int64 [num_reqs]; the root itself belongs to the tree, not to the window
-        num_new: torch.Tensor,  # int32 [num_reqs] tokens right before the root that the window lacks
-        max_new: int,  # no request has more
+        token_ids: torch.Tensor,  # [max_num_reqs, max_model_len] by req_state_idx
+        idx_mapping: torch.Tensor,  # int64 [num_reqs]; -1 for padding
+        root_positions: torch.Tensor,  # int64 [num_reqs]; the root itself is not added
+        num_new: torch.Tensor,  # int32 [num_reqs] tokens right before the root to add
+        max_new: int,  # upper bound of num_new
     ) -> None:
-        """Adds the tokens that the last step settled."""
+        """Adds the tokens that the last step emitted."""
         num_reqs = idx_mapping.shape[0]
         tokens = torch.empty(num_reqs * max_new, dtype=torch.int64, device=idx_mapping.device)
         positions, expanded_idx_mapping = torch.empty_like(tokens), torch.empty_like(tokens)
@@ -74,7 +65,7 @@ class DraftWindow:
         root_positions: torch.Tensor,  # int64 [num_reqs]
         max_root_position: int,
     ) -> None:
-        """Computes the windows of requests that have none, from their last token ids."""
+        """Computes whole windows from the last token ids."""
         width = min(WINDOW_SIZE, max_root_position)
         for start in range(0, idx_mapping.shape[0], MAX_REBUILD_REQS):
             chunk = slice(start, start + MAX_REBUILD_REQS)
@@ -95,15 +86,12 @@ def _settled_tokens_kernel(
     max_new,
     BLOCK: tl.constexpr,
 ):
-    """The last `num_new` tokens before each root, the latest first; in the others -1, for which nothing is written.
-
-    So shapes do not depend on how much was accepted.
-    """
+    """Lists the last `num_new` tokens before each root, the latest first, padded to `max_new` by req_state_idx -1."""
     request = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     req_state_idx = tl.load(idx_mapping_ptr + request)
     position = tl.load(root_positions_ptr + request) - 1 - offset
-    # A request that only pads the batch (-1) has no text.
+    # Padding has no tokens.
     num_new = tl.where(req_state_idx >= 0, tl.load(num_new_ptr + request), 0)
     is_new = (offset < num_new) & (position >= 0)
     position = tl.maximum(position, 0)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draft's self-attention: a window of recent tokens, and the nodes drafted so far.
+"""The draft's self-attention: over a window of the last tokens and the nodes drafted so far.
 
-The draft's K and V at a position depend on nothing but the token there, and its self-attention sees at most `window`
-earlier positions. So instead of a paged cache the draft keeps, for each running request, a ring of the last `window`
-tokens' K and V: position p is at entry p % window. The nodes of the tree being drafted never enter the ring; their K
-and V are in a buffer of their own until the target has accepted them.
+K and V of the last `window` tokens of each request are in a ring buffer, position p at entry p % window. Those of nodes
+are in a buffer of their own and never enter the ring; K and V of accepted tokens are computed again.
 """
 
 import torch
@@ -26,27 +24,20 @@ def window_attention(
 ) -> torch.Tensor:  # [num_reqs, width, num_heads, head_size]
     """Attention of one level's nodes over the window and their own ancestors.
 
-    A node of depth d stands at position q = root + d. It attends the history positions p with q - window <= p < root,
-    and those node rows (the root's among them) whose bit is set in its ancestor mask; together the keys in
-    [q - window, q] on its path. Depth must not exceed `window`.
-
-    Node rows are in draft order: row 0 is the root, row i + 1 the i-th drafted node. Rows past this level's may hold
-    anything, NaN too. The last dimension of every tensor must be contiguous.
+    A node of depth d, at most `window`, is at position q = root + d. It attends positions p of the window with
+    q - window <= p < root, and the node rows in its ancestor mask. Softmax and sums are in float32. The last dimension
+    of every tensor must be contiguous.
 
     Args:
         query: rotated queries of rows first_row to first_row + width - 1.
-        window_kv: ring of rotated keys (index 0) and values (index 1); entries of positions root - window to root - 1,
-            as far as those exist, must have been written.
-        idx_mapping: req_state_idx of each request; one with -1 has no history.
-        root_positions: position of each request's root, which is also its number of earlier tokens.
-        node_kv: rotated keys and values of this step's nodes.
+        window_kv: ring of rotated keys (index 0) and values (index 1); positions max(root - window, 0) to root - 1 must
+            have been written.
+        idx_mapping: req_state_idx; -1 for padding, which attends no history.
+        node_kv: rotated keys and values, in draft order: row 0 is the root, row i + 1 node i. Rows past this level may
+            hold anything, including NaN.
         node_masks: ancestor masks over node rows; bit (r % 32) of word (r // 32) is row r.
-        first_row: first row of the level: 0 for the root's.
-        depth: depth of the level: 0 for the root's.
-        scale: what scores are multiplied by, usually head_size ** -0.5.
-
-    Returns:
-        The attention output, contiguous, in the query's dtype. Softmax and sums are taken in float32.
+        first_row: first row of the level, 0 for the root.
+        depth: of the level, 0 for the root.
     """
     num_reqs, width, num_heads, head_size = query.shape
     window, _, num_kv_heads, _ = window_kv.shape[1:]
@@ -55,14 +46,14 @@ def window_attention(
 
     head_block = triton.next_power_of_2(max(head_size, 16))
     if interpreting():
-        # Each operation is a NumPy call: the fewer and larger, the better. NumPy has no bfloat16 product.
+        # Each operation is a NumPy call, so tiles are as large as possible. NumPy has no bfloat16 product.
         query_tile = triton.next_power_of_2(max(width * group, 16))
         history_tile = triton.next_power_of_2(max(window, 16))
         node_tile = triton.next_power_of_2(max(first_row + width, 16))
         dot_dtype = tl.float32
     else:
-        # A level has few rows and a short history, so time is latency: the smallest query tiles spread them over the
-        # most multiprocessors, and key tiles of 16 KiB at most leave room in shared memory for those of three rounds.
+        # Few rows and a short history: latency-bound. The smallest query tiles use the most multiprocessors, and shared
+        # memory holds three stages of key tiles of at most 16 KiB.
         query_tile = 16
         history_tile = node_tile = max(16, min(64, 16384 // (head_block * query.element_size())))
         dot_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[query.dtype]
@@ -83,7 +74,7 @@ def window_attention(
         width,
         first_row,
         depth,
-        scale * 1.4426950408889634,  # log2(e): the kernel's softmax is in powers of two
+        scale * 1.4426950408889634,  # log2(e), for exp2
         GROUP=group,
         HEAD_SIZE=head_size,
         HEAD_BLOCK=head_block,
@@ -101,20 +92,13 @@ def write_window(
     window_kv: torch.Tensor,  # [max_num_reqs, window, 2, num_kv_heads, head_size], written
     keys: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
     values: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
-    expanded_idx_mapping: torch.Tensor,  # int64 [num_tokens]
+    expanded_idx_mapping: torch.Tensor,  # int64 [num_tokens] req_state_idx, -1 for a token to skip
     positions: torch.Tensor,  # int64 [num_tokens]
 ) -> None:
-    """Puts tokens' K and V into the ring, position p at entry p % window.
+    """Writes K (rotated) and V of tokens into the ring, position p at entry p % window.
 
-    No two tokens of one call may share an entry: pass at most the last `window` tokens of a request. The last dimension
+    No two tokens of a call may share an entry: pass at most the last `window` tokens of a request. The last dimension
     of every tensor must be contiguous.
-
-    Args:
-        window_kv: the ring of each req_state_idx.
-        keys: rotated keys.
-        values: values.
-        expanded_idx_mapping: req_state_idx of each token, -1 for a token to skip.
-        positions: position of each token in its request.
     """
     _write(window_kv, keys, values, expanded_idx_mapping, positions)
 
@@ -124,7 +108,7 @@ def write_nodes(
     keys: torch.Tensor,  # [num_reqs * width, num_kv_heads, head_size]
     values: torch.Tensor,  # [num_reqs * width, num_kv_heads, head_size]
 ) -> None:
-    """Puts the K and V of a level's nodes, one request after the other, into that level's rows."""
+    """Writes K and V of a level's nodes into that level's rows."""
     _write(node_kv, keys, values, None, None)
 
 
@@ -137,7 +121,7 @@ def _write(
 ) -> None:
     num_tokens, num_kv_heads, head_size = keys.shape
     element_block = triton.next_power_of_2(num_kv_heads * head_size)
-    # One program takes all tokens in the interpreter, and on a device as many as fit its registers.
+    # All tokens in the interpreter, on a GPU as many as fit a program's registers.
     token_block = triton.next_power_of_2(num_tokens) if interpreting() else max(1, 2048 // element_block)
     _write_kernel[(triton.cdiv(num_tokens, token_block),)](
         target_kv,
@@ -157,7 +141,7 @@ def _write(
     )
 
 
-# A draft calls this once a level; `first_row` and `depth` must not each mean another compilation.
+# They differ between levels and must not trigger recompilation.
 @triton.jit(do_not_specialize=["width", "first_row", "depth"])
 def _window_attention_kernel(
     query_ptr,
@@ -201,7 +185,7 @@ def _window_attention_kernel(
     req_state_idx = tl.load(idx_mapping_ptr + request)
     root_position = tl.load(root_positions_ptr + request).to(tl.int32)
 
-    # The queries of all heads that share this KV head are packed into one tile, heads of a node side by side.
+    # Queries of all heads that share this KV head are packed into one tile.
     packed = tl.program_id(2) * QUERY_TILE + tl.arange(0, QUERY_TILE)
     node = packed // GROUP
     head = kv_head * GROUP + packed % GROUP
@@ -217,8 +201,8 @@ def _window_attention_kernel(
     total = tl.zeros([QUERY_TILE], tl.float32)
     highest = tl.full([QUERY_TILE], float("-inf"), tl.float32)
 
-    # History: entries are read in memory order. The ring turns over at entry root % window: entries before it belong to
-    # the present round, the others to the round before. All queries are of one depth and see the same positions.
+    # Window, in memory order. Entries before root % window hold positions of the current turn of the ring, the others
+    # those of the turn before. All queries have the same depth and see the same positions.
     num_entries = tl.where(req_state_idx >= 0, tl.minimum(root_position, window), 0)
     turn = root_position % window
     window_ptr += req_state_idx * window_req_stride + kv_head * window_head_stride
@@ -241,7 +225,7 @@ def _window_attention_kernel(
             DOT_DTYPE,
         )
 
-    # Nodes: each query sees the rows in its ancestor mask.
+    # Nodes.
     num_rows = first_row + width
     node_ptr += request * node_request_stride + kv_head * node_head_stride
     mask_ptr = masks_ptr + request * masks_request_stride + (first_row + node) * masks_row_stride
@@ -267,7 +251,7 @@ def _window_attention_kernel(
     output_offset = request * output_request_stride + node * output_node_stride + head * output_head_stride
     tl.store(
         output_ptr + output_offset[:, None] + channel[None, :],
-        # A query sees itself at least; lanes past the last query, and requests that only pad the batch, see nothing.
+        # Padding may see no key.
         weighted / tl.where(total > 0.0, total, 1.0)[:, None],
         mask=is_query[:, None] & is_channel[None, :],
     )
@@ -288,16 +272,16 @@ def _attend_tile(
     HEAD_BLOCK: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Adds a tile of keys and values to an online softmax."""
+    """Online softmax over one more tile of keys and values."""
     channel = tl.arange(0, HEAD_BLOCK)[None, :]
-    # What is not a key is not read at all: as a value, garbage would survive a weight of zero.
+    # NaN in unwritten rows would survive a weight of zero.
     mask = is_key[:, None] & (channel < HEAD_SIZE)
     key = tl.load(key_ptr[:, None] + channel, mask=mask, other=0.0).to(DOT_DTYPE)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
     scores = tl.where(is_visible, scores, float("-inf"))
 
     new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-    # Nothing seen yet: any finite number will do, but infinity minus infinity will not.
+    # Avoids -inf - -inf while nothing is visible.
     reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
     weight = tl.exp2(scores - reference[:, None])
     fading = tl.exp2(highest - reference)
@@ -306,7 +290,7 @@ def _attend_tile(
     return weighted, total * fading + tl.sum(weight, axis=1), new_highest
 
 
-# The width of a level, like the number of tokens, must not mean another compilation.
+# Numbers of tokens and entries must not trigger recompilation.
 @triton.jit(do_not_specialize=["num_tokens", "num_entries"])
 def _write_kernel(
     target_ptr,
@@ -320,7 +304,7 @@ def _write_kernel(
     values_ptr,
     values_token_stride,
     values_head_stride,
-    expanded_idx_mapping_ptr,  # None where all requests' entries are filled, in order
+    expanded_idx_mapping_ptr,  # None to fill all entries of all requests in order
     positions_ptr,
     num_tokens,
     num_entries,  # of a request
