@@ -107,11 +107,9 @@ def test_a_cached_prompt_and_a_threshold_below_a_trees_rows():
     assert_like_plain_decoding(settings, rounds)
 
 
-@pytest.mark.parametrize("schedule", [None, [[1, 256, 68]]])
-def test_requests_that_share_a_small_budget(schedule):
-    options = {} if schedule is None else {"num_speculative_tokens_per_batch_size": schedule}
+def test_requests_that_share_a_small_budget():
     rounds = [[(0, prompt(24), 32), (0, prompt(24, 200), 32)]]
-    assert_like_plain_decoding({"max_num_seqs": 4, "max_num_batched_tokens": 70}, rounds, **options)
+    assert_like_plain_decoding({"max_num_seqs": 4, "max_num_batched_tokens": 70}, rounds)
 
 
 def test_trees_preempt_nobody():
@@ -120,7 +118,7 @@ def test_trees_preempt_nobody():
     assert_like_plain_decoding(settings, rounds)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_budgets_thresholds_and_schedules(seed):
     source = random.Random(seed)
     max_num_seqs = source.randint(1, 5)
