@@ -102,7 +102,7 @@ def configure(
 
     from vllm.platforms import current_platform
 
-    if name != proposers.GLIDE:
+    if method == name:
         # vLLM does not know the names of proposers.
         del given["method"]
     support.check_platform()

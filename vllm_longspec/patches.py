@@ -49,6 +49,8 @@ def apply() -> None:
     # Method `draft_model` reserves slots and rows for a KV cache of the draft; proposers have none.
     _replace(SpeculativeConfig, "max_num_new_slots_for_drafting", _max_num_new_slots_for_drafting)
     _replace(VllmConfig, "num_lookahead_tokens", _num_lookahead_tokens)
+    # And with any draft vLLM warns that its reservations may slow it down.
+    _replace(VllmConfig, "_set_max_num_scheduled_tokens", _set_max_num_scheduled_tokens)
     _replace(SchedulerConfig, "get_scheduler_cls", _get_scheduler_cls)
     # Data-parallel ranks of a mixture of experts run in lockstep. Supported targets are dense: every rank is an engine
     # of its own and keeps its schedule.
@@ -128,6 +130,14 @@ def _max_num_new_slots_for_drafting(original: Callable[..., int], self: Speculat
 
 def _num_lookahead_tokens(original: Callable[..., int], self: VllmConfig) -> int:
     return original(self) if options_of(self.speculative_config) is None else 0
+
+
+def _set_max_num_scheduled_tokens(original: Callable[..., None], self: VllmConfig) -> None:
+    scheduler_config = self.scheduler_config
+    if options_of(self.speculative_config) is None:
+        original(self)
+    elif scheduler_config.max_num_scheduled_tokens is None:
+        scheduler_config.max_num_scheduled_tokens = scheduler_config.max_num_batched_tokens
 
 
 def _get_scheduler_cls(original: Callable[..., type], self: SchedulerConfig) -> type:

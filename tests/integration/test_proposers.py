@@ -65,8 +65,9 @@ def test_a_proposer_is_found_by_its_method(tmp_path):
     assert config.speculative_config.num_speculative_tokens == 3
     # It may be registered again, as every process that loads plugins does, but not another one under its name.
     proposers.register(*REPEAT)
-    with pytest.raises(ValueError, match=r"register another\.Setup under another name"):
-        proposers.register("repeat", "another.Setup")
+    for taken in ("repeat", "ngram", "eagle3", "mtp"):
+        with pytest.raises(ValueError, match=r"register another\.Setup under another name"):
+            proposers.register(taken, "another.Setup")
 
 
 @pytest.mark.usefixtures("registered")

@@ -89,8 +89,7 @@ def assert_like_plain_decoding(settings: dict[str, Any], rounds: list[list[Arriv
     assert result["tokens"] == plain["tokens"]
     assert result["accepted"] > 0
     # A step in flight comes back a step later; a preempted request waits for its place in either engine.
-    if result["preemptions"] == 0:
-        assert result["waits"] <= settings.get("async_scheduling", False)
+    assert result["waits"] <= max(plain["waits"], settings.get("async_scheduling", False))
     assert result["preemptions"] <= plain["preemptions"]
 
 
@@ -102,7 +101,7 @@ def test_a_cached_prompt_and_a_budget_below_a_trees_rows(is_async):
 
 
 def test_a_cached_prompt_and_a_threshold_below_a_trees_rows():
-    rounds = [[(0, P33, 1)], [(0, prompt(40, 300), 64), (6, P33, 8)]]
+    rounds = [[(0, P33, 1)], [(0, prompt(40, 300), 32), (6, P33, 8)]]
     settings = {"max_num_seqs": 4, "max_num_batched_tokens": 512, "long_prefill_token_threshold": 64}
     assert_like_plain_decoding(settings, rounds)
 
@@ -113,7 +112,7 @@ def test_requests_that_share_a_small_budget():
 
 
 def test_trees_preempt_nobody():
-    rounds = [[(0, prompt(64, first), 64) for first in (100, 200, 300, 400)]]
+    rounds = [[(0, prompt(64, first), 40) for first in (100, 200, 300, 400)]]
     settings = {"max_num_seqs": 4, "num_gpu_blocks_override": 31, "enable_prefix_caching": False}
     assert_like_plain_decoding(settings, rounds)
 

@@ -32,7 +32,7 @@ ALLOWED = {
         "targets",
         "tree",
     },
-    "scheduling": {"compat", "options", "proposers", "targets", "tree"},
+    "scheduling": {"options", "proposers", "targets", "tree"},
     "runner": {"attention", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
     "cli": {"configure", "options"},
@@ -53,9 +53,9 @@ ALLOWED = {
 
 
 def room_of(module: str) -> str:
-    """The room of a module, which is named without the package. Every folder of `proposers` is one."""
+    """The room of a module, which is named without the package. Each proposer, a folder or a module, is one."""
     first, *rest = module.split(".")
-    if first == "proposers" and rest and (ROOT / "proposers" / rest[0]).is_dir():
+    if first == "proposers" and rest and rest[0] not in ("interface", "__init__"):
         return f"proposers.{rest[0]}"
     return first
 
@@ -110,6 +110,7 @@ def test_no_two_rooms_import_each_other():
         ("attention", "def f():\n    from vllm_longspec.proposers.interface import Proposer"),
         ("runner", "import vllm_longspec.proposers.glide.model"),
         ("options", "from vllm_longspec import configure"),
+        ("proposers.glide", "from vllm_longspec.proposers.magicdec import MagicDecProposer"),
     ],
 )
 def test_a_wrong_import_is_named(room, source):

@@ -7,6 +7,7 @@ tests/integration/test_scheduling.py.
 
 import copy
 import functools
+import pickle
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
+from vllm.config import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -29,6 +31,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_longspec import plugin
+from vllm_longspec.options import options_of
 from vllm_longspec.scheduling.scheduler import AsyncTreeScheduler, TreeScheduler, most_nodes
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
@@ -75,13 +78,14 @@ def make_scheduler(
     return cls(config, kv_cache_config, StructuredOutputManager(config), block_size=BLOCK_SIZE, log_stats=True)
 
 
-def make_request(name: str, num_prompt_tokens: int, max_tokens: int, first_token: int = 0) -> Request:
+def make_request(name: str, num_prompt_tokens: int, max_tokens: int, first_token: int = 0, **options: Any) -> Request:
     return Request(
         request_id=name,
         prompt_token_ids=list(range(first_token, first_token + num_prompt_tokens)),
         sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0),
         pooling_params=None,
         block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+        **options,
     )
 
 
@@ -203,6 +207,9 @@ schedules = st.sampled_from(
 @example(4, 66, 0, 1000, [(1, 256, NUM_NODES)], True, [(24, 32, 0), (24, 32, 0)], 0)
 @example(8, 248, 0, 1000, None, False, [(24, 32, 0)] * 6, 0)
 @example(4, 508, 0, 31, None, False, [(64, 64, 0)] * 4, 0)
+# A long prompt that is served before requests with trees.
+@example(4, 66, 64, 1000, None, False, [(300, 8, 0), (3, 40, 0), (3, 40, 0), (3, 40, 0)], 0)
+@example(4, 66, 64, 1000, None, True, [(300, 8, 0), (3, 40, 0), (3, 40, 0), (3, 40, 0)], 0)
 def test_no_request_is_held_back_by_a_tree(
     max_num_seqs, more_tokens, threshold, num_blocks, schedule, is_async, requests, seed
 ):
@@ -267,6 +274,28 @@ def test_prompts_come_before_trees():
     assert run.steps[-1].output.num_scheduled_tokens == {"0": 11, "1": 11, "short": 11, "long": 97}
 
 
+def test_a_session_with_new_input_is_not_held_back():
+    """It waits in a queue of its own, with the blocks of what it has computed."""
+    run = run_decoding(2, max_num_batched_tokens=70, max_num_seqs=4)
+    run.scheduler.add_request(make_request("session", 20, 1, first_token=1000, resumable=True))
+    for _ in range(4):
+        run.step()
+    assert run.scheduler.num_waiting_for_streaming_input == 1
+    # Nothing can be scheduled of a session that waits for its client.
+    assert num_nodes_by_step(run)[-1] == [34, 34]
+    run.scheduler.add_request(make_request("session", 30, 1, first_token=2000, resumable=True))
+    run.step()
+    # One token of its last turn, which was not computed, and the new ones.
+    assert run.steps[-1].output.num_scheduled_tokens == {"0": 20, "1": 20, "session": 30}
+
+
+def test_requests_that_cannot_be_admitted_want_no_rows():
+    run = run_decoding(2, max_num_batched_tokens=70, max_num_seqs=2)
+    run.scheduler.add_request(make_request("waits", 200, 8, first_token=1000))
+    run.step()
+    assert run.steps[-1].output.num_scheduled_tokens == {"0": 35, "1": 35}
+
+
 def test_a_tree_preempts_nobody():
     """The last free blocks go to nodes as far as they reach."""
     run = run_decoding(2, num_blocks=1 + 2 * 4)
@@ -319,3 +348,33 @@ def test_other_drafts_keep_what_they_reserve():
     assert vars(SpeculativeConfig)["max_num_new_slots_for_drafting"].fget(other) == 1
     config = SimpleNamespace(speculative_config=other, num_speculative_tokens=3)
     assert vars(VllmConfig)["num_lookahead_tokens"].fget(config) == 3
+
+
+def test_start_up_does_not_advise_to_reserve_more(monkeypatch):
+    """vLLM's advice is for drafts that take part of the token budget."""
+    config = copy.deepcopy(engine_config())
+    said: list[str] = []
+    monkeypatch.setattr("vllm.config.vllm.logger.warning_once", lambda message, *_: said.append(message))
+    config.scheduler_config.max_num_scheduled_tokens = None
+    config._set_max_num_scheduled_tokens()
+    assert config.scheduler_config.max_num_scheduled_tokens == config.scheduler_config.max_num_batched_tokens
+    assert said == []
+    config.speculative_config.longspec = None
+    config._set_max_num_scheduled_tokens()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda config: pickle.loads(pickle.dumps(config)),
+        lambda config: replace(config, scheduler_config=config.scheduler_config),
+        lambda config: config.with_hf_config(config.model_config.hf_config),
+    ],
+    ids=["copy", "deepcopy", "pickle", "replace", "with_hf_config"],
+)
+def test_copies_of_a_configuration_have_the_options(copied):
+    config = engine_config()
+    assert options_of(copied(config).speculative_config) == options_of(config.speculative_config) is not None

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proposers of candidate trees, each in a folder or module of its own. They do not import each other."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from vllm_longspec.proposers.interface import DraftSetup
@@ -17,10 +18,20 @@ def register(name: str, setup: str) -> None:
     """Registers the qualified name of a `DraftSetup`; needed in every process that builds or runs an engine with it.
 
     Raises:
-        ValueError: another one has this name.
+        ValueError: another one has this name, or one of vLLM's own methods.
     """
+    from vllm.config.speculative import SpeculativeMethod
+
+    if name in _literals(SpeculativeMethod):
+        raise ValueError(f"{name!r} is a speculative method of vLLM's: register {setup} under another name")
     if _SETUPS.setdefault(name, setup) != setup:
         raise ValueError(f"proposer {name!r} is {_SETUPS[name]}: register {setup} under another name")
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    """The values of a Literal, of which some may be Literals."""
+    for value in get_args(annotation):
+        yield from _literals(value) if get_args(value) else (value,)
 
 
 def setup_of(name: str) -> "type[DraftSetup]":

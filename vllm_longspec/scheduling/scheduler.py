@@ -5,7 +5,8 @@ Uncut, the trees of the first requests would take budget and blocks from all oth
 Any prefix of a list is a tree (`vllm_longspec/tree/order.py`), and the empty one is plain decoding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
@@ -13,7 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_longspec.options import options_of
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# Part of the token budget that nodes get at least while prompts wait or are computed.
-MAX_NODE_SHARE_BESIDE_PROMPTS = 0.25
+# Part of the rows beside the running requests' own that nodes get at least while prompts want them too.
+MIN_NODE_SHARE = 0.25
 
 
 def most_nodes(max_nodes: int, fits: Callable[[int], bool]) -> int:
@@ -88,18 +89,44 @@ class TreeSchedulerMixin(_Base):
 
     def _max_node_rows(self) -> int:
         """Rows of this step's token budget that nodes may take."""
-        budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
-        # The next token of every running request comes first.
-        rest = max(0, budget - len(self.running))
-        threshold = self._long_prefill_threshold() or budget
-        prompt_tokens = sum(min(_num_tokens_left(request), threshold) - 1 for request in self.running)
-        if self.pause_state == PauseState.UNPAUSED and len(self.running) < self.max_num_active_reqs:
-            for request in self.waiting:
-                # Prefix caching may leave less, but that is only known once the request is scheduled.
-                prompt_tokens += min(request.num_tokens, threshold)
-                if prompt_tokens >= rest:
-                    break
-        return max(rest - prompt_tokens, int(rest * MAX_NODE_SHARE_BESIDE_PROMPTS) if prompt_tokens > 0 else rest)
+        budget = self._token_budget()
+        # vLLM schedules in this order: what stands before a request with nodes gets all that it asks for.
+        last = max(index for index, request in enumerate(self.running) if request.spec_token_ids)
+        before, after = self.running[: last + 1], self.running[last + 1 :]
+        rest = budget - sum(map(self._chunk, before)) - len(after)
+        wanted = sum(self._chunk(request) - 1 for request in after) + self._num_waiting_tokens(rest)
+        return max(0, rest - wanted, int(rest * MIN_NODE_SHARE))
+
+    def _num_waiting_tokens(self, limit: int) -> int:
+        """Tokens that waiting requests can use in this step, at least `limit` if there are so many.
+
+        What is cached, and whether the cache has room for a request, is only known once vLLM schedules it.
+        """
+        num_running = len(self.running) + self.num_waiting_for_streaming_input
+        queues: list[Iterable[Request]] = []
+        if self.pause_state != PauseState.PAUSED_ALL:
+            queues.append(self.kv_holding_waiting)
+        if self.pause_state == PauseState.UNPAUSED:
+            queues.append(self.waiting)
+        ready = (
+            request
+            for request in chain.from_iterable(queues)
+            if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        )
+        num_tokens = 0
+        for request in islice(ready, max(0, self.max_num_active_reqs - num_running)):
+            num_tokens += self._chunk(request)
+            if num_tokens >= limit:
+                break
+        return num_tokens
+
+    def _token_budget(self) -> int:
+        return min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
+
+    def _chunk(self, request: Request) -> int:
+        """Tokens of a request in this step, without its nodes: 1 if it decodes, or a chunk of its prompt."""
+        left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+        return max(1, min(left, self._long_prefill_threshold() or left, self._token_budget()))
 
     def _long_prefill_threshold(self) -> int:
         """The most tokens of a prompt in a step, 0 for no limit, as in vLLM's `schedule`."""
@@ -112,14 +139,13 @@ class TreeSchedulerMixin(_Base):
     def _fits_in_cache(self) -> Callable[[int], bool]:
         """Whether a number of nodes per request has slots without a preemption."""
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        rows = [1 + len(request.spec_token_ids) for request in self.running]
-        budget = self.scheduler_config.max_num_batched_tokens
-        if free * self.block_size >= sum(rows) + budget + len(rows) * self.block_size:
+        num_rows = self._token_budget() + len(self.running) * self.block_size
+        if free * self.block_size >= num_rows:
             return lambda nodes: True
         # (tokens after this step without nodes, nodes, allocated blocks)
         requests = [
             (
-                request.num_computed_tokens + min(_num_tokens_left(request), budget),
+                request.num_computed_tokens + self._chunk(request),
                 len(request.spec_token_ids),
                 len(self.kv_cache_manager.get_blocks(request.request_id).blocks[0]),
             )
@@ -177,11 +203,6 @@ class TreeSchedulerMixin(_Base):
             self.num_new_requests[_kind_of(request)] += 1
         if request.spec_decode_metrics is not None:
             request.spec_decode_metrics = request_metrics(self.tree_shape, request.sampling_params)
-
-
-def _num_tokens_left(request: Request) -> int:
-    """Uncomputed tokens of a running request without its nodes: 1, or the rest of its prompt."""
-    return max(1, request.num_tokens + request.num_output_placeholders - request.num_computed_tokens)
 
 
 def _kind_of(request: Request) -> Kind:
