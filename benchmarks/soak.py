@@ -216,6 +216,7 @@ def main() -> None:
     if arguments.clients < 1 or not 1 <= arguments.rounds <= arguments.requests:
         parser.error("there must be a client, and a request for every round")
 
+    machine = environment(None)
     jobs = make_jobs(arguments.requests, arguments.max_tokens, arguments.seed)
     settings = draw_settings(arguments.rounds, arguments.clients, arguments.seed, arguments.tree_shape)
     rounds = []
@@ -229,7 +230,7 @@ def main() -> None:
         "seed": arguments.seed,
         "clients": arguments.clients,
         "dtype": arguments.dtype,
-        **environment(None),
+        **machine,
         "rounds": rounds,
     }
     print(json.dumps(report, indent=2))
