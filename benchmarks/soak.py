@@ -3,12 +3,13 @@
 
     python -m benchmarks.soak [--requests 300] [--clients 8] [--rounds 5] [--seed 0] [--out FILE]
 
-Each round starts a server whose token budget, threshold of long prompts, number of requests at a time, cache, number of
-nodes by batch size, tree shape and way of scheduling are drawn from the seed. Budgets go down to one token a request,
-below the rows of one tree, and caches down to where requests preempt each other. Concurrent clients send the round's
-share of the requests: prompts of random length, some with shared prefixes, with random sampling settings, penalties,
-bad words, structured output, log-probabilities, stop strings and stop tokens, and hang up on some of them in
-mid-stream. The same requests then go to the same server without a draft. What is counted, and makes this exit with 1:
+Each round starts a server whose token budget, threshold of long prompts, number of requests at a time, cache, admission
+of prompts, number of nodes by batch size, tree shape and way of scheduling are drawn from the seed. Budgets go down to
+one token a request, below the rows of one tree, and caches down to where requests preempt each other. Concurrent
+clients send the round's share of the requests: prompts of random length, some with shared prefixes, with random
+sampling settings, penalties, bad words, structured output, log-probabilities, stop strings and stop tokens, and hang up
+on some of them in mid-stream. The same requests then go to the same server without a draft. What is counted, and makes
+this exit with 1:
 
 - mismatches: a finished output (tokens, text, finish reason, log-probabilities) that differs from plain decoding's;
 - failures: requests that did not finish, except where the client hung up. One that gets nothing for `--patience`
@@ -95,6 +96,8 @@ class Settings:
     max_num_batched_tokens: int
     long_prefill_token_threshold: int
     num_gpu_blocks_override: int
+    # Without it prompts begin before their last block is free, and preempt each other.
+    scheduler_reserve_full_isl: bool
     async_scheduling: bool
     tree_shape: list[int]
     # (first batch size, last, nodes); None for the engine's default
@@ -103,14 +106,13 @@ class Settings:
     def options(self) -> list[str]:
         """Of a server with or without a draft."""
         options = ["--max-model-len", str(MAX_MODEL_LEN), "--block-size", str(BLOCK_SIZE)]
-        for name in (
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "long_prefill_token_threshold",
-            "num_gpu_blocks_override",
-        ):
-            options += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
-        return [*options, "--async-scheduling" if self.async_scheduling else "--no-async-scheduling"]
+        for name, value in asdict(self).items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                options.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, int):
+                options += [f"--{flag}", str(value)]
+        return options
 
     def draft_options(self) -> list[str]:
         options = ["--speculative-model", DRAFT, "--speculative-tree-shape", *map(str, self.tree_shape)]
@@ -139,7 +141,8 @@ def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | 
     # Tokens a step: one for each request of a full batch, less than a tree's rows, a tree or two, more.
     budgets = draw([(0, 0), (TREE_ROWS // 4, TREE_ROWS - 1), (TREE_ROWS, 2 * TREE_ROWS), (2 * TREE_ROWS, 400)])
     thresholds = draw([(0, 0), (8, TREE_ROWS), (TREE_ROWS, 256)])
-    caches = draw([(0, 4), (4, 16), (16, 64)])
+    caches = draw([(0, 4), (0, 16), (16, 64)])
+    reserves = draw([False, True])
     ways = draw([False, True])
     shapes = draw([tree_shape] if tree_shape else TREE_SHAPES)
     schedules = draw(["default", "fixed", "falling"])
@@ -153,6 +156,7 @@ def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | 
                 max_num_batched_tokens=max(max_num_seqs, source.randint(*budgets[i])),
                 long_prefill_token_threshold=source.randint(*thresholds[i]),
                 num_gpu_blocks_override=MIN_CACHE_BLOCKS + source.randint(*caches[i]),
+                scheduler_reserve_full_isl=reserves[i],
                 async_scheduling=ways[i],
                 tree_shape=shapes[i],
                 num_speculative_tokens_per_batch_size=_draw_schedule(source, schedules[i], sum(shapes[i])),

@@ -9,17 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 # Of this seed's one round.
-SEED = 210
+SEED = 1325
 SETTINGS = {
-    "max_num_seqs": 5,
-    # Less than one tree's rows.
-    "max_num_batched_tokens": 47,
-    "long_prefill_token_threshold": 50,
-    # As few as one long request may need.
-    "num_gpu_blocks_override": 33,
+    "max_num_seqs": 4,
+    # Less than the rows of four trees.
+    "max_num_batched_tokens": 64,
+    "long_prefill_token_threshold": 31,
+    "num_gpu_blocks_override": 35,
+    "scheduler_reserve_full_isl": False,
     "async_scheduling": True,
-    "tree_shape": [4, 16, 16, 16, 16],
-    "num_speculative_tokens_per_batch_size": [[1, 1, 68], [2, 4, 56], [5, 256, 1]],
+    "tree_shape": [4, 8, 8],
+    "num_speculative_tokens_per_batch_size": [[1, 1, 20], [2, 4, 11], [5, 256, 3]],
 }
 
 
