@@ -121,8 +121,8 @@ def alone(follow) -> dict[str, list[list[int]]]:
 
 
 SCRIPTS = {
-    "first a plain engine": in_turn("window", "narrow", "plain", "deep"),
-    "first one with a draft": in_turn("deep", "window", "narrow", "deep"),
+    # A draft's engine before and after each of the others, and two with different trees.
+    "one after the other": in_turn("deep", "window", "narrow", "plain"),
     "side by side": [
         *("start narrow", "start window", "start deep", "start plain"),
         "generate narrow window deep plain",

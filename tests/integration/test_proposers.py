@@ -29,9 +29,9 @@ def run_registered(settings: dict[str, Any], batches: list[Any]) -> dict[str, An
 
 def test_an_engine_with_a_proposer_of_somebody_elses() -> None:
     """Prompts that repeat four tokens, which the target goes on with for a while."""
-    prompts = [[476, 260, 325, 258] * length for length in (4, 12, 40)]
+    prompts = [[476, 260, 325, 258] * length for length in (4, 12)]
     batches = [
-        [request(prompt, max_tokens=48, ignore_eos=True, **sampling) for prompt in prompts for sampling in SAMPLINGS]
+        [request(prompt, max_tokens=24, ignore_eos=True, **sampling) for prompt in prompts for sampling in SAMPLINGS]
     ]
     settings = {"model": str(PAIR / "target")}
     plain, _ = run_alone(run_batches, settings, batches)
