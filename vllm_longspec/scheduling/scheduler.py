@@ -77,8 +77,9 @@ class TreeSchedulerMixin(_Base):
         lengths = [len(request.spec_token_ids) for request in self.running if request.spec_token_ids]
         if not lengths:
             return
-        max_rows = self._max_node_rows()
-        in_cache = self._fits_in_cache()
+        chunk = self._chunks()
+        max_rows = self._max_node_rows(chunk)
+        in_cache = self._fits_in_cache(chunk)
         num_nodes = most_nodes(
             max(lengths), lambda nodes: sum(min(length, nodes) for length in lengths) <= max_rows and in_cache(nodes)
         )
@@ -87,17 +88,17 @@ class TreeSchedulerMixin(_Base):
                 # Not in place: requests may share a list of placeholders.
                 request.spec_token_ids = request.spec_token_ids[:num_nodes]
 
-    def _max_node_rows(self) -> int:
+    def _max_node_rows(self, chunk: Callable[[Request], int]) -> int:
         """Rows of this step's token budget that nodes may take."""
         budget = self._token_budget()
         # vLLM schedules in this order: what stands before a request with nodes gets all that it asks for.
         last = max(index for index, request in enumerate(self.running) if request.spec_token_ids)
         before, after = self.running[: last + 1], self.running[last + 1 :]
-        rest = budget - sum(map(self._chunk, before)) - len(after)
-        wanted = sum(self._chunk(request) - 1 for request in after) + self._num_waiting_tokens(rest)
+        rest = budget - sum(map(chunk, before)) - len(after)
+        wanted = sum(chunk(request) - 1 for request in after) + self._num_waiting_tokens(chunk, rest)
         return max(0, rest - wanted, int(rest * MIN_NODE_SHARE))
 
-    def _num_waiting_tokens(self, limit: int) -> int:
+    def _num_waiting_tokens(self, chunk: Callable[[Request], int], limit: int) -> int:
         """Tokens that waiting requests can use in this step, at least `limit` if there are so many.
 
         What is cached, and whether the cache has room for a request, is only known once vLLM schedules it.
@@ -115,7 +116,7 @@ class TreeSchedulerMixin(_Base):
         )
         num_tokens = 0
         for request in islice(ready, max(0, self.max_num_active_reqs - num_running)):
-            num_tokens += self._chunk(request)
+            num_tokens += chunk(request)
             if num_tokens >= limit:
                 break
         return num_tokens
@@ -123,10 +124,16 @@ class TreeSchedulerMixin(_Base):
     def _token_budget(self) -> int:
         return min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
 
-    def _chunk(self, request: Request) -> int:
+    def _chunks(self) -> Callable[[Request], int]:
         """Tokens of a request in this step, without its nodes: 1 if it decodes, or a chunk of its prompt."""
-        left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
-        return max(1, min(left, self._long_prefill_threshold() or left, self._token_budget()))
+        budget = self._token_budget()
+        most = min(self._long_prefill_threshold() or budget, budget)
+
+        def chunk(request: Request) -> int:
+            left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+            return max(1, min(left, most))
+
+        return chunk
 
     def _long_prefill_threshold(self) -> int:
         """The most tokens of a prompt in a step, 0 for no limit, as in vLLM's `schedule`."""
@@ -136,7 +143,7 @@ class TreeSchedulerMixin(_Base):
             threshold = max(threshold, self.scheduler_config.max_num_batched_tokens // num_requests)
         return threshold
 
-    def _fits_in_cache(self) -> Callable[[int], bool]:
+    def _fits_in_cache(self, chunk: Callable[[Request], int]) -> Callable[[int], bool]:
         """Whether a number of nodes per request has slots without a preemption."""
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         num_rows = self._token_budget() + len(self.running) * self.block_size
@@ -145,7 +152,7 @@ class TreeSchedulerMixin(_Base):
         # (tokens after this step without nodes, nodes, allocated blocks)
         requests = [
             (
-                request.num_computed_tokens + self._chunk(request),
+                request.num_computed_tokens + chunk(request),
                 len(request.spec_token_ids),
                 len(self.kv_cache_manager.get_blocks(request.request_id).blocks[0]),
             )
