@@ -45,6 +45,7 @@ from vllm_longspec.proposers.glide.window_attention import window_attention, wri
 from vllm_longspec.runner.roots import read_roots
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.sample import _rows_of_emitted
@@ -168,6 +169,10 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
     for vocab_size, num_children in ((32000, 16), (100, 100)):
         logits = torch.zeros(num_reqs * width, vocab_size, dtype=dtype)
         best_children(logits, torch.zeros(num_reqs, width), num_children)
+        slots = torch.zeros(num_reqs, dtype=torch.int64)
+        for use_fp64, token_ids in ((False, None), (True, torch.zeros(vocab_size, dtype=torch.int64))):
+            level = LevelNoise(TargetNoise(torch.zeros(4), slots, torch.zeros(4), use_fp64), slots, slots, 0)
+            best_children(logits, torch.zeros(num_reqs, width), num_children, level, token_ids)
     unused: Any = None
     linear: Any = SimpleNamespace(_input_quant_key=kFp8DynamicTokenSym)
     for size in (704, 27648):

@@ -128,7 +128,18 @@ def configure(
     options["num_speculative_tokens"] = num_nodes
     options.update(setup.vllm_options(engine_args, given, target, parallel_config, draft_vocab_size))
     options.update(rates_by_depth(options, tree_shape))
-    return Speculation(setup, LongSpecOptions(name, tree_shape, frequent_tokens, adaptive_verification), options)
+    _, couple_noise = read_flag(own, "couple_noise")
+    return Speculation(
+        setup,
+        LongSpecOptions(
+            name,
+            tree_shape,
+            frequent_tokens,
+            couple_noise=couple_noise is not False,
+            adaptive_verification=adaptive_verification,
+        ),
+        options,
+    )
 
 
 def _use_adaptive_verification(

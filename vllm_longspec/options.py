@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LEVELS = (4, 16, 16, 16, 16)
 
-OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens", "adaptive_verification", "adapt_nodes")
+OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens", "couple_noise", "adaptive_verification", "adapt_nodes")
 
 # Attribute of vLLM's SpeculativeConfig, which is pickled to every process.
 _ATTRIBUTE = "longspec"
@@ -26,6 +26,7 @@ class LongSpecOptions:
     proposer: str  # a name in `vllm_longspec/proposers/__init__.py`
     tree_shape: TreeShape  # as drafted, before it is cut to the nodes that are verified
     frequent_tokens: str | None = None  # file of the tokens that may be drafted; None for the whole vocabulary
+    couple_noise: bool = True  # whether drafts are ranked with the noise of the target's draws
     adaptive_verification: bool = False  # whether the number of verified nodes follows the acceptance length
 
 
@@ -76,15 +77,17 @@ def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:
     return min(num_speculative_tokens, shape.num_nodes)
 
 
-def read_flag(options: Mapping[str, Any], name: str, old_name: str) -> tuple[str, bool | None]:
+def read_flag(options: Mapping[str, Any], name: str, old_name: str | None = None) -> tuple[str, bool | None]:
     """The name under which a boolean option was given, and its value; None if it was not given.
 
     Raises:
         ValueError: both names are given, or the value is not a boolean.
     """
-    if options.get(name) is not None and options.get(old_name) is not None:
-        raise ValueError(f"{name} and {old_name} are the same option: leave one of the two out")
-    taken = old_name if options.get(old_name) is not None else name
+    taken = name
+    if old_name is not None and options.get(old_name) is not None:
+        if options.get(name) is not None:
+            raise ValueError(f"{name} and {old_name} are the same option: leave one of the two out")
+        taken = old_name
     value = options.get(taken)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{taken} must be true or false, got {value!r}")

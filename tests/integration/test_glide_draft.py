@@ -626,8 +626,8 @@ def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> 
         num_rejected=torch.from_numpy(num_scheduled).to(DEVICE) - num_sampled,
         last_sampled=last_sampled,
         next_prefill_tokens=unused,
-        temperature=unused,
-        seeds=unused,
+        temperature=torch.zeros(speculator.max_num_reqs, device=DEVICE),
+        seeds=torch.zeros(speculator.max_num_reqs, dtype=torch.int64, device=DEVICE),
     )
 
 

@@ -125,7 +125,11 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
     max_depth = len(step.levels)
     state = TreeState.allocate(MAX_NUM_REQS, step.num_nodes, torch.device(DEVICE))
     batch = TreeBatch.allocate(state, max_depth)
-    state.add_requests(slots, on_device([each.takes_chain for each in requests], torch.int32))
+    state.add_requests(
+        slots,
+        on_device([each.takes_chain for each in requests], torch.int32),
+        torch.zeros(len(requests), device=DEVICE),
+    )
     listed = torch.empty(len(requests), step.num_nodes, dtype=torch.int64, device=DEVICE)
     order_tree(
         on_device([each.tokens for each in requests], torch.int64),

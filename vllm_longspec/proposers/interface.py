@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from vllm_longspec.tree.coupling import TargetNoise
 from vllm_longspec.tree.shape import TreeShape
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Requests(NamedTuple):
     token_ids: torch.Tensor  # int32 [max_num_reqs, max_model_len] by req_state_idx
     block_table: torch.Tensor  # int32 [num_reqs, max_num_blocks] of the target's cache
     max_prefix_len: int  # upper bound; for a CUDA graph, of every batch that it will run
+    # With which the target will draw, for a proposer that ranks tokens by it; None if the user turned that off.
+    noise: TargetNoise | None
 
 
 class Candidates(NamedTuple):

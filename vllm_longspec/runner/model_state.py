@@ -24,6 +24,7 @@ from vllm_longspec.options import options_of
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.chain import needs_chain
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
+from vllm_longspec.tree.coupling import log_cutoff
 from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.sample import TreeSampler
 from vllm_longspec.tree.state import TreeState
@@ -46,10 +47,12 @@ class TreeModelState(DefaultModelState):
         self.tree_batch = tree_batch
         options = options_of(vllm_config.speculative_config)
         assert options is not None and vllm_config.speculative_config is not None
+        self.couple_noise = options.couple_noise
         self.max_depth = options.tree_shape.max_depth
         rates = conditional_rates(vllm_config.speculative_config, self.max_depth)
         self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
         self.takes_chain = np.zeros(self.max_num_reqs, dtype=np.int32)  # host copy of TreeState.takes_chain
+        self.log_cutoffs = np.zeros(self.max_num_reqs, dtype=np.float32)  # likewise of TreeState.log_cutoffs
         self.added_requests: list[int] = []
         # Of the current step.
         self.num_tree_reqs = 0
@@ -66,6 +69,7 @@ class TreeModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         assert new_req_data.sampling_params is not None
         self.takes_chain[req_index] = needs_chain(new_req_data.sampling_params)
+        self.log_cutoffs[req_index] = log_cutoff(new_req_data.sampling_params)
         self.added_requests.append(req_index)
 
     def apply_staged_writes(self) -> None:
@@ -74,10 +78,14 @@ class TreeModelState(DefaultModelState):
             self.tree_state.add_requests(
                 async_tensor_h2d(self.added_requests, device=self.device, dtype=torch.int64),
                 async_tensor_h2d(self.takes_chain[self.added_requests], device=self.device),
+                async_tensor_h2d(self.log_cutoffs[self.added_requests], device=self.device),
             )
             self.added_requests.clear()
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
+        if self.couple_noise:
+            # It draws with noise of its own.
+            sampler.use_flashinfer = False
         return sampler, TreeSampler(sampler, self.tree_state, self.tree_batch, self.max_depth, self.synthetic_rates)
 
     def prepare_attn(

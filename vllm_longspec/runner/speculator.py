@@ -30,6 +30,7 @@ from vllm_longspec.runner.roots import read_roots
 from vllm_longspec.scheduling.schedule import nodes_by_batch_size
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.chain import CHAIN_PARAMETERS
+from vllm_longspec.tree.coupling import TargetNoise
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early
@@ -49,6 +50,10 @@ class TreeSpeculator(DraftModelSpeculator):
         self.tree_batch = TreeBatch.allocate(self.tree_state, options.tree_shape.max_depth)
         # By position in the draft's batch.
         self.num_sampled = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self.noise: TargetNoise | None = None
+        if options.couple_noise:
+            use_fp64 = vllm_config.model_config.use_fp64_gumbel
+            self.noise = TargetNoise(self.temperature, self.seeds, self.tree_state.log_cutoffs, use_fp64)
         cls = resolve_obj_by_qualname(proposers.setup_of(options.proposer).proposer)
         self.proposer: Proposer = cls(vllm_config, options.tree_shape, device)
 
@@ -112,8 +117,8 @@ class TreeSpeculator(DraftModelSpeculator):
         num_rejected: torch.Tensor,  # [num_reqs]
         last_sampled: torch.Tensor,  # [max_num_reqs, 1]
         next_prefill_tokens: torch.Tensor,
-        temperature: torch.Tensor,  # [max_num_reqs]; the tree does not depend on how the target samples
-        seeds: torch.Tensor,
+        temperature: torch.Tensor,  # [max_num_reqs]
+        seeds: torch.Tensor,  # [max_num_reqs]
         dp_sync_state: DPSyncState | None = None,
         dummy_run: bool = False,
         skip_attn_for_dummy_run: bool = False,
@@ -137,6 +142,10 @@ class TreeSpeculator(DraftModelSpeculator):
         rows = None if num_drafts == num_reqs else self._to_device(np.flatnonzero(decodes_next))
         idx_mapping = self._stage(self.idx_mapping, input_batch.idx_mapping, rows)
         self._stage(self.num_sampled, num_sampled, rows)
+        if self.noise is not None:
+            # vLLM's tensors are other ones in the next step.
+            self.noise.temperature.copy_(temperature)
+            self.noise.seeds.copy_(seeds)
         self._stage(self.block_table, self.block_tables.input_block_tables[0][:num_reqs], rows)
 
         leaves_prompt = input_batch.is_prefilling_np[decodes_next]
@@ -183,6 +192,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self.req_states.all_token_ids.gpu,
             self.block_table[:num_drafts],
             max_prefix_len,
+            self.noise,
         )
 
     def _draft(self, num_drafts: int, num_nodes: int, max_prefix_len: int) -> None:

@@ -19,9 +19,10 @@ NO_TOKEN = -1
 
 @dataclass
 class TreeState:
-    """int32 tensors, allocated once for the engine because CUDA graphs keep their addresses."""
+    """int32 tensors but for one, allocated once for the engine because CUDA graphs keep their addresses."""
 
     takes_chain: torch.Tensor  # [max_num_reqs] 1 for a chain, 0 for a tree
+    log_cutoffs: torch.Tensor  # float32 [max_num_reqs] of `vllm_longspec/tree/coupling.py`
     parent_rows: torch.Tensor  # [max_num_reqs, num_rows] -1 for the root and for rows that hold no node
     depths: torch.Tensor  # [max_num_reqs, num_rows] 0 for the root
     # [max_num_reqs, num_rows, num_words] bit r is set if row r is this row or an ancestor of it
@@ -39,6 +40,7 @@ class TreeState:
         ancestor_masks[:, :, 0] = 1
         return cls(
             takes_chain=zeros(max_num_reqs),
+            log_cutoffs=torch.full((max_num_reqs,), float("-inf"), device=device),
             parent_rows=zeros(max_num_reqs, num_rows) - 1,
             depths=zeros(max_num_reqs, num_rows),
             ancestor_masks=ancestor_masks,
@@ -48,9 +50,11 @@ class TreeState:
         self,
         req_state_indices: torch.Tensor,  # [num_added] int64
         takes_chain: torch.Tensor,  # [num_added] int32
+        log_cutoffs: torch.Tensor,  # [num_added] float32
     ) -> None:
         """Sets up the rows of new requests, which hold no node until the first draft."""
         self.takes_chain[req_state_indices] = takes_chain
+        self.log_cutoffs[req_state_indices] = log_cutoffs
         self.parent_rows.index_fill_(0, req_state_indices, -1)
 
     @property

@@ -2,7 +2,8 @@
 """Stage "draft": beam search.
 
 Every level is the best of all (parent, token) pairs by cumulative log-probability (LongSpec, arXiv:2502.17421, section
-3.3). The draft's layer runs once per level, on the nodes of the level before.
+3.3), which at temperatures above 0 includes the noise of the target's draws (`vllm_longspec/tree/coupling.py`). The
+draft's layer runs once per level, on the nodes of the level before.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from vllm_longspec.proposers.glide.best_children import best_children, best_chil
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.window_attention import window_attention
+from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.shape import TreeShape
 
 # (query [num_tokens, num_heads, head_size], width of the level) -> output, the same shape
@@ -63,6 +65,7 @@ def grow_trees(
     window_kv: torch.Tensor,  # [max_num_reqs, window, K or V, num_kv_heads, head_size], up to date
     cross_attention: CrossAttention,
     max_position: int,  # the last one of the rotary embedding
+    noise: TargetNoise | None = None,
 ) -> GrowingTrees:
     trees = GrowingTrees(shape, root_positions, window_kv)
     tokens, positions = root_tokens, root_positions.clamp(max=max_position)
@@ -70,7 +73,8 @@ def grow_trees(
     for depth, width in enumerate(shape.levels, start=1):
         attention = _LevelAttention(trees, depth - 1, window_kv, idx_mapping, cross_attention)
         hidden = model(tokens, positions, attention)
-        parents, choices, log_probs = _best_children(model, hidden, log_probs, width)
+        level_noise = None if noise is None else LevelNoise(noise, idx_mapping, root_positions, depth - 1)
+        parents, choices, log_probs = _best_children(model, hidden, log_probs, width, level_noise)
         tokens, positions = trees.add_level(depth, parents, choices, log_probs, model.token_ids, max_position)
     return trees
 
@@ -80,6 +84,7 @@ def _best_children(
     hidden: torch.Tensor,  # [num_reqs * width, hidden_size]
     log_probs: torch.Tensor,  # [num_reqs, width] cumulative, of the parents
     num_children: int,
+    noise: LevelNoise | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns what `best_children` does; tokens are choices of the draft's vocabulary."""
     num_reqs, width = log_probs.shape
@@ -89,7 +94,15 @@ def _best_children(
     chunk = max(1, get_max_chunk_logits(model.draft_vocab_size) // width)
     for start in range(0, num_reqs, chunk):
         logits = model.compute_logits(hidden[start * width : (start + chunk) * width])
-        chosen.append(choose(logits, log_probs[start : start + chunk], num_children))
+        chosen.append(
+            choose(
+                logits,
+                log_probs[start : start + chunk],
+                num_children,
+                None if noise is None else noise.of_requests(start, start + chunk),
+                model.token_ids,
+            )
+        )
     if len(chosen) == 1:
         return chosen[0]
     parents, choices, best = (torch.cat(column) for column in zip(*chosen, strict=True))

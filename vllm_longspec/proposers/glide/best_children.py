@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The best (parent, token) pairs of each request, from raw logits: softmax and top-k without writing log-probabilities.
 
-1. Each chunk of a row is read once: its maximum, its sum of exponentials and its best tokens.
+1. Each chunk of a row is read once: its maximum, its sum of exponentials and its best tokens. The noise with which the
+   target will draw is added to the logits first (`vllm_longspec/tree/coupling.py`).
 2. Each row merges its chunks into its normaliser, its best tokens and their cumulative log-probabilities.
 3. Each request picks the best of its rows' tokens.
 
@@ -11,6 +12,8 @@ the low bits its index.
 
 import torch
 from vllm.triton_utils import tl, triton
+
+from vllm_longspec.tree.coupling import LevelNoise, add_noise, has_cutoff, noised_logits
 
 # Tokens of a program, 32 per thread.
 CHUNK = 4096
@@ -22,16 +25,23 @@ def best_children(
     logits: torch.Tensor,  # [num_reqs * width, vocab_size]
     parent_log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
     num_children: int,
+    noise: LevelNoise | None = None,
+    token_ids: torch.Tensor | None = None,  # int64 [vocab_size]; None if the logits are those of the target's tokens
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `num_children` (parent, token) pairs with the highest cumulative log-probability, best first.
 
     Ties are broken by the lower parent, then the higher logit, then the lower token. In a row with NaN or +inf, or with
     nothing but -inf, every token has log-probability -inf; the tokens that are picked are still valid.
 
+    With noise the logits of a request with temperature T > 0 are logits / T + g in all of this; those of bfloat16
+    logits are cut to twelve significant bits.
+
     Args:
         logits: float16, bfloat16 or float32, a row per parent; contiguous in the last dimension.
         parent_log_probs: not NaN; contiguous.
         num_children: at most width * vocab_size.
+        noise: of the parents' level; None ranks by the draft alone.
+        token_ids: the ids under which the target draws its noise for these tokens.
 
     Returns parent within the level, token and cumulative log-probability: int64, int64 and float32
     [num_reqs, num_children].
@@ -47,15 +57,37 @@ def best_children(
     chunk_best = torch.empty(num_rows, num_chunks, num_kept, dtype=torch.int64, device=logits.device)
     chunk_max = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=logits.device)
     chunk_sum = torch.empty_like(chunk_max)
+    chunk_block = triton.next_power_of_2(num_chunks)
+    logit_max = None
+    if noise is not None:
+        # The chunks' highest logits, which only rows with a cutoff need.
+        logit_max = torch.empty_like(chunk_max)
+        _max_of_chunk_kernel[(num_rows, num_chunks)](
+            logits,
+            logits.stride(0),
+            logit_max,
+            noise.noise.temperature,
+            noise.noise.log_cutoffs,
+            noise.idx_mapping,
+            width,
+            vocab_size,
+            CHUNK=chunk,
+            num_warps=4,
+        )
     _best_of_chunk_kernel[(num_rows, num_chunks)](
         logits,
         logits.stride(0),
         chunk_best,
         chunk_max,
         chunk_sum,
+        logit_max,
+        *_noise_arguments(noise, token_ids),
+        width,
         vocab_size,
         num_kept,
+        USE_FP64=noise is not None and noise.noise.use_fp64,
         CHUNK=chunk,
+        CHUNK_BLOCK=chunk_block,
         KEPT_BLOCK=kept_block,
         num_warps=4,
     )
@@ -71,7 +103,7 @@ def best_children(
         row_log_probs,
         num_kept,
         num_chunks,
-        CHUNK_BLOCK=triton.next_power_of_2(num_chunks),
+        CHUNK_BLOCK=chunk_block,
         CANDIDATES=row_candidates,
         KEPT_BLOCK=kept_block,
         # A maximum within one warp needs no synchronisation.
@@ -101,9 +133,12 @@ def best_children_in_pytorch(
     logits: torch.Tensor,  # [num_reqs * width, vocab_size]
     parent_log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
     num_children: int,
+    noise: LevelNoise | None = None,
+    token_ids: torch.Tensor | None = None,  # int64 [vocab_size]; None if the logits are those of the target's tokens
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `best_children`, ties in any order. For the interpreter, where the kernels take hundreds of NumPy calls."""
-    token_log_probs = logits.float().log_softmax(dim=-1).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
+    logits = logits.float() if noise is None else noised_logits(logits, noise, token_ids)
+    token_log_probs = logits.log_softmax(dim=-1).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
     per_parent, tokens = token_log_probs.topk(min(num_children, logits.shape[-1]))
     candidates = parent_log_probs[:, :, None] + per_parent.view(*parent_log_probs.shape, -1)
     log_probs, index = candidates.flatten(1).topk(num_children)
@@ -111,17 +146,63 @@ def best_children_in_pytorch(
     return index // per_parent.shape[-1], tokens, log_probs
 
 
-# It differs between levels and must not trigger recompilation.
-@triton.jit(do_not_specialize=["num_kept"])
+def _noise_arguments(noise: LevelNoise | None, token_ids: torch.Tensor | None) -> tuple[object, ...]:
+    if noise is None:
+        return None, None, None, None, None, None, 0
+    return (
+        token_ids,
+        noise.noise.temperature,
+        noise.noise.seeds,
+        noise.noise.log_cutoffs,
+        noise.idx_mapping,
+        noise.root_positions,
+        noise.depth,
+    )
+
+
+@triton.jit(do_not_specialize=["width"])
+def _max_of_chunk_kernel(
+    logits_ptr,  # [num_rows, vocab_size]
+    logits_stride,
+    logit_max_ptr,  # [num_rows, num_chunks], written for rows with a cutoff
+    temperature_ptr,  # float32 [max_num_reqs]
+    log_cutoffs_ptr,  # float32 [max_num_reqs]
+    idx_mapping_ptr,  # int64 [num_reqs]
+    width,
+    vocab_size,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if not has_cutoff(row // width, temperature_ptr, log_cutoffs_ptr, idx_mapping_ptr):
+        return
+    chunk = tl.program_id(1)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    logit = tl.load(logits_ptr + row * logits_stride + token, mask=token < vocab_size, other=float("-inf"))
+    tl.store(logit_max_ptr + row * tl.num_programs(1) + chunk, tl.max(logit.to(tl.float32), axis=0))
+
+
+# They differ between levels and must not trigger recompilation.
+@triton.jit(do_not_specialize=["depth", "width", "num_kept"])
 def _best_of_chunk_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     logits_stride,
     chunk_best_ptr,  # int64 [num_rows, num_chunks, num_kept] scores and tokens, best first
     chunk_max_ptr,  # float32 [num_rows, num_chunks]
     chunk_sum_ptr,  # float32 [num_rows, num_chunks] of exp(logit - maximum)
+    logit_max_ptr,  # float32 [num_rows, num_chunks], or None without noise
+    token_ids_ptr,  # int64 [vocab_size] or None
+    temperature_ptr,  # float32 [max_num_reqs], or None without noise
+    seeds_ptr,  # int64 [max_num_reqs]
+    log_cutoffs_ptr,  # float32 [max_num_reqs]
+    idx_mapping_ptr,  # int64 [num_reqs]
+    root_positions_ptr,  # int64 [num_reqs]
+    depth,
+    width,
     vocab_size,
     num_kept,
+    USE_FP64: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
     KEPT_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -131,8 +212,32 @@ def _best_of_chunk_kernel(
     is_token = token < vocab_size
     logit = tl.load(logits_ptr + row * logits_stride + token, mask=is_token, other=float("-inf"))
 
-    # NaN makes the sum NaN, even if tl.max ignores it.
     value = logit.to(tl.float32)
+    if temperature_ptr is not None:
+        token_id = token
+        if token_ids_ptr is not None:
+            token_id = tl.load(token_ids_ptr + token, mask=is_token, other=0)
+        row_max = 0.0
+        if has_cutoff(row // width, temperature_ptr, log_cutoffs_ptr, idx_mapping_ptr):
+            other = tl.arange(0, CHUNK_BLOCK)
+            num_chunks = tl.num_programs(1)
+            logit_max = tl.load(logit_max_ptr + row * num_chunks + other, mask=other < num_chunks, other=float("-inf"))
+            row_max = tl.max(logit_max, axis=0)
+        value = add_noise(
+            value,
+            token_id,
+            is_token,
+            row_max,
+            row // width,
+            depth,
+            temperature_ptr,
+            seeds_ptr,
+            log_cutoffs_ptr,
+            idx_mapping_ptr,
+            root_positions_ptr,
+            USE_FP64,
+        )
+    # NaN makes the sum NaN, even if tl.max ignores it.
     chunk_max = tl.max(value, axis=0)
     reference = tl.where(chunk_max == float("-inf"), 0.0, chunk_max)
     chunk_sum = tl.sum(tl.exp(value - reference), axis=0)
@@ -140,19 +245,20 @@ def _best_of_chunk_kernel(
     tl.store(chunk_max_ptr + row_chunk, chunk_max)
     tl.store(chunk_sum_ptr + row_chunk, chunk_sum)
 
-    # The lower half of a bfloat16's score is constant and holds the index, so keys have 32 bits.
+    # The lower half of a bfloat16's score is constant: its last bits hold the index, so keys have 32 bits. Noise is
+    # rounded to the other bits.
     IS_NARROW: tl.constexpr = (logit.dtype == tl.bfloat16) and (CHUNK <= 65536)
     LEAST: tl.constexpr = -(2**31) if IS_NARROW else NOTHING
     backward = CHUNK - 1 - place
     score = _score(value)
-    key = (score & -65536) | backward if IS_NARROW else _pair(score, backward)
+    key = (score & -CHUNK) | backward if IS_NARROW else _pair(score, backward)
     key = tl.where(is_token, key, LEAST)
     rank = tl.arange(0, KEPT_BLOCK)
     best = _greatest(key, num_kept, LEAST, KEPT_BLOCK)
 
     if IS_NARROW:
-        score = tl.where(best < 0, best | 65535, best & -65536)
-        backward = best & 65535
+        score = tl.where(best < 0, best | (CHUNK - 1), best & -CHUNK)
+        backward = best & (CHUNK - 1)
     else:
         score = (best >> 32).to(tl.int32)
         backward = (best & 0x7FFFFFFF).to(tl.int32)

@@ -105,6 +105,7 @@ class GlideProposer(Proposer):
             self.window.kv,
             self._cross_attention(requests),
             self.max_position,
+            requests.noise,
         )
         return Candidates(drafted.tokens, drafted.parents, drafted.log_probs, shape)
 
