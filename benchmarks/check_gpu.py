@@ -31,8 +31,17 @@ from benchmarks.shapes import QWQ_32B, write_glide_draft, write_target
 from benchmarks.speed.engine import counters
 
 DEFAULT_SHAPE = [4, 16, 16, 16, 16]
-KERNEL_TESTS = ["prefix_attention", "flash_attention", "verify", "best_children", "order", "walk", "compact"]
-KERNEL_TESTS += ["window_attention", "growing_trees", "tree", "sample"]
+KERNEL_TESTS = [
+    "prefix_attention",
+    "flash_attention",
+    "verify",
+    "best_children",
+    "coupling",
+    "order",
+    "walk",
+    "compact",
+]
+KERNEL_TESTS += ["compact", "window_attention", "growing_trees", "tree", "sample"]
 # The last one where there are two GPUs; elsewhere it skips itself.
 ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised", "tensor_parallel"]
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python -m benchmarks.kernels [attention sample compact] [--out benchmarks/results/kernels.json]
+    python -m benchmarks.kernels [attention children sample compact] [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
+- children: the best (parent, token) pairs of one level of the draft, without noise, with it for greedy requests, for
+  sampled ones, and for those with top-p;
 - sample: vLLM's sampler over all rows of a tree, and the walk;
 - compact: moving accepted K and V in all layers.
 
@@ -47,6 +49,9 @@ GRAPH_SPLITS = 32
 TILE = 128
 DEFAULT_ROWS = 69
 MAX_DEPTH = 5
+LEVEL_WIDTH = 16
+# Of inputs that are used in turn.
+MAX_COPIES = 32
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -240,6 +245,37 @@ def attention() -> Iterator[Row]:
                     }
 
 
+def children() -> Iterator[Row]:
+    from vllm_longspec.proposers.glide.best_children import best_children
+    from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
+
+    vocab_size, width = QWQ_32B["vocab_size"], LEVEL_WIDTH
+    for num_reqs in BATCHES:
+        slots = torch.arange(num_reqs, device=DEVICE)
+        log_probs = -torch.rand(num_reqs, width, device=DEVICE)
+        copies = max(1, COLD_BYTES // (num_reqs * width * vocab_size * DTYPE.itemsize))
+        logits = [
+            torch.randn(num_reqs * width, vocab_size, device=DEVICE, dtype=DTYPE)
+            for _ in range(min(copies, MAX_COPIES))
+        ]
+
+        def noise(temperature: float, log_cutoff: float, slots: torch.Tensor = slots) -> LevelNoise:
+            temperatures = torch.full((len(slots),), temperature, device=DEVICE)
+            cutoffs = torch.full_like(temperatures, log_cutoff)
+            return LevelNoise(TargetNoise(temperatures, slots, cutoffs, use_fp64=False), slots, 16384 + slots, 1)
+
+        ways = {
+            "no noise": None,
+            "greedy": noise(0.0, -torch.inf),
+            "temperature": noise(0.7, -torch.inf),
+            "temperature and top-p": noise(0.7, -3.0),
+        }
+        yield {"batch": num_reqs, "width": width} | {
+            name: measure([partial(best_children, each, log_probs, width, way) for each in logits])
+            for name, way in ways.items()
+        }
+
+
 def sample() -> Iterator[Row]:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
@@ -313,7 +349,12 @@ def compact() -> Iterator[Row]:
             yield {"layers": num_layers, "batch": num_reqs, "emitted tokens": emitted, "compaction": measure([call])}
 
 
-PARTS: dict[str, Callable[[], Iterator[Row]]] = {"attention": attention, "sample": sample, "compact": compact}
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "attention": attention,
+    "children": children,
+    "sample": sample,
+    "compact": compact,
+}
 
 
 def table(rows: Sequence[Row]) -> str:

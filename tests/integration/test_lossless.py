@@ -113,6 +113,30 @@ def test_trained_draft(pairs, family, tree_shape, least):
     assert result.metrics["vllm:prefix_cache_hits"] >= plain.metrics["vllm:prefix_cache_hits"] > 0
 
 
+def test_noise_makes_drafts_of_sampled_requests_better(pairs):
+    """Drafts ranked with the target's noise: the same tokens in fewer steps, greedy requests as without it."""
+    target, draft = pairs["qwen2"]
+    prompts = source_code((100, 200, 300, 400))
+    # Greedy, sampled from the whole distribution, and from a part of it.
+    requests = [
+        [
+            request(prompt, **{**sampling, "seed": seed}, max_tokens=24, ignore_eos=True)
+            for seed, prompt in enumerate(prompts)
+        ]
+        for sampling in (GREEDY, {"temperature": 1.0}, SAMPLINGS[0])
+    ]
+    plain = generate(target, requests)
+    accepted = {}
+    for couple_noise in (False, True):
+        options = speculative(draft, [4, 8, 8], couple_noise=couple_noise)
+        result = generate(target, requests, **options, per_request_spec_decode_metrics="summary")
+        assert_lossless(plain, result)
+        accepted[couple_noise] = [sum(lengths) / len(lengths) for lengths in result.acceptance_lengths]
+    assert accepted[True][0] == accepted[False][0]
+    assert accepted[True][1] > 1.2 * accepted[False][1]
+    assert accepted[True][2] > 0.95 * accepted[False][2]
+
+
 def test_fewer_nodes_than_the_tree(pairs):
     """`num_speculative_tokens` cuts the list of nodes, and any prefix of it is a tree."""
     target, draft = pairs["qwen2"]

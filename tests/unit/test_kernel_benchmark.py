@@ -31,6 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CONTEXTS", (64, 1 << 20))
     monkeypatch.setattr(kernels, "BATCHES", (1, 2))
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
+    monkeypatch.setattr(kernels, "LEVEL_WIDTH", 3)
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(kernels, "measure_without_graph", lambda call: measure([call]))
     monkeypatch.setattr(kernels.Batch, "prefix_attention", prefix_attention)
@@ -44,6 +45,12 @@ def test_attention() -> None:
     ]
     assert {row["times one query"] for row in rows} == {1.0}
     assert kernels.table(rows).splitlines()[0].startswith("| model | context | batch | rows | FA3, one query |")
+
+
+def test_children() -> None:
+    rows = list(kernels.children())
+    assert [row["batch"] for row in rows] == [1, 2]
+    assert list(rows[0]) == ["batch", "width", "no noise", "greedy", "temperature", "temperature and top-p"]
 
 
 def test_sample() -> None:
