@@ -65,13 +65,14 @@ class Engine:
     ) -> tuple[list[list[int]], float | None]:
         """Tokens of all requests, and tokens per verified step; None if there was no such step."""
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
 
         before = self._counters()
         parameters = [
             SamplingParams(**{"seed": seed, **sampling}, max_tokens=number, detokenize=False)
             for seed, number in enumerate(max_tokens)
         ]
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], parameters, use_tqdm=False)
         drafts, accepted = (after - old for after, old in zip(self._counters(), before, strict=True))
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         return tokens, round(1 + accepted / drafts, 3) if drafts else None

@@ -2,6 +2,7 @@
 """The noise of the target's draws in the draft's ranking: the sampler's own, and no other than it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -139,5 +140,5 @@ def test_greedy_requests_are_ranked_as_without_noise(choose, monkeypatch: pytest
         ({"top_k": -1, "min_p": 0.02}, 0.02),
     ],
 )
-def test_cutoff(params: dict[str, float], cutoff: float) -> None:
+def test_cutoff(params: dict[str, Any], cutoff: float) -> None:
     assert math.exp(log_cutoff(SamplingParams(temperature=1.0, **params))) == pytest.approx(cutoff)
