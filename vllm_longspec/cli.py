@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_longspec.configure import given_config
-from vllm_longspec.options import DEFAULT_LEVELS
+from vllm_longspec.options import AUTO, DEFAULT_LEVELS
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -33,12 +33,13 @@ def add_cli_args(
     )
     group.add_argument(
         "--speculative-tree-shape",
-        type=int,
+        type=_level,
         nargs="+",
         metavar="N",
         help="Nodes at each level of the tree that a GLIDE draft grows, as "
         "--speculative-config '{\"tree_shape\": [...]}'. Without it the shape is "
-        f"{' '.join(map(str, DEFAULT_LEVELS))}; 1 1 1 1 drafts 4 tokens in sequence.",
+        f"{' '.join(map(str, DEFAULT_LEVELS))}; 1 1 1 1 drafts 4 tokens in sequence. {AUTO} chooses the "
+        "number of levels together with the number of nodes, by what is accepted.",
     )
     group.add_argument(
         "--speculative-frequent-tokens",
@@ -47,6 +48,13 @@ def add_cli_args(
         "python -m vllm_longspec.frequent_tokens --help. A smaller head drafts faster; the output does not change.",
     )
     return parser
+
+
+def _level(value: str) -> int | str:
+    try:
+        return value if value == AUTO else int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither a number of nodes nor {AUTO}") from None
 
 
 def from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
@@ -60,6 +68,8 @@ def from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], ar
         flag = f"--speculative-{name.replace('_', '-')}"
         if name in given or name.replace("_", "-") in given:
             raise ValueError(f"{flag} and --speculative-config['{name}'] are mutually exclusive")
+        if value == [AUTO]:
+            value = AUTO
         args.speculative_config = {**given, name: value}
         setattr(args, f"speculative_{name}", None)
     return original(cls, args)

@@ -11,6 +11,8 @@ from vllm_longspec import proposers
 from vllm_longspec.attention.registry import choose_attention_backend
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.options import (
+    AUTO,
+    AUTO_BY_DEFAULT,
     OPTION_NAMES,
     LongSpecOptions,
     attach_options,
@@ -20,7 +22,7 @@ from vllm_longspec.options import (
     read_flag,
 )
 from vllm_longspec.proposers.interface import DraftSetup
-from vllm_longspec.scheduling.schedule import default_schedule
+from vllm_longspec.scheduling.schedule import default_schedule, numbers_of, plan_levels
 from vllm_longspec.targets import support
 from vllm_longspec.tree.chain import warn_of_chains
 from vllm_longspec.tree.synthetic_rates import rates_by_depth
@@ -101,6 +103,7 @@ def configure(
         return None
 
     from vllm.platforms import current_platform
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
     if method == name:
         # vLLM does not know the names of proposers.
@@ -114,10 +117,13 @@ def configure(
     frequent_tokens = setup.frequent_tokens(own.get("frequent_tokens"))
     if frequent_tokens is not None:
         draft_vocab_size = len(read_frequent_tokens(frequent_tokens, draft_vocab_size))
-    tree_shape = parse_tree_shape(own, draft_vocab_size)
-    num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
+    is_given = own.get("tree_shape") is not None or own.get("gamma") is not None
+    if AUTO_BY_DEFAULT and adaptive_verification and needs_schedule and not is_given:
+        own["tree_shape"] = AUTO
+    tree_shape = parse_tree_shape(own, draft_vocab_size)
+    num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     options = dict(given)
     # In Triton's interpreter, which is for tests, all nodes are verified by default.
     if needs_schedule and (adaptive_verification or current_platform.is_cuda()):
@@ -125,6 +131,10 @@ def configure(
         schedule = default_schedule(num_nodes, target.get_num_attention_heads(parallel_config) // num_kv_heads)
         options["num_speculative_tokens_per_batch_size"] = schedule
         num_nodes = schedule[0][2]
+    if own.get("tree_shape") == AUTO:
+        schedule = validate_and_normalize_dynamic_sd_schedule(options["num_speculative_tokens_per_batch_size"])
+        tree_shape = tree_shape.with_plans(plan_levels(numbers_of(schedule, num_nodes), tree_shape))
+        num_nodes = max((number for number, _ in tree_shape.plans), default=num_nodes)
     options["num_speculative_tokens"] = num_nodes
     options.update(setup.vllm_options(engine_args, given, target, parallel_config, draft_vocab_size))
     options.update(rates_by_depth(options, tree_shape))
@@ -148,9 +158,22 @@ def _use_adaptive_verification(
     from vllm.platforms import current_platform
 
     name, value = read_flag(own, "adaptive_verification", "adapt_nodes")
+    # Synthetic acceptance does not depend on the number of nodes.
+    is_synthetic = given.get("rejection_sample_method") == "synthetic"
+    if own.get("tree_shape") == AUTO:
+        for refused, reason in (
+            (value is False, f"{name}=false"),
+            (is_synthetic, "rejection_sample_method='synthetic', which sets what is accepted"),
+            # As below.
+            (target.quantization is not None, f"a target of quantization={target.quantization!r}"),
+        ):
+            if refused:
+                raise ValueError(
+                    f"tree_shape={AUTO!r} follows what is accepted and costs, and is not supported with {reason}: give "
+                    "the nodes of each level"
+                )
+        return True
     if value is None:
-        # Synthetic acceptance does not depend on the number of nodes.
-        is_synthetic = given.get("rejection_sample_method") == "synthetic"
         return current_platform.is_cuda() and needs_schedule and not is_synthetic and target.quantization is None
     if value and target.quantization is not None:
         # `vllm_longspec/scheduling/cost.py` assumes weights of two bytes.

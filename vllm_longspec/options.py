@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
 
 DEFAULT_LEVELS = (4, 16, 16, 16, 16)
+# The value of `tree_shape` with which levels are chosen together with nodes (`vllm_longspec/scheduling/adaptive.py`),
+# and the bound of all trees that may be chosen.
+AUTO = "auto"
+AUTO_LEVELS = (4, *[16] * 11)
+# Whether that is the default where adaptive verification is.
+AUTO_BY_DEFAULT = False
 
 OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens", "couple_noise", "adaptive_verification", "adapt_nodes")
 
@@ -24,7 +30,7 @@ class LongSpecOptions:
     """The plugin's options of an engine with candidate trees."""
 
     proposer: str  # a name in `vllm_longspec/proposers/__init__.py`
-    tree_shape: TreeShape  # as drafted, before it is cut to the nodes that are verified
+    tree_shape: TreeShape  # as drafted, before it is cut to the nodes that are verified; bounds all that are chosen
     frequent_tokens: str | None = None  # file of the tokens that may be drafted; None for the whole vocabulary
     couple_noise: bool = True  # whether drafts are ranked with the noise of the target's draws
     adaptive_verification: bool = False  # whether the number of verified nodes follows the acceptance length
@@ -41,7 +47,7 @@ def options_of(config: "SpeculativeConfig | None") -> LongSpecOptions | None:
 
 
 def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
-    """Reads `tree_shape` or `gamma` for a draft that draws from `vocab_size` tokens.
+    """Reads `tree_shape` or `gamma` for a draft that draws from `vocab_size` tokens; the bound of all trees if "auto".
 
     Raises:
         ValueError: the shape cannot be drafted.
@@ -55,7 +61,10 @@ def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
         if gamma > MAX_NODES:
             raise ValueError(f"gamma is {gamma}, but at most {MAX_NODES} nodes are supported: give a smaller one")
         return TreeShape((1,) * gamma)
-    levels = DEFAULT_LEVELS if tree_shape is None else _checked_levels(tree_shape)
+    if tree_shape == AUTO:
+        levels: tuple[int, ...] = AUTO_LEVELS
+    else:
+        levels = DEFAULT_LEVELS if tree_shape is None else _checked_levels(tree_shape)
     _check_widths(levels, vocab_size)
     return TreeShape(levels)
 
@@ -110,7 +119,7 @@ def _is_positive_int(value: Any) -> bool:
 def _checked_levels(tree_shape: Any) -> tuple[int, ...]:
     example = f"for example {list(DEFAULT_LEVELS)}"
     if not isinstance(tree_shape, list | tuple):
-        raise ValueError(f"tree_shape must be a list of nodes per level, got {tree_shape!r}: {example}")
+        raise ValueError(f"tree_shape must be a list of nodes per level or {AUTO!r}, got {tree_shape!r}: {example}")
     if not tree_shape:
         raise ValueError(f"tree_shape is empty: give at least one level, {example}, or leave it out")
     levels = tuple(map(_read_int, tree_shape))

@@ -36,7 +36,7 @@ from vllm_longspec.attention.registry import (
     choose_attention_backend,
 )
 from vllm_longspec.configure import configure
-from vllm_longspec.options import options_of
+from vllm_longspec.options import AUTO_LEVELS, options_of
 from vllm_longspec.tree import chain
 from vllm_longspec.tree.shape import TreeShape
 
@@ -190,6 +190,8 @@ def test_command_line_reaches_the_engine(target, draft, arguments):
         (["--speculative-config", '{"model": "DRAFT", "tree_shape": [3, 3]}'], (3, 3), 6),
         (["--speculative-config", '{"model": "DRAFT"}', "--speculative-tree-shape", "1", "1"], (1, 1), 2),
         (["--speculative-model", "DRAFT", "--speculative-config.gamma", "2"], (1, 1), 2),
+        (["--speculative-model", "DRAFT", "--speculative-tree-shape", "auto"], AUTO_LEVELS, 63),
+        (["--speculative-model", "DRAFT", "--speculative-config.tree_shape", "auto"], AUTO_LEVELS, 63),
         # vLLM gives the entries of such a list as strings.
         (["--speculative-model", "DRAFT", "--speculative-config.tree_shape+", "2,4"], (2, 4), 6),
         (
@@ -234,7 +236,7 @@ def test_configuration_survives_a_spawned_process(target, draft):
     code = """if True:
         import pickle, sys
         config = pickle.load(sys.stdin.buffer)
-        from vllm_longspec.options import options_of
+        from vllm_longspec.options import AUTO_LEVELS, options_of
         draft = config.speculative_config.draft_model_config
         levels = options_of(config.speculative_config).tree_shape.levels
         print(*levels, draft.architectures[0], config.attention_config.backend.get_path())
@@ -252,6 +254,7 @@ def test_configuration_survives_a_spawned_process(target, draft):
         ({"tree_shape": [4, 0]}, "tree_shape must hold positive integers only"),
         ({"tree_shape": [65]}, "65 nodes at level 1"),
         ({"tree_shape": [1, 1], "gamma": 2}, "mutually exclusive"),
+        ({"tree_shape": "auto", "gamma": 2}, "mutually exclusive"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a positive integer"),
         ({"adapt_nodes": "yes"}, "adapt_nodes must be true or false"),
         ({"method": "eagle3"}, "speculative method 'eagle3'"),
@@ -339,6 +342,80 @@ def test_how_many_nodes_are_verified_by_default(monkeypatch, target, draft, on_g
     assert found.vllm_options.get("num_speculative_tokens_per_batch_size") == schedule
 
 
+# With two queries for each KV head; three levels have no 60 nodes.
+AUTO_PLANS = {
+    63: 8,
+    62: 5,
+    61: 12,
+    31: 8,
+    30: 5,
+    29: 12,
+    28: 3,
+    15: 8,
+    14: 5,
+    13: 12,
+    12: 3,
+    7: 7,
+    6: 5,
+    5: 3,
+    3: 3,
+    1: 1,
+}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("options", "plans", "num_verified"),
+    [
+        ({}, AUTO_PLANS, 63),
+        ({"adaptive_verification": True}, AUTO_PLANS, 63),
+        ({"num_speculative_tokens": 4}, {4: 4, 3: 3, 1: 1}, 4),
+        # The user's numbers are the most.
+        ({"num_speculative_tokens_per_batch_size": [(1, 2, 24), (3, 8, 0)]}, {24: 8, 23: 5, 22: 12, 21: 3}, 24),
+    ],
+)
+def test_levels_are_chosen(monkeypatch, target, draft, on_gpu, options, plans, num_verified):
+    found = find_draft(monkeypatch, on_gpu, target, draft, tree_shape="auto", **options)
+    assert found.options.tree_shape == TreeShape(AUTO_LEVELS).with_plans(plans)
+    assert found.options.adaptive_verification is True
+    assert found.vllm_options["num_speculative_tokens"] == num_verified
+    assert found.vllm_options["num_speculative_tokens_per_batch_size"][0][2] == num_verified
+
+
+def test_levels_are_not_chosen_where_nothing_is_followed(monkeypatch, tmp_path, target, draft):
+    quantised = str(write_gptq(tmp_path / "target", Path(target)))
+    for model, options, said in (
+        (target, {"adaptive_verification": False}, "adaptive_verification=false: give the nodes of each level"),
+        (target, {"adapt_nodes": False}, "adapt_nodes=false: give"),
+        (target, SYNTHETIC, "rejection_sample_method='synthetic', which sets what is accepted: give"),
+        (quantised, {}, "a target of quantization='"),
+    ):
+        with pytest.raises(ValueError, match="tree_shape='auto' follows what is accepted") as error:
+            find_draft(monkeypatch, True, model, draft, tree_shape="auto", **options)
+        assert said in refused(error)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "options", "chooses"),
+    [
+        (True, {}, True),
+        (True, {"gamma": 3}, False),
+        (True, {"tree_shape": [2, 4]}, False),
+        # Where there is no adaptive verification.
+        (True, {"adaptive_verification": False}, False),
+        (True, SYNTHETIC, False),
+        (False, {}, False),
+        # The user's own numbers are kept to.
+        (True, {"num_speculative_tokens_per_batch_size": SCHEDULE, "adaptive_verification": True}, False),
+    ],
+)
+def test_one_constant_makes_it_the_default(monkeypatch, target, draft, on_gpu, options, chooses):
+    options = {"tree_shape": None, **options}
+    assert not find_draft(monkeypatch, on_gpu, target, draft, **options).options.tree_shape.plans
+    monkeypatch.setattr("vllm_longspec.configure.AUTO_BY_DEFAULT", True)
+    assert bool(find_draft(monkeypatch, on_gpu, target, draft, **options).options.tree_shape.plans) is chooses
+
+
 def test_a_quantised_target_has_no_cost_to_adapt_to(monkeypatch, tmp_path, target, draft):
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
     found = find_draft(monkeypatch, True, quantised, draft)
@@ -416,7 +493,7 @@ def test_the_same_option_in_two_places_is_refused(target, draft):
         create(target, spec_model=draft, speculative_config={"model": draft})
 
 
-@pytest.mark.parametrize("shape", [["2.5"], ["four"], []])
+@pytest.mark.parametrize("shape", [["2.5"], ["four"], ["Auto"], []])
 def test_the_command_line_takes_integers_only(target, draft, shape, capsys):
     with pytest.raises(SystemExit):
         parse(target, "--speculative-model", draft, "--speculative-tree-shape", *shape)

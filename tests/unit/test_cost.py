@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.shapes import SHAPES
 from vllm_longspec.proposers.glide.cost import LEVEL, GlideCost
-from vllm_longspec.scheduling.cost import FURTHER_ROW, NODE, ROW, StepCost
+from vllm_longspec.scheduling.cost import FURTHER_ROW, NODE, ROW, STEP, StepCost
+from vllm_longspec.tree.shape import TreeShape
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "speed.jsonl"
 OTHERS = ("plain", "eagle3", "ngram")
@@ -20,7 +21,8 @@ def drafting_of(model: str, depth: int = 5, num_ranks: int = 1, **settings) -> G
     vocab_size = SHAPES[model]["vocab_size"]
     settings = {"draft_vocab_size": vocab_size, **settings}
     shape = SimpleNamespace(**SHAPES[model])
-    return GlideCost.of_shape(shape, vocab_size=vocab_size, max_depth=depth, num_ranks=num_ranks, **settings)
+    tree = TreeShape((4, *[16] * (depth - 1)))
+    return GlideCost.of_shape(shape, vocab_size=vocab_size, shape=tree, num_ranks=num_ranks, **settings)
 
 
 def cost_of(model: str, depth: int = 5, num_ranks: int = 1, cache_is_quantised: bool = False, **settings) -> StepCost:
@@ -77,6 +79,15 @@ def test_fewer_nodes_than_levels_are_drafted_in_as_many_levels():
     drafting = cost(1, 5, 0) - cost(1, 4, 0)
     row = cost(1, 9, 0) - cost(1, 8, 0)
     assert 5 * (drafting - row) + 6 * row == pytest.approx(cost(1, 5, 0) - 1)
+
+
+def test_fewer_levels_cost_less_where_they_are_chosen():
+    qwq = cost_of("qwq-32b")
+    drafting = replace(drafting_of("qwq-32b"), shape=TreeShape((4, *[16] * 7)).with_plans({24: 8, 23: 3}))
+    cost = replace(qwq, token=0.0, drafting=drafting)
+    row = replace(qwq, token=0.0)(1, 24, 0) - replace(qwq, token=0.0)(1, 23, 0)
+    level = (drafting.level + LEVEL) / (STEP + qwq.target)
+    assert cost(1, 24, 0) - cost(1, 23, 0) == pytest.approx(row + 5 * level)
 
 
 def test_rows_cost_more_where_arithmetic_takes_longer_than_reading():

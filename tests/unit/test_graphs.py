@@ -11,6 +11,7 @@ import pytest
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
+from tests.unit.test_schedule import auto_shape
 from vllm_longspec import plugin
 from vllm_longspec.options import LongSpecOptions, attach_options
 from vllm_longspec.runner.graphs import DraftGraphs
@@ -31,13 +32,15 @@ def one_rank(monkeypatch):
     )
 
 
-def config(num_nodes, max_num_seqs, schedule, adapt):
+FIXED = TreeShape((4, 16, 16, 16, 16))
+
+
+def config(num_nodes, max_num_seqs, schedule, adapt, shape=FIXED):
     speculative_config: Any = SimpleNamespace(
         num_speculative_tokens=num_nodes,
         num_speculative_tokens_per_batch_size=schedule,
         uses_dynamic_speculative_decoding=lambda: True,
     )
-    shape = TreeShape((4, 16, 16, 16, 16))
     attach_options(speculative_config, LongSpecOptions("glide", shape, adaptive_verification=adapt))
     return SimpleNamespace(
         speculative_config=speculative_config,
@@ -55,11 +58,13 @@ def query_lens(manager):
     return {desc.uniform_token_count for desc in manager._capture_descs[CUDAGraphMode.FULL]}
 
 
-@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize(("adapt", "shape"), [(False, FIXED), (True, FIXED), (True, auto_shape(5))])
 @pytest.mark.parametrize("max_num_seqs", [1, 4, 64, 256])
 @pytest.mark.parametrize("num_nodes", [4, 24])
-def test_every_number_that_may_be_verified_has_its_graphs(num_nodes, max_num_seqs, adapt):
-    vllm_config = config(num_nodes, max_num_seqs, default_schedule(num_nodes, 5), adapt)
+def test_every_number_that_may_be_verified_has_its_graphs(num_nodes, max_num_seqs, adapt, shape):
+    if shape.plans:
+        shape = shape.with_plans({number: levels for number, levels in shape.plans if number <= num_nodes})
+    vllm_config = config(num_nodes, max_num_seqs, default_schedule(num_nodes, 5), adapt, shape)
     choices = nodes_by_batch_size(vllm_config.speculative_config, max_num_seqs, adapt)
     target = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 1 + num_nodes)
     assert query_lens(target) == {1 + number for numbers in choices[1:] for number in numbers}
@@ -80,12 +85,46 @@ def test_every_number_that_may_be_verified_has_its_graphs(num_nodes, max_num_seq
                 assert found is not None and found.num_reqs >= batch_size and found.num_speculative_tokens == number
 
 
+@pytest.mark.parametrize("shape", [FIXED, auto_shape(5)])
+def test_no_graph_is_captured_that_no_batch_would_run(shape):
+    """vLLM captures every number of nodes for batches of every size."""
+    vllm_config = config(24, 256, default_schedule(68, 5), True, shape)
+    target = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 25)
+    largest = {1: 256, 2: 64, 4: 32, 8: 16, 16: 8, 25: 4}
+    sizes: dict[int, list[int]] = {}
+    for desc in target._capture_descs[CUDAGraphMode.FULL]:
+        assert desc.uniform_token_count is not None and desc.num_reqs is not None
+        sizes.setdefault(desc.uniform_token_count, []).append(desc.num_reqs)
+    for query_len, found in sizes.items():
+        batch_size = largest[min(known for known in largest if known >= query_len)]
+        assert sorted(found)[-1] >= batch_size
+        assert all(size < batch_size for size in sorted(found)[:-1])
+    vllm_config = config(24, 256, default_schedule(68, 5), True)
+    del vllm_config.speculative_config.longspec
+    vllms = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 25)
+    captured = [len(manager._capture_descs[CUDAGraphMode.FULL]) for manager in (target, vllms)]
+    assert captured[0] < captured[1]
+    # The others are vLLM's.
+    assert target._capture_descs[CUDAGraphMode.PIECEWISE] == vllms._capture_descs[CUDAGraphMode.PIECEWISE]
+
+
+def test_a_batch_that_became_smaller_has_the_graphs_of_what_it_drafted():
+    schedule = [(1, 4, 4), (5, 8, 7), (9, 64, 2)]
+    target = CudaGraphManager(config(7, 64, schedule, adapt=False), "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 8)
+    target._graphs_captured = True
+    for batch_size in range(1, 9):
+        graph: Any = target.dispatch(batch_size, 8 * batch_size, uniform_token_count=8, num_active_loras=0)
+        assert graph.cg_mode == CUDAGraphMode.FULL
+        assert graph.num_reqs == batch_size
+
+
 def test_another_draft_has_vllms_graphs():
     vllm_config = config(4, 64, [(1, 4, 4), (5, 8, 3)], adapt=False)
     ours = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 5)
     del vllm_config.speculative_config.longspec
     vllms = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 5)
-    assert ours._capture_descs == vllms._capture_descs
+    # Those of larger batches that verify four nodes are missing.
+    assert set(ours._capture_descs[CUDAGraphMode.FULL]) < set(vllms._capture_descs[CUDAGraphMode.FULL])
     # Three requests of five tokens: the next captured sizes are 16, which is of four tokens each, and then 20.
     ours._graphs_captured = vllms._graphs_captured = True
     found = [manager.dispatch(3, 15, uniform_token_count=5, num_active_loras=0) for manager in (ours, vllms)]

@@ -108,7 +108,8 @@ def test_another_draft_is_counted_as_ever():
 
 def test_nothing_is_counted_where_nobody_asked_for_statistics():
     """But the number of nodes follows what is accepted all the same, of a request that takes a chain too."""
-    budget = AdaptiveVerification([[], [24, 8, 0], [8, 0]], cost=lambda *_: 1.0, num_cached_tokens=lambda: 0)
+    choices = [[], [24, 8, 0], [8, 0]]
+    budget = AdaptiveVerification(choices, lambda *_: 1.0, num_cached_tokens=lambda: 0, shape=TreeShape((4,) * 5))
     requests = {
         "tree": request(),
         "chain": request(sampling_params=SamplingParams(presence_penalty=1.0)),

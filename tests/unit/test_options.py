@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from vllm_longspec.options import count_verified_nodes, parse_tree_shape
+from vllm_longspec.options import AUTO_LEVELS, count_verified_nodes, parse_tree_shape
 from vllm_longspec.tree.shape import MAX_NODES, TreeShape
 
 VOCAB_SIZE = 1000
@@ -27,6 +27,11 @@ def test_integers_may_be_written_as_strings(options):
 
 def test_gamma_is_a_chain():
     assert parse_tree_shape({"gamma": 3}, VOCAB_SIZE) == parse_tree_shape({"tree_shape": [1, 1, 1]}, VOCAB_SIZE)
+
+
+def test_the_bound_of_shapes_that_are_chosen():
+    assert parse_tree_shape({"tree_shape": "auto"}, VOCAB_SIZE) == TreeShape(AUTO_LEVELS)
+    assert TreeShape(AUTO_LEVELS).num_nodes <= MAX_NODES
 
 
 def test_widest_shapes():
@@ -106,3 +111,15 @@ def test_shape_for_the_best_nodes(levels, num_nodes, narrower):
     shape = TreeShape(levels).for_best(num_nodes)
     assert shape.levels == narrower
     assert shape.num_nodes >= num_nodes
+
+
+def test_levels_by_the_number_of_nodes():
+    """What a number stands for that was not planned, such as one of a list that was cut, does not matter."""
+    shape = TreeShape((4, 16, 16, 16, 16, 16)).with_plans({24: 4, 7: 6, 3: 3})
+    assert shape.plans == ((3, 3), (7, 6), (24, 4))
+    assert [shape.num_levels(number) for number in (24, 23, 7, 3, 2, 1)] == [4, 6, 6, 3, 2, 1]
+    assert shape.for_best(24) == TreeShape((4, 16, 16, 16))
+    assert shape.for_best(7) == TreeShape((4, 7, 7, 7, 7, 7))
+    assert (shape.max_depth, shape.num_nodes) == (6, 84)
+    assert str(shape) == "[4, 16, 16, 16, 16, 16] at most, levels by verified nodes {3: 3, 7: 6, 24: 4}"
+    assert str(TreeShape((2, 4))) == "[2, 4]"

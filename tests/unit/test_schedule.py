@@ -3,15 +3,38 @@
 
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from vllm_longspec.scheduling.schedule import BATCH_ROWS, PREFIX_TILE, default_schedule, nodes_by_batch_size
+from vllm_longspec.options import AUTO_LEVELS, LongSpecOptions, attach_options
+from vllm_longspec.scheduling.schedule import (
+    BATCH_ROWS,
+    LEVEL_CHOICES,
+    PREFIX_TILE,
+    default_schedule,
+    nodes_by_batch_size,
+    numbers_of,
+    plan_levels,
+)
+from vllm_longspec.tree.shape import TreeShape
+
+AUTO_SHAPE = TreeShape(AUTO_LEVELS)
 
 
-def config(num_nodes, schedule):
-    return SimpleNamespace(num_speculative_tokens=num_nodes, num_speculative_tokens_per_batch_size=schedule)
+def config(num_nodes, schedule, shape=None):
+    speculative_config: Any = SimpleNamespace(
+        num_speculative_tokens=num_nodes, num_speculative_tokens_per_batch_size=schedule
+    )
+    if shape is not None:
+        attach_options(speculative_config, LongSpecOptions("glide", shape, adaptive_verification=True))
+    return speculative_config
+
+
+def auto_shape(queries_per_kv_head):
+    schedule = default_schedule(AUTO_SHAPE.num_nodes, queries_per_kv_head)
+    return AUTO_SHAPE.with_plans(plan_levels(numbers_of(schedule, AUTO_SHAPE.num_nodes), AUTO_SHAPE))
 
 
 def limits(speculative_config, max_batch_size):
@@ -59,3 +82,44 @@ def test_a_number_that_adapts_is_one_of_the_schedules_and_not_above_the_batchs_o
     # Numbers of larger batches than there may be are numbers, too, and so is 0.
     assert nodes_by_batch_size(config(24, schedule), 1, adapt=True)[1] == [24, 8, 0]
     assert nodes_by_batch_size(config(8, [(1, 1, 24), (2, 2, 4)]), 1, adapt=True)[1] == [8, 4, 0]
+
+
+@pytest.mark.parametrize("queries_per_kv_head", [1, 2, 4, 5, 8, 256])
+def test_levels_are_chosen_with_the_nodes(queries_per_kv_head):
+    schedule = default_schedule(AUTO_SHAPE.num_nodes, queries_per_kv_head)
+    shape = auto_shape(queries_per_kv_head)
+    # Nothing is lost of the schedule's numbers, and few nodes of the largest.
+    numbers = numbers_of(schedule, AUTO_SHAPE.num_nodes)
+    assert set(numbers) <= {0, *dict(shape.plans)}
+    for num_nodes, levels in shape.plans:
+        assert min(abs(number - num_nodes) for number in numbers) < len(LEVEL_CHOICES)
+        drafted = shape.for_best(num_nodes)
+        assert drafted.max_depth == shape.num_levels(num_nodes) == levels <= num_nodes <= drafted.num_nodes
+    choices = nodes_by_batch_size(config(schedule[0][2], schedule, shape), 256, adapt=True)
+    limits = nodes_by_batch_size(config(schedule[0][2], schedule), 256, adapt=False)
+    for chosen, (limit,) in list(zip(choices, limits, strict=True))[1:]:
+        assert chosen == sorted({0, *(number for number, _ in shape.plans if number <= limit)}, reverse=True)
+
+
+def test_the_plans_of_a_tile():
+    """The number of CUDA graphs grows with them."""
+    plans = {24: 8, 23: 5, 22: 12, 21: 3, 15: 8, 14: 5, 13: 12, 12: 3, 7: 7, 6: 5, 5: 3, 3: 3, 1: 1}
+    assert dict(auto_shape(5).plans) == plans
+
+
+def test_plans_of_numbers_that_are_next_to_each_other():
+    assert plan_levels([24, 23, 4, 0], AUTO_SHAPE) == {
+        24: 8,
+        23: 5,
+        22: 12,
+        21: 3,
+        20: 8,
+        19: 5,
+        18: 12,
+        17: 3,
+        4: 4,
+        3: 3,
+    }
+    assert plan_levels([0], AUTO_SHAPE) == {}
+    # No more levels than the bound has.
+    assert plan_levels([16], TreeShape((4, 16))) == {16: 2}

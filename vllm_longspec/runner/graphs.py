@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorBatchDescriptor
 
 from vllm_longspec.options import options_of
-from vllm_longspec.scheduling.schedule import numbers_of_nodes
+from vllm_longspec.scheduling.schedule import nodes_by_batch_size, numbers_of_nodes
 
 
 class DraftGraphs(CudaGraphManager):
@@ -27,14 +27,14 @@ class DraftGraphs(CudaGraphManager):
         vllm_config: VllmConfig,
         device: torch.device,
         cudagraph_mode: CUDAGraphMode,
-        nodes_by_batch_size: Sequence[Sequence[int]],  # numbers that may be kept for n requests; entry 0 is not used
+        choices: Sequence[Sequence[int]],  # numbers of nodes that may be kept, by batch size; entry 0 is not used
     ):
         # A request is one "token" of the draft's batch.
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len=1)
         graphs: dict[SpeculatorBatchDescriptor, None] = {}
         for batch_size in range(self.max_num_reqs, 0, -1):
             for desc in self._candidates.get((batch_size, 0), [])[:1]:
-                for num_nodes in nodes_by_batch_size[batch_size]:
+                for num_nodes in choices[batch_size]:
                     if num_nodes > 0:
                         graphs[SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=num_nodes)] = None
         # Largest first, so that smaller graphs reuse their memory.
@@ -60,7 +60,10 @@ class DraftGraphs(CudaGraphManager):
 
 
 def init_verification_graphs(original: Callable[..., None], self: CudaGraphManager) -> None:
-    """Lists the graphs of the target's forward pass for every number of nodes that a step may verify."""
+    """Lists the graphs of the target's forward pass for every number of nodes that a step may verify.
+
+    vLLM lists each number of nodes with every batch size, but a large batch never verifies many.
+    """
     config = self.vllm_config.speculative_config
     options = options_of(config)
     if config is None or options is None or not config.uses_dynamic_speculative_decoding():
@@ -76,6 +79,9 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
     finally:
         cudagraph_utils.build_dynamic_sd_schedule_lookup = build_lookup
 
+    if self.decode_query_len > 1:
+        # Not the draft's graphs, in which a request is one row.
+        _drop_unused(self, nodes_by_batch_size(config, self.max_num_reqs, options.adaptive_verification))
     uniform = [desc for descs in self._capture_descs.values() for desc in descs if desc.uniform_token_count is not None]
     uniform.sort(key=lambda desc: desc.num_tokens)
     for (num_tokens, num_active_loras), candidates in self._candidates.items():
@@ -85,3 +91,21 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
                 smallest.setdefault(desc.uniform_token_count, desc)
         # vLLM takes the first that fits a batch, so uniform graphs come before those of any query length.
         candidates[:0] = [desc for desc in smallest.values() if desc not in candidates]
+
+
+def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) -> None:
+    """Removes the graphs of numbers of nodes that no batch of their size verifies; `choices` are by batch size."""
+    # A batch may be smaller than when it drafted, never larger.
+    largest = {1 + number: size for size, numbers in enumerate(choices) if size > 0 for number in numbers}
+    uniform = [desc for descs in manager._capture_descs.values() for desc in descs if desc.uniform_token_count]
+    unused: set[BatchExecutionDescriptor] = set()
+    next_smaller: dict[tuple[int, int], int] = {}
+    for desc in sorted(uniform, key=lambda desc: desc.num_tokens):
+        assert desc.uniform_token_count is not None and desc.num_reqs is not None
+        kind = desc.uniform_token_count, desc.num_active_loras
+        # The largest batch is padded to the next size, unless there is one of its own.
+        if next_smaller.get(kind, 0) >= largest.get(desc.uniform_token_count, 0):
+            unused.add(desc)
+        next_smaller[kind] = desc.num_reqs
+    for listed in (*manager._capture_descs.values(), *manager._candidates.values()):
+        listed[:] = [desc for desc in listed if desc not in unused]

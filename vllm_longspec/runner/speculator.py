@@ -69,7 +69,7 @@ class TreeSpeculator(DraftModelSpeculator):
         logger.info_once(
             "Proposer %s: tree shape %s, %s%d of %d nodes verified, %sa chain for requests with %s",
             self.options.proposer,
-            str(list(shape.levels)),
+            str(shape),
             "up to " if self.options.adaptive_verification else "",
             self.num_speculative_steps,
             shape.num_nodes,

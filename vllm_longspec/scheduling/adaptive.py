@@ -3,29 +3,89 @@
 
 A step with K nodes emits 1 + accepted(K) tokens and costs cost(batch size, K, cached tokens) steps of plain decoding
 (`vllm_longspec/scheduling/cost.py`). K is one of the schedule's numbers, at most the batch's own, or 0, which is plain
-decoding.
+decoding. K also says how many levels are drafted (`TreeShape.num_levels`): where the levels are chosen, each number of
+levels has numbers of nodes of its own.
 
-accepted(K) is estimated from counts that decay with every step and from a prior: `typical_acceptance(K)` times the
-draft's quality, its acceptance relative to the typical one over all K. Counts decay towards the prior, so a K that did
-badly is tried again. Every `TRIAL_INTERVAL`-th step tries a neighbour of the best K, since on some texts few nodes
-accept as much as many. All is computed from counts, not from clocks, so runs are repeatable.
+accepted(K) is estimated from counts that decay with every step and from a prior: what a typical draft has accepted of
+K nodes, times the draft's quality, its acceptance relative to the typical one over all K. Counts decay towards the
+prior, so a K that did badly is tried again. How many nodes a typical draft has accepted depends on K
+(`typical_acceptance`) and on the levels, by the probability that a path which has reached a depth goes on
+(`_PathLengths`). It is counted too, over all K, so that steps of one number of levels say what another would accept.
+
+Every `TRIAL_INTERVAL`-th step tries a neighbour of the best K, since on some texts few nodes accept as much as many,
+and few levels as much as many. All is computed from counts, not from clocks, so runs are repeatable.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-# Steps after which a count has half its weight.
-HALF_LIFE = 256
-DECAY = 0.5 ** (1 / HALF_LIFE)
-# Weights of the priors: of the draft's quality in accepted tokens, of a K's acceptance in steps of a request.
+from vllm_longspec.tree.shape import TreeShape
+
+
+class Memory(NamedTuple):
+    half_life: int  # steps after which a count has half its weight
+    prior_weight: float  # of a K's acceptance, in steps of a request
+
+
+# With the same levels for every K a wrong K costs little, and its own counts say best what it accepts. Levels that a
+# text does not reach cost more, so they must follow faster, and many K share few counts: the prior, which all of them
+# make, says more.
+NODES_MEMORY = Memory(half_life=256, prior_weight=8.0)
+LEVELS_MEMORY = Memory(half_life=32, prior_weight=64.0)
+# Weights of the other priors: of the draft's quality in accepted tokens, of the probability that a path goes on in
+# paths.
 QUALITY_PRIOR_WEIGHT = 2.0
-ACCEPTANCE_PRIOR_WEIGHT = 8.0
+PATH_PRIOR_WEIGHT = 8.0
 # Steps between trials.
 TRIAL_INTERVAL = 32
+# Levels of the trees that `typical_acceptance` was fitted to, and the probability that a path goes on at which their
+# best 24 nodes accept as much as it says.
+TYPICAL_LEVELS = 5
+TYPICAL_CONTINUATION = 0.75
 
 
 def typical_acceptance(num_nodes: int) -> float:
-    """Accepted tokens per step of the best `num_nodes` nodes of a tree; fitted to benchmarks/README.md."""
+    """Accepted tokens per step of the best `num_nodes` nodes of a tree of `TYPICAL_LEVELS` levels.
+
+    Fitted to benchmarks/README.md.
+    """
     return 2.9 * (1 - (1 + num_nodes) ** -0.5)
+
+
+class _PathLengths:
+    """How far accepted paths reach, whatever the number of levels that were drafted.
+
+    A path that ends at the last level says nothing of what is below, so the probability that a path goes on is counted
+    for each depth among the paths that reached the depth before and could have gone on (the Kaplan-Meier estimate).
+    The prior is the probability at the depth before.
+    """
+
+    def __init__(self, max_levels: int):
+        # By depth - 1; both decayed.
+        self.paths = [0.0] * max_levels
+        self.continued = [0.0] * max_levels
+
+    def decay(self, factor: float) -> None:
+        self.paths = [factor * count for count in self.paths]
+        self.continued = [factor * count for count in self.continued]
+
+    def observe(self, num_accepted: int, num_levels: int) -> None:
+        # A path below the drafted levels was not drafted level by level: deeper levels would not have added to it.
+        if num_accepted > num_levels:
+            return
+        for depth in range(min(num_accepted + 1, num_levels)):
+            self.paths[depth] += 1
+        for depth in range(num_accepted):
+            self.continued[depth] += 1
+
+    def means(self) -> list[float]:
+        """Mean length of a path by the number of levels, from 0 levels on."""
+        means, reached, continuation = [0.0], 1.0, TYPICAL_CONTINUATION
+        for paths, continued in zip(self.paths, self.continued, strict=True):
+            continuation = (PATH_PRIOR_WEIGHT * continuation + continued) / (PATH_PRIOR_WEIGHT + paths)
+            reached *= continuation
+            means.append(means[-1] + reached)
+        return means
 
 
 class AdaptiveVerification:
@@ -35,6 +95,7 @@ class AdaptiveVerification:
         choices: numbers of nodes to choose from, by batch size; entry 0 is not used.
         cost: (requests, nodes per request, cached tokens of all) -> cost of a step in steps of plain decoding.
         num_cached_tokens: returns the cached tokens of all decoding requests.
+        shape: the tree, and the levels that are drafted for a number of nodes.
     """
 
     def __init__(
@@ -42,51 +103,75 @@ class AdaptiveVerification:
         choices: Sequence[Sequence[int]],
         cost: Callable[[int, int, int], float],
         num_cached_tokens: Callable[[], int],
+        shape: TreeShape,
     ):
-        # Ascending, so that the neighbours of a choice are the ones to try.
         self.choices = [sorted(numbers) for numbers in choices]
         self.cost = cost
         self.num_cached_tokens = num_cached_tokens
         # K -> steps summed over requests, and their accepted tokens; both decayed
         self.steps = {num_nodes: 0.0 for num_nodes in sorted(set().union(*self.choices[1:])) if num_nodes > 0}
         self.accepted = dict.fromkeys(self.steps, 0.0)
+        self.levels = {num_nodes: shape.num_levels(num_nodes) for num_nodes in self.steps}
+        self.typical = {num_nodes: typical_acceptance(num_nodes) for num_nodes in self.steps}
+        self.paths = _PathLengths(max([TYPICAL_LEVELS, *self.levels.values()]))
+        self.memory = LEVELS_MEMORY if shape.plans else NODES_MEMORY
+        self.decay = 0.5 ** (1 / self.memory.half_life)
         self.num_lookups = 0
 
     def __getitem__(self, batch_size: int) -> int:
         for num_nodes in self.steps:
-            self.steps[num_nodes] *= DECAY
-            self.accepted[num_nodes] *= DECAY
-        choices, quality = self.choices[batch_size], self._quality()
+            self.steps[num_nodes] *= self.decay
+            self.accepted[num_nodes] *= self.decay
+        self.paths.decay(self.decay)
+        choices = self.choices[batch_size]
         # Counting is slow for large batches, which often have a single choice.
         num_tokens = self.num_cached_tokens() if len(choices) > 1 else 0
+        acceptance = self._acceptance()
 
-        def throughput(index: int) -> float:  # tokens per request in the time of a step of plain decoding
-            num_nodes = choices[index]
-            return (1 + self._acceptance(num_nodes, quality)) / self.cost(batch_size, num_nodes, num_tokens)
+        def throughput(num_nodes: int) -> float:  # tokens per request in the time of a step of plain decoding
+            return (1 + acceptance[num_nodes]) / self.cost(batch_size, num_nodes, num_tokens)
 
-        best = max(range(len(choices)), key=throughput)
+        best = max(choices, key=throughput)
         self.num_lookups += 1
-        if self.num_lookups % TRIAL_INTERVAL == 0:
-            # The next lower and the next higher one alternately; K = 0 (index 0) has nothing to observe.
-            tried = best + (1 if self.num_lookups % (2 * TRIAL_INTERVAL) == 0 else -1)
-            if 0 < tried < len(choices):
-                return choices[tried]
-        return choices[best]
+        trial, is_due = divmod(self.num_lookups, TRIAL_INTERVAL)
+        if is_due == 0 and (neighbours := self._neighbours(best, choices)):
+            return neighbours[trial % len(neighbours)]
+        return best
 
     def observe(self, num_nodes: int, num_accepted: int) -> None:
-        """Counts a request's step with `num_nodes` nodes, of which `num_accepted` were accepted."""
+        """Counts a request's step with `num_nodes` nodes, of which `num_accepted` were accepted.
+
+        These may be more than there are levels, if candidates from elsewhere were verified with the draft's.
+        """
         if num_nodes in self.steps:
             self.steps[num_nodes] += 1
             self.accepted[num_nodes] += num_accepted
+            self.paths.observe(num_accepted, self.levels[num_nodes])
 
-    def _quality(self) -> float:
-        """Accepted tokens relative to those of a typical draft."""
-        typical = sum(steps * typical_acceptance(number) for number, steps in self.steps.items())
-        return (QUALITY_PRIOR_WEIGHT + sum(self.accepted.values())) / (QUALITY_PRIOR_WEIGHT + typical)
+    def _neighbours(self, best: int, choices: Sequence[int]) -> list[int]:
+        """The next K of both sides, and those with as many levels; without K = 0, which has nothing to observe."""
+        fewer = [number for number in reversed(choices) if 0 < number < best]
+        more = [number for number in choices if number > best]
+        found: dict[int, None] = {}
+        for numbers in (fewer, more):
+            same = [number for number in numbers if self.levels[number] == self.levels.get(best)]
+            found.update(dict.fromkeys(numbers[:1] + same[:1]))
+        return list(found)
 
-    def _acceptance(self, num_nodes: int, quality: float) -> float:
-        """Expected accepted tokens of a request's step with `num_nodes` nodes."""
-        if num_nodes == 0:
-            return 0.0
-        prior = ACCEPTANCE_PRIOR_WEIGHT * min(num_nodes, quality * typical_acceptance(num_nodes))
-        return (prior + self.accepted[num_nodes]) / (ACCEPTANCE_PRIOR_WEIGHT + self.steps[num_nodes])
+    def _acceptance(self) -> dict[int, float]:
+        """Expected accepted tokens of a request's step by its number of nodes."""
+        means = self.paths.means()
+        typical = {
+            number: self.typical[number] * means[levels] / means[min(number, TYPICAL_LEVELS)]
+            for number, levels in self.levels.items()
+        }
+        # Accepted tokens relative to those of a typical draft.
+        quality = (QUALITY_PRIOR_WEIGHT + sum(self.accepted.values())) / (
+            QUALITY_PRIOR_WEIGHT + sum(steps * typical[number] for number, steps in self.steps.items())
+        )
+        acceptance = {0: 0.0}
+        for number, steps in self.steps.items():
+            weight = self.memory.prior_weight
+            prior = weight * min(number, quality * typical[number])
+            acceptance[number] = (prior + self.accepted[number]) / (weight + steps)
+        return acceptance

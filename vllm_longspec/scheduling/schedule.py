@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Number of verified nodes by batch size: the default of vLLM's `num_speculative_tokens_per_batch_size`.
 
-docs/tuning.md#number-of-nodes has the reasons for the default.
+docs/tuning.md#number-of-nodes has the reasons for the default, docs/tuning.md#tree-shape those for the levels.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from vllm_longspec.options import options_of
+from vllm_longspec.tree.shape import TreeShape
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
 PREFIX_TILE = 128
 # Rows of a batch that are verified at little cost, measured on an H200 (benchmarks/README.md).
 BATCH_ROWS = 128
+# Numbers of levels to choose from where the levels are not given, in the order in which they get their nodes.
+LEVEL_CHOICES = (8, 5, 12, 3)
 
 
 def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int, int, int]]:
@@ -32,6 +38,27 @@ def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int
         schedule.append((first, last, nodes))
         first, last = last + 1, 2 * last
     return schedule
+
+
+def numbers_of(schedule: Sequence[Sequence[int]], num_nodes: int) -> list[int]:
+    """0 and all numbers of a schedule, at most `num_nodes`, the largest first."""
+    return sorted({0, *(min(nodes, num_nodes) for _, _, nodes in schedule)}, reverse=True)
+
+
+def plan_levels(numbers: Sequence[int], shape: TreeShape) -> dict[int, int]:
+    """Numbers of verified nodes with the levels that are drafted for each, to choose from together.
+
+    Only the number of nodes reaches the workers, so each of `numbers` is split into a few that differ by one. Numbers
+    of levels that fewer nodes could not reach, or whose trees are smaller, are left out.
+    """
+    plans: dict[int, int] = {}
+    for number in sorted(set(numbers) - {0}, reverse=True):
+        choices = dict.fromkeys(min(levels, number, shape.max_depth) for levels in LEVEL_CHOICES)
+        for levels in choices:
+            num_nodes = next(nodes for nodes in range(number, -1, -1) if nodes not in plans)
+            if levels <= num_nodes <= sum(min(level, num_nodes) for level in shape.levels[:levels]):
+                plans[num_nodes] = levels
+    return plans
 
 
 def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt: bool) -> list[list[int]]:
@@ -54,9 +81,12 @@ def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt:
 
 
 def numbers_of_nodes(config: "SpeculativeConfig") -> list[int]:
-    """0 and all numbers of the schedule, the largest first."""
+    """0 and all numbers of the schedule, or all that say how many levels are drafted, the largest first."""
     from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
+    options = options_of(config)
+    if options is not None and options.tree_shape.plans:
+        return sorted({0, *dict(options.tree_shape.plans)}, reverse=True)
     schedule = validate_and_normalize_dynamic_sd_schedule(config.num_speculative_tokens_per_batch_size)
     assert config.num_speculative_tokens is not None
-    return sorted({0, *(min(nodes, config.num_speculative_tokens) for _, _, nodes in schedule)}, reverse=True)
+    return numbers_of(schedule, config.num_speculative_tokens)

@@ -59,7 +59,9 @@ class TreeSchedulerMixin(_Base):
         max_batch_size = self.scheduler_config.max_num_seqs
         if options.adaptive_verification:
             choices = nodes_by_batch_size(speculative_config, max_batch_size, adapt=True)
-            self.adaptive = AdaptiveVerification(choices, StepCost.of(self.vllm_config), self._num_cached_tokens)
+            self.adaptive = AdaptiveVerification(
+                choices, StepCost.of(self.vllm_config), self._num_cached_tokens, self.tree_shape
+            )
             # vLLM only ever reads entry `batch_size`.
             table: Any = self.adaptive
             self.dynamic_sd_lookup = table

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.options import DEFAULT_LEVELS, options_of
 from vllm_longspec.targets.families import layer_sizes, layer_weights
+from vllm_longspec.tree.shape import TreeShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 # Constant time of a level, in weights that could be read meanwhile: 0.09 ms of kernel launches.
 LEVEL = 165e6
 
+DEFAULT_SHAPE = TreeShape(DEFAULT_LEVELS)
+
 
 @dataclass(frozen=True)
 class GlideCost:
     level: float  # weights of the draft's layer and head that each GPU reads, in weights of two bytes
     num_layers: int  # of the target
-    max_depth: int
+    shape: TreeShape
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "GlideCost":
@@ -35,7 +38,7 @@ class GlideCost:
             draft_vocab_size=len(read_frequent_tokens(path, vocab_size)) if path else vocab_size,
             is_quantised=config.quantization is not None,
             num_ranks=vllm_config.parallel_config.tensor_parallel_size,
-            max_depth=options.tree_shape.max_depth,
+            shape=options.tree_shape,
         )
 
     @classmethod
@@ -47,7 +50,7 @@ class GlideCost:
         draft_vocab_size: int,
         is_quantised: bool = False,
         num_ranks: int = 1,
-        max_depth: int = len(DEFAULT_LEVELS),
+        shape: TreeShape = DEFAULT_SHAPE,
     ) -> "GlideCost":
         """As `of`, from sizes. Weights have two bytes, those of a quantised draft and its head have one.
 
@@ -58,7 +61,7 @@ class GlideCost:
         layer = layer_weights(target) + 2 * hidden * heads * head_size
         head_ranks = num_ranks if draft_vocab_size == vocab_size else 1
         level = layer / num_ranks + draft_vocab_size * hidden / head_ranks
-        return cls(level * (0.5 if is_quantised else 1.0), target.num_hidden_layers, max_depth)
+        return cls(level * (0.5 if is_quantised else 1.0), target.num_hidden_layers, shape)
 
     def __call__(self, num_nodes: int, cache: float) -> float:
-        return min(num_nodes, self.max_depth) * (LEVEL + self.level + cache / self.num_layers)
+        return self.shape.num_levels(num_nodes) * (LEVEL + self.level + cache / self.num_layers)
