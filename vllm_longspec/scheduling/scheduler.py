@@ -232,7 +232,7 @@ class TreeSchedulerMixin(_Base):
     ) -> SpecDecodingStats | None:
         request = self.requests[request_id]
         # Nodes that were not checked against a grammar could not be accepted.
-        if self.adaptive is not None and not (request.use_structured_output and request_id in self.unchecked):
+        if self.adaptive is not None and request_id not in self.unchecked:
             self.adaptive.observe(num_draft_tokens, num_accepted_tokens)
         if not self.log_stats:
             return None
