@@ -15,7 +15,7 @@ import torch
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar, StructuredOutputOptions
 
-from vllm_longspec.scheduling.grammar import ALL_ALLOWED, FillBudget, TreeGrammars, mask_tree
+from vllm_longspec.scheduling.grammar import ALL_ALLOWED, FIRST_NODES, FillBudget, TreeGrammars, mask_tree
 
 TARGET = Path(__file__).parents[2] / "benchmarks" / "pair" / "target"
 END_OF_REASONING = 1
@@ -457,33 +457,31 @@ class Clock:
 def test_the_host_fills_no_longer_than_the_rest_of_a_step_takes():
     clock = Clock()
     budget = FillBudget(clock)
-    requests = {"a", "b"}
 
-    def step(num_rows: int, row_time: float, rest: float) -> None:
-        budget.begin(requests)
-        clock.now += num_rows * row_time
-        budget.end(num_rows)
-        clock.now += rest
+    def steps(number: int, row_times: dict[str, float], rest: float = 20.5e-3) -> dict[str, int]:
+        found = {}
+        for _ in range(number):
+            budget.begin(row_times)
+            for name, row_time in row_times.items():
+                found[name] = budget.num_nodes(name)
+                clock.now += 10 * row_time
+                budget.end(name, 10)
+            clock.now += rest
+        return found
 
-    # Nothing is known of the first steps.
-    assert budget.nodes_per_request(2) is None
-    step(10, 1e-3, 20.5e-3)
-    assert budget.nodes_per_request(2) is None
-    for _ in range(100):
-        step(10, 1e-3, 20.5e-3)
-    # 20 rows, of which two are roots.
-    assert [budget.nodes_per_request(number) for number in (1, 2, 4, 40)] == [19, 9, 4, 1]
+    # Little is known of the first steps.
+    assert steps(1, {"a": 1e-3}) == {"a": FIRST_NODES}
+    # 20 rows, of which one is the root's.
+    assert steps(99, {"a": 1e-3}) == {"a": 19}
+    # Requests share the time. The masks of one with another grammar, or of one that has just come, take another time.
+    assert steps(1, {"a": 1e-3, "b": 1e-3}) == {"a": 9, "b": 9}
+    assert steps(99, {"a": 1e-3, "b": 1e-4, "c": 1.0}) == {"a": 5, "b": 67, "c": 1}
     # Slow masks do not make room for themselves.
-    for _ in range(100):
-        step(10, 10e-3, 20.5e-3)
-    assert budget.nodes_per_request(1) == 1
+    assert steps(99, {"a": 10e-3}) == {"a": 1}
     # An engine that had nothing to do has not taken that long for a step.
-    for _ in range(300):
-        step(10, 1e-3, 20.5e-3)
+    assert steps(99, {"a": 1e-3}) == {"a": 19}
     clock.now += 1000.0
-    requests = {"c"}
-    step(10, 1e-3, 20.5e-3)
-    assert budget.nodes_per_request(1) == 19
+    assert steps(2, {"d": 1e-3}) == {"d": 19}
 
 
 def test_nodes_that_cannot_be_filled_in_time_are_not_checked():
@@ -503,6 +501,7 @@ def test_nodes_that_cannot_be_filled_in_time_are_not_checked():
         step = grammars.masks(requests, ["a", "b"], {"a": pack(nodes), "b": pack(nodes)})
         found.append(step.num_checked)
         clock.now += 8.0
+    # 8 seconds for two requests, each with a root.
     assert found[0] == [6, 6] and found[-1] == [3, 3]
     assert step.num_invalid == {"a": 3, "b": 3} and step.unchecked == {"a", "b"}
     assert (step.bitmask[[4, 5, 6, 11, 12, 13]] == ALL_ALLOWED).all()

@@ -14,7 +14,7 @@ While a request reasons, its grammar is not active: all may follow, and the matc
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 # Weight of the latest step in the averages of `FillBudget`.
-LATEST = 0.1
+LATEST = 0.2
+# Nodes of a request before anything was measured.
+FIRST_NODES = 8
 # A row that allows every token.
 ALL_ALLOWED = -1
 
@@ -149,37 +151,48 @@ def mask_tree(
 
 
 class FillBudget:
-    """How many rows of bitmasks the host can fill in a step while the GPU works.
+    """For how many nodes of each request the host can fill masks while the GPU works.
 
-    The host fills masks while the GPU verifies the same step. It may fill for as long as all else in a step takes.
-    Filling that is hidden behind the GPU leaves it that time; filling that is not only adds to the step, so that it
-    cannot raise its own bound. Both times are measured, as moving averages; before, there is no bound.
+    The host fills masks while the GPU verifies the same step. It may fill for as long as all else in a step takes, for
+    each request with structured output the same time. Filling that is hidden behind the GPU leaves it that time;
+    filling that is not only adds to the step, so that it cannot raise its own bound.
+
+    Times are measured, as moving averages: how long a row takes differs by orders of magnitude between grammars.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self.row_time: float | None = None
+        # Of the latest step's requests, None before their first; of all requests.
+        self.row_times: dict[str, float | None] = {}
+        self.typical_row_time: float | None = None
         self.rest_time: float | None = None
-        self.began = self.ended = 0.0
-        self.requests: set[str] = set()
+        self.last = 0.0
 
-    def nodes_per_request(self, num_requests: int) -> int | None:
-        """Nodes of each of `num_requests` requests beside its root, at least 1; None for any number."""
-        if self.row_time is None or self.rest_time is None:
-            return None
-        return max(1, int(self.rest_time / self.row_time) // num_requests - 1)
-
-    def begin(self, requests: set[str]) -> None:
-        self.began = self.clock()
+    def begin(self, request_ids: Iterable[str]) -> None:
+        """Begins the masks of a step."""
+        now = self.clock()
+        row_times = {request_id: self.row_times.get(request_id) for request_id in request_ids}
         # With none of the last step's requests the engine may have had nothing to do in between.
-        if self.requests & requests:
-            self.rest_time = _average(self.rest_time, self.began - self.ended)
-        self.requests = requests
+        if row_times.keys() & self.row_times.keys():
+            self.rest_time = _average(self.rest_time, now - self.last)
+        self.row_times, self.last = row_times, now
 
-    def end(self, num_rows: int) -> None:
-        self.ended = self.clock()
+    def num_nodes(self, request_id: str) -> int:
+        """The most nodes of a request, at least 1."""
+        row_time = self.row_times[request_id] or self.typical_row_time
+        if row_time is None or self.rest_time is None:
+            return FIRST_NODES
+        # One of the rows is the root's.
+        return max(1, int(self.rest_time / len(self.row_times) / row_time) - 1)
+
+    def end(self, request_id: str, num_rows: int) -> None:
+        """Ends the masks of a request, the one whose turn it is."""
+        now = self.clock()
         # A clock may not tick for a single row.
-        self.row_time = max(_average(self.row_time, (self.ended - self.began) / num_rows), 1e-9)
+        row_time = max((now - self.last) / num_rows, 1e-9)
+        self.row_times[request_id] = _average(self.row_times[request_id], row_time)
+        self.typical_row_time = _average(self.typical_row_time, row_time)
+        self.last = now
 
 
 def _average(average: float | None, latest: float) -> float:
@@ -216,24 +229,22 @@ class TreeGrammars:
         """Fills the masks of a step, in the order of `request_ids`."""
         lists = [scheduled_nodes.get(request_id, ()) for request_id in request_ids]
         bitmask = self._rows(len(lists) + sum(map(len, lists)))
-        most = None
-        if self.budget is not None:
-            most = self.budget.nodes_per_request(len(lists))
-            self.budget.begin(set(request_ids))
         step = StepMasks(bitmask.numpy(), [], {}, set())
-        first = num_visited = 0
+        if self.budget is not None:
+            self.budget.begin(request_ids)
+        first = 0
         for request_id, packed in zip(request_ids, lists, strict=True):
             rows = bitmask[first : first + 1 + len(packed)]
             first += len(rows)
+            most = None if self.budget is None else self.budget.num_nodes(request_id)
             masks = self._mask(requests[request_id], _nodes(packed[:most]), rows)
-            num_visited += masks.num_visited
+            if self.budget is not None:
+                self.budget.end(request_id, masks.num_visited)
             step.num_checked.append(masks.num_checked)
             if num_invalid := len(packed) - len(masks.allowed_rows):
                 step.num_invalid[request_id] = num_invalid
             if masks.num_checked < len(packed):
                 step.unchecked.add(request_id)
-        if self.budget is not None:
-            self.budget.end(num_visited)
         return step
 
     def _mask(self, request: "Request", nodes: list[tuple[int, int]], rows: torch.Tensor) -> TreeMasks:
