@@ -389,7 +389,7 @@ def _make_job(source: random.Random, prompts: list[list[int]], max_tokens: int, 
 
 def _reads_history(job: Job) -> list[str]:
     """What of a request reads the history of its draft tokens, so that it takes a chain instead of a tree."""
-    return [name for name in (*PENALTIES, "bad_words", "structured_outputs") if name in job.body]
+    return [name for name in (*PENALTIES, "bad_words") if name in job.body]
 
 
 def run(

@@ -43,5 +43,5 @@ def test_soak(tmp_path):
     assert counted["acceptance_length"] > 1.2
     # Trees and chains of several kinds ran together.
     assert 4 < counted["chains"] < counted["finished"] - 4
-    assert "structured_outputs" in counted["chains_by_reason"] and len(counted["chains_by_reason"]) > 2
+    assert len(counted["chains_by_reason"]) > 2
     assert counted["drafts_by_kind"]["tree"] > 0 and counted["drafts_by_kind"]["chain"] > 0

@@ -41,10 +41,8 @@ def registered():
     plugin.register()
 
 
-def request(sampling_params=None, use_structured_output=False):
-    return SimpleNamespace(
-        sampling_params=sampling_params or SamplingParams(), use_structured_output=use_structured_output
-    )
+def request(sampling_params=None):
+    return SimpleNamespace(sampling_params=sampling_params or SamplingParams())
 
 
 def scheduler_of(speculative_config, requests, log_stats=True, adaptive=None):
@@ -53,6 +51,7 @@ def scheduler_of(speculative_config, requests, log_stats=True, adaptive=None):
     vars(scheduler).update(
         tree_shape=TreeShape((4, 16, 16, 16, 16)),
         adaptive=adaptive,
+        unchecked=set(),
         num_new_requests={Kind.TREE: 0, Kind.CHAIN: 0},
         log_stats=log_stats,
         num_spec_tokens=68,
@@ -113,15 +112,19 @@ def test_nothing_is_counted_where_nobody_asked_for_statistics():
     requests = {
         "tree": request(),
         "chain": request(sampling_params=SamplingParams(presence_penalty=1.0)),
-        "grammar": request(use_structured_output=True),
+        "grammar": request(),
+        "unchecked grammar": request(),
     }
     scheduler = scheduler_of(TREE, requests, log_stats=False, adaptive=budget)
-    steps = [(24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree"), (8, 8, "grammar")]
+    # The tree may have been checked in a step before it had a grammar to check.
+    scheduler.unchecked = {"unchecked grammar"}
+    steps = [(24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree"), (24, 4, "grammar")]
+    steps += [(8, 0, "unchecked grammar")]
     for verified, accepted, request_id in steps:
         assert scheduler.make_spec_decoding_stats(None, verified, accepted, None, request_id) is None
-    # One with a number that is not the schedule's was cut, and says nothing about any. A grammar cuts as it likes.
-    assert budget.steps == {8: 1, 24: 2}
-    assert budget.accepted == {8: 1, 24: 5}
+    # One with a number that is not the schedule's was cut, and says nothing about any.
+    assert budget.steps == {8: 1, 24: 3}
+    assert budget.accepted == {8: 1, 24: 9}
 
 
 def values_by_kind():

@@ -14,7 +14,6 @@ LINEAR: dict[str, Any] = {
     "frequency_penalty": -0.5,
     "repetition_penalty": 1.1,
     "bad_words": ["no"],
-    "structured_outputs": StructuredOutputsParams(json_object=True),
     "thinking_token_budget": 0,
 }
 
@@ -32,6 +31,7 @@ def test_what_reads_the_history_of_draft_tokens_takes_a_chain(name):
         {"logit_bias": {3: 1.0}, "allowed_token_ids": [3, 4], "min_tokens": 5},
         {"logprobs": 3, "prompt_logprobs": 2, "stop_token_ids": [7], "ignore_eos": True},
         {"logprob_token_ids": [3], "stop": ["end"]},
+        {"structured_outputs": StructuredOutputsParams(json_object=True)},
         # what a client sends that sets every parameter
         {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "bad_words": []},
     ],

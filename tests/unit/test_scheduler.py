@@ -22,16 +22,20 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.config import replace
 from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
+from tests.unit.test_grammar import Words, pack
 from vllm_longspec import plugin
 from vllm_longspec.options import options_of
+from vllm_longspec.scheduling.grammar import ALL_ALLOWED
 from vllm_longspec.scheduling.scheduler import AsyncTreeScheduler, TreeScheduler, most_nodes
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
@@ -378,3 +382,123 @@ def test_start_up_does_not_advise_to_reserve_more(monkeypatch):
 def test_copies_of_a_configuration_have_the_options(copied):
     config = engine_config()
     assert options_of(copied(config).speculative_config) == options_of(config.speculative_config) is not None
+
+
+def add_structured_request(scheduler: Any, name: str, words: list[list[int]], **options: Any) -> Words:
+    """A request whose grammar allows one of a few sequences of tokens, and is compiled."""
+    request = make_request(name, 24, 32, **options)
+    request.structured_output_request = StructuredOutputRequest(StructuredOutputsParams(json_object=True))
+    request.structured_output_request.grammar = grammar = Words(words)
+    scheduler.add_request(request)
+    scheduler.structured_output_manager.backend = SimpleNamespace(
+        allocate_token_bitmask=lambda num_rows: torch.zeros(num_rows, 2, dtype=torch.int32)
+    )
+    return grammar
+
+
+def answer(scheduler: Any, output: SchedulerOutput, sampled: dict[str, list[int]]) -> Any:
+    names = list(output.num_scheduled_tokens)
+    places = {name: place for place, name in enumerate(names)}
+    runner_output = ModelRunnerOutput(names, places, [sampled[name] for name in names])
+    (outputs,) = scheduler.update_from_output(output, runner_output).values()
+    return outputs.scheduler_stats.spec_decoding_stats
+
+
+# Of a grammar of 2 3 4 and 2 6: two nodes are forbidden, and one below a forbidden one.
+NODES = [(2, 0), (3, 1), (5, 0), (6, 1), (4, 2), (7, 3), (9, 4)]
+PACKED = pack(NODES)
+FREE = [ALL_ALLOWED] * 2
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_grammars_are_walked_down_the_trees_that_are_verified(is_async):
+    """As the engine calls the scheduler. The free request's draft is as long, and needs no masks."""
+    scheduler = make_scheduler(is_async=is_async, schedule=[(1, 256, len(NODES))])
+    grammar = add_structured_request(scheduler, "grammar", [[1, 2, 3, 4, 8], [1, 2, 6, 8]])
+    scheduler.add_request(make_request("free", 24, 32, first_token=100))
+    prompts = scheduler.schedule()
+    masks = scheduler.get_grammar_bitmask(prompts)
+    # Of the last token of a prompt.
+    assert masks.structured_output_request_ids == ["grammar"]
+    assert masks.grammar_bitmask.tolist() == [[1 << 1, 0]]
+    drafts = DraftTokenIds(["free", "grammar"], [[7] * len(NODES), list(PACKED)])
+    first = {"grammar": [1], "free": [7]}
+
+    if is_async:
+        # The next step is on its way before anything of this one is known.
+        output = scheduler.schedule()
+        assert output.pending_structured_output_tokens
+        answer(scheduler, prompts, first)
+        scheduler.update_draft_token_ids_in_output(drafts, output)
+    else:
+        answer(scheduler, prompts, first)
+        scheduler.update_draft_token_ids(drafts)
+        output = scheduler.schedule()
+    assert {name: len(nodes) for name, nodes in output.scheduled_spec_decode_tokens.items()} == {
+        "grammar": len(NODES),
+        "free": len(NODES),
+    }
+    masks = scheduler.get_grammar_bitmask(output)
+    assert masks.structured_output_request_ids == ["grammar"]
+    only = [[1 << 2, 0], [1 << 3 | 1 << 6, 0], [1 << 4, 0], FREE, [1 << 8, 0], [1 << 8, 0], FREE, FREE]
+    assert masks.grammar_bitmask.tolist() == only
+    assert masks.num_acceptable_drafts == [len(NODES)]
+    assert output.num_invalid_spec_tokens == {"grammar": 3}
+    # Only what is emitted moves the grammar, and nodes that are dropped are no draft tokens.
+    assert grammar.read == [1]
+    stats = answer(scheduler, output, {"grammar": [2, 3, 4], "free": [7, 7]})
+    assert grammar.read == [1, 2, 3, 4]
+    assert (stats.num_draft_tokens, stats.num_accepted_tokens) == (2 * len(NODES) - 3, 3)
+
+
+def test_lists_of_structured_requests_are_cut_like_all_others():
+    scheduler = make_scheduler(schedule=[(1, 256, len(NODES))], max_num_batched_tokens=64)
+    for name in ("0", "1"):
+        add_structured_request(scheduler, name, [[1, 2, 3, 4, 8], [1, 2, 6, 8]])
+    answer(scheduler, scheduler.schedule(), {"0": [1], "1": [1]})
+    scheduler.update_draft_token_ids(DraftTokenIds(["0", "1"], [list(PACKED), list(PACKED)]))
+    scheduler.max_num_scheduled_tokens = 2 + 2 * 4
+    output = scheduler.schedule()
+    masks = scheduler.get_grammar_bitmask(output)
+    assert masks.grammar_bitmask.tolist() == 2 * [[1 << 2, 0], [1 << 3 | 1 << 6, 0], [1 << 4, 0], FREE, [1 << 8, 0]]
+    assert masks.num_acceptable_drafts == [4, 4]
+    assert output.num_invalid_spec_tokens == {"0": 1, "1": 1}
+
+
+def test_drafts_that_never_came_are_not_accepted():
+    """A request that was left out of a step has the drafts of an earlier one, which were not copied again."""
+    scheduler = make_scheduler(is_async=True, schedule=[(1, 256, 2)])
+    add_structured_request(scheduler, "grammar", [[1, 2, 3]])
+    prompts = scheduler.schedule()
+    output = scheduler.schedule()
+    answer(scheduler, prompts, {"grammar": [1]})
+    # Of a request that is gone, and none of the one that is there; no grammar is asked about either.
+    scheduler.update_draft_token_ids_in_output(DraftTokenIds(["gone"], [[2, 3]]), output)
+    masks = scheduler.get_grammar_bitmask(output)
+    assert masks.grammar_bitmask.tolist() == [[1 << 2, 0], FREE, FREE]
+    assert masks.num_acceptable_drafts == [0]
+    assert output.num_invalid_spec_tokens == {"grammar": 2}
+    assert scheduler.unchecked == {"grammar"}
+
+
+def test_prompts_and_requests_that_are_gone_have_no_masks_and_no_nodes():
+    scheduler = make_scheduler(max_num_batched_tokens=32)
+    for name, first_token in (("long", 0), ("aborted", 100)):
+        add_structured_request(scheduler, name, [[1, 2, 3]], first_token=first_token)
+    output = scheduler.schedule()
+    # The second prompt has a chunk of 8 tokens.
+    assert output.num_scheduled_tokens == {"long": 24, "aborted": 8}
+    assert scheduler.get_grammar_bitmask(output).structured_output_request_ids == ["long"]
+    answer(scheduler, output, {"long": [1], "aborted": []})
+    scheduler.update_draft_token_ids(DraftTokenIds(["long", "aborted"], [[2], [2]]))
+    assert (scheduler.requests["long"].spec_token_ids, scheduler.requests["aborted"].spec_token_ids) == ([2], [])
+    output = scheduler.schedule()
+    scheduler.finish_requests(["long", "aborted"], RequestStatus.FINISHED_ABORTED)
+    assert scheduler.get_grammar_bitmask(output) is None
+    scheduler.update_draft_token_ids(DraftTokenIds(["long"], [[2]]))
+
+
+def test_ranks_with_schedulers_of_their_own_look_at_no_clock(monkeypatch):
+    assert make_scheduler().grammars.budget is not None
+    monkeypatch.setattr(engine_config().parallel_config, "distributed_executor_backend", "external_launcher")
+    assert make_scheduler().grammars.budget is None

@@ -32,6 +32,14 @@ def registered():
     plugin.register()
 
 
+SCHEDULER = {
+    "add_request",
+    "get_grammar_bitmask",
+    "make_spec_decoding_stats",
+    "schedule",
+    "update_draft_token_ids",
+    "update_draft_token_ids_in_output",
+}
 # What each class overrides. A method that vLLM renames would otherwise be one that nobody calls any more.
 OVERRIDES = {
     "CausalMetadataBuilder": {"build"},
@@ -76,8 +84,8 @@ OVERRIDES = {
     "TreeDecodingStats": {"observe_draft"},
     "ChainDecodeMetrics": {"observe"},
     "DraftGraphs": set(),
-    "TreeScheduler": {"add_request", "make_spec_decoding_stats", "schedule"},
-    "AsyncTreeScheduler": {"add_request", "make_spec_decoding_stats", "schedule"},
+    "TreeScheduler": SCHEDULER,
+    "AsyncTreeScheduler": SCHEDULER,
     "TreeSpeculator": {"capture", "init_cudagraph_manager", "load_draft_model", "propose", "set_attn"},
 }
 
@@ -138,9 +146,30 @@ READS = {
         "self.structured_outputs_worker.apply_grammar_bitmask(",
         "grammar_invalid_drafts(",
     ],
-    # A row that holds no token ends the draft tokens that a grammar is advanced over.
-    "vllm.v1.structured_output.utils.strip_speculative_padding": ["token_id < 0"],
-    f"{GPU}.model_runner.GPUModelRunner.sample_tokens": ["self.model_state.postprocess_state(", "speculator.propose("],
+    # Draft tokens reach the scheduler as the state has them, with parents in the upper half, and the model without: its
+    # input ids are int32.
+    f"{GPU}.input_batch.InputBuffers.__init__": ["self.input_ids = torch.zeros(max_num_tokens, dtype=torch.int32"],
+    f"{GPU}.states.RequestState.__init__": ["self.draft_tokens = torch.zeros(", "dtype=torch.int64"],
+    f"{GPU}.spec_decode.utils.DraftTokensHandler.set_draft_tokens": ["input_batch.has_structured_output_reqs"],
+    "vllm.v1.engine.core.EngineCore.post_step": ["self.scheduler.update_draft_token_ids("],
+    "vllm.v1.engine.core.EngineCore.step_with_batch_queue": [
+        "self.scheduler.update_draft_token_ids_in_output(",
+        "self.scheduler.get_grammar_bitmask(",
+    ],
+    # All of a request that the manager is shown.
+    "vllm.v1.structured_output.StructuredOutputManager._get_constraint_bounds": [
+        "request.structured_output_request",
+        "request.prompt_token_ids",
+        "request.all_token_ids.copy()",
+    ],
+    # The first drafts of a request are those whose rows have masks.
+    f"{GPU}.structured_outputs.grammar_invalid_drafts": ["local_pos > row_limit"],
+    f"{GPU}.model_runner.GPUModelRunner.sample_tokens": [
+        "self.model_state.postprocess_state(",
+        "speculator.propose(",
+        "self.req_states.draft_tokens[input_batch.idx_mapping] = draft_tokens",
+        "self.draft_tokens_handler.set_draft_tokens(",
+    ],
     f"{GPU}.attn_utils.build_attn_metadata": ["get_extra_attn_kwargs(", "**attn_metadata_extra_kwargs"],
     "vllm.v1.worker.utils.AttentionGroup.build_metadata": ["**kwargs"],
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": ["self.make_spec_decoding_stats("],

@@ -32,6 +32,7 @@ from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 from vllm_longspec.tree.coupling import TargetNoise
 from vllm_longspec.tree.order import order_tree
+from vllm_longspec.tree.packing import pack_nodes
 from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early
 
@@ -126,7 +127,10 @@ class TreeSpeculator(DraftModelSpeculator):
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:  # int64 [num_reqs, num_nodes] tokens in list order; zeros for requests in their prompt
-        """Drafts a tree for every request that decodes next."""
+        """Drafts a tree for every request that decodes next.
+
+        With structured output in the batch tokens are packed with their parents (`vllm_longspec/tree/packing.py`).
+        """
         num_reqs = input_batch.num_reqs
         if dummy_run:
             if is_profile:
@@ -165,10 +169,13 @@ class TreeSpeculator(DraftModelSpeculator):
             self.graphs.run_fullgraph(graph)
         else:
             self._draft(num_drafts, num_nodes, max_prefix_len)
-        if rows is None:
-            return self.draft_tokens[:num_reqs]
-        draft_tokens = self._no_drafts(num_reqs)
-        draft_tokens[rows] = self.draft_tokens[:num_drafts]
+        draft_tokens = self.draft_tokens[:num_reqs]
+        if rows is not None:
+            draft_tokens = self._no_drafts(num_reqs)
+            draft_tokens[rows] = self.draft_tokens[:num_drafts]
+        if input_batch.has_structured_output_reqs:
+            # vLLM copies them to the scheduler.
+            draft_tokens = pack_nodes(draft_tokens, self.tree_state.parent_rows[input_batch.idx_mapping, 1:])
         return draft_tokens
 
     def _stage(self, staged: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

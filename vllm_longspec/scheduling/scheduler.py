@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_longspec.options import options_of
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.cost import StepCost
+from vllm_longspec.scheduling.grammar import FillBudget, TreeGrammars
 from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats, request_metrics
 from vllm_longspec.scheduling.schedule import nodes_by_batch_size
 from vllm_longspec.tree.chain import needs_chain
+from vllm_longspec.tree.state import NO_TOKEN
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig
@@ -55,6 +58,11 @@ class TreeSchedulerMixin(_Base):
         self.tree_shape = options.tree_shape
         # Requests added since the last step with drafts.
         self.num_new_requests = dict.fromkeys(Kind, 0)
+        # With a scheduler for each rank they must all decide the same, whatever their clocks say.
+        has_clock = self.parallel_config.distributed_executor_backend != "external_launcher"
+        self.grammars = TreeGrammars(self.structured_output_manager, FillBudget() if has_clock else None)
+        # Requests of the latest step with masks some of whose nodes were not checked against their grammar.
+        self.unchecked: set[str] = set()
         self.adaptive: AdaptiveVerification | None = None
         max_batch_size = self.scheduler_config.max_num_seqs
         if options.adaptive_verification:
@@ -178,6 +186,44 @@ class TreeSchedulerMixin(_Base):
             if request.num_computed_tokens >= request.num_prompt_tokens
         )
 
+    # vLLM checks draft tokens against grammars when it gets them, as chains. Here they stay packed with their parents
+    # (`vllm_longspec/tree/packing.py`), for the grammar masks of the step that verifies them; vLLM reads no more of
+    # them than how many there are.
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Sets the requests' lists of nodes for the next step."""
+        for request_id, nodes in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+            request = self.requests.get(request_id)
+            if request is not None and not request.is_finished():
+                request.spec_token_ids = [] if request.is_prefill_chunk else nodes
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        """Replaces the placeholders of a step that is being executed by the lists of nodes."""
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        for request_id, nodes in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+            if (num_nodes := len(scheduled.get(request_id, ()))) > 0:
+                scheduled[request_id] = (nodes + [NO_TOKEN] * num_nodes)[:num_nodes]
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """The masks of all rows of the requests with structured output that decode in this step."""
+        if not scheduler_output.has_structured_output_requests:
+            return None
+        request_ids = [
+            request_id
+            for request_id in scheduler_output.num_scheduled_tokens
+            if (request := self.requests.get(request_id)) is not None
+            and request.use_structured_output
+            and not request.is_prefill_chunk
+        ]
+        if not request_ids:
+            return None
+        masks = self.grammars.masks(self.requests, request_ids, scheduler_output.scheduled_spec_decode_tokens)
+        scheduler_output.num_invalid_spec_tokens = masks.num_invalid
+        self.unchecked = masks.unchecked
+        return GrammarOutput(request_ids, masks.bitmask, masks.num_checked)
+
     def make_spec_decoding_stats(
         self,
         spec_decoding_stats: SpecDecodingStats | None,
@@ -187,8 +233,8 @@ class TreeSchedulerMixin(_Base):
         request_id: str,
     ) -> SpecDecodingStats | None:
         request = self.requests[request_id]
-        # A grammar may reject nodes, so acceptance says nothing about the number of nodes.
-        if self.adaptive is not None and not request.use_structured_output:
+        # Nodes that were not checked against a grammar could not be accepted.
+        if self.adaptive is not None and request_id not in self.unchecked:
             self.adaptive.observe(num_draft_tokens, num_accepted_tokens)
         if not self.log_stats:
             return None

@@ -26,7 +26,6 @@ _CHAIN_PARAMETERS: dict[str, Callable[["SamplingParams"], bool]] = {
     "frequency_penalty": lambda params: params.frequency_penalty != 0.0,
     "repetition_penalty": lambda params: params.repetition_penalty != 1.0,
     "bad_words": lambda params: bool(params.bad_words),
-    "structured_outputs": lambda params: params.structured_outputs is not None,
     "thinking_token_budget": lambda params: params.thinking_token_budget is not None,
 }
 

@@ -13,7 +13,7 @@ from vllm.utils.math_utils import cdiv
 
 MASK_BITS = 32
 
-# The token of a row that holds no node. vLLM's scheduler takes it for padding, which ends the input of a grammar.
+# The token of a row that holds no node. vLLM pads lists of draft tokens with it.
 NO_TOKEN = -1
 
 
