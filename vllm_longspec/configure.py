@@ -16,6 +16,7 @@ from vllm_longspec.options import (
     attach_options,
     count_verified_nodes,
     options_of,
+    parse_copy_length,
     parse_tree_shape,
     read_flag,
 )
@@ -115,6 +116,7 @@ def configure(
     if frequent_tokens is not None:
         draft_vocab_size = len(read_frequent_tokens(frequent_tokens, draft_vocab_size))
     tree_shape = parse_tree_shape(own, draft_vocab_size)
+    copy_length = parse_copy_length(own)
     num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
@@ -128,7 +130,8 @@ def configure(
     options["num_speculative_tokens"] = num_nodes
     options.update(setup.vllm_options(engine_args, given, target, parallel_config, draft_vocab_size))
     options.update(rates_by_depth(options, tree_shape))
-    return Speculation(setup, LongSpecOptions(name, tree_shape, frequent_tokens, adaptive_verification), options)
+    longspec_options = LongSpecOptions(name, tree_shape, frequent_tokens, adaptive_verification, copy_length)
+    return Speculation(setup, longspec_options, options)
 
 
 def _use_adaptive_verification(
