@@ -37,6 +37,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 from vllm_longspec.attention.cache_scales import CacheScales
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.tree import tree_attention
+from vllm_longspec.copying.lookup import find_copies
+from vllm_longspec.copying.trust import CopyTrust
 from vllm_longspec.proposers.glide.best_children import best_children
 from vllm_longspec.proposers.glide.fp8_inputs import activate
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
@@ -47,6 +49,7 @@ from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.layout import lay_out_trees
+from vllm_longspec.tree.merge import merge_path
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.sample import _rows_of_emitted
 from vllm_longspec.tree.shape import TreeShape
@@ -193,6 +196,15 @@ def compile_window_kernels(max_new: int) -> None:
     window.append(token_ids, slots, roots.positions, counts[:2], max_new)
 
 
+def compile_copy_kernels(copy_length: int, max_model_len: int, num_nodes: int) -> None:
+    slots = torch.zeros(2, dtype=torch.int64)
+    token_ids = torch.zeros(4, max_model_len, dtype=torch.int32)
+    copied, match_lens = find_copies(token_ids, slots, slots, max_model_len, copy_length)
+    scores = CopyTrust(4, copy_length, torch.device("cpu")).score(copied, match_lens, token_ids, slots, slots)
+    tokens = torch.zeros(2, num_nodes, dtype=torch.int64)
+    merge_path(tokens, tokens.float(), tokens.int(), copied[:, :num_nodes], scores[:, :num_nodes])
+
+
 def compile_level_kernel(levels: tuple[int, ...]) -> None:
     trees = GrowingTrees(TreeShape(levels), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 512, 2, 1, 64))
     for depth, width in enumerate(levels, start=1):
@@ -208,6 +220,8 @@ def main() -> None:
         compile_tree_kernels(num_nodes)
     for levels in ((1,), (4, 16, 16, 16, 16)):
         compile_level_kernel(levels)
+    for copy_length, max_model_len, num_nodes in ((1, 1000, 1), (16, 131072, 68), (16, 4096, 4)):
+        compile_copy_kernels(copy_length, max_model_len, num_nodes)
     for max_new in (1, 6, 512):
         compile_window_kernels(max_new)
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):

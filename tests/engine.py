@@ -38,6 +38,8 @@ class Result:
     # For every batch, for every request: tokens a verified step, None without such a step or if not asked for with
     # `per_request_spec_decode_metrics`.
     acceptance_lengths: list[list[float | None]]
+    # Accepted nodes at depth 1, 2, ..; empty without a draft.
+    accepted_by_depth: list[float] = field(default_factory=list)
     # vLLM's own counters at the end.
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -72,6 +74,7 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory_bytes": 32 << 20,
     "gpu_memory_utilization": 0.1,
 }
+ACCEPTED_BY_DEPTH = "vllm:spec_decode_num_accepted_tokens_per_pos"
 CPU_SETTINGS: dict[str, Any] = {"distributed_executor_backend": "uni"}
 
 
@@ -117,7 +120,9 @@ def run_batches(settings: dict[str, Any], batches: Sequence[Sequence[Request]]) 
 def _generate_batches(llm: Any, batches: list[Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    columns: dict[str, list] = {field.name: [] for field in fields(Result) if field.name != "metrics"}
+    columns: dict[str, list] = {
+        field.name: [] for field in fields(Result) if field.name not in ("metrics", "accepted_by_depth")
+    }
     for batch in batches:
         if isinstance(batch, str):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": batch})
@@ -138,8 +143,10 @@ def _generate_batches(llm: Any, batches: list[Any]) -> dict[str, Any]:
             [_logprobs(output.prompt_logprobs and output.prompt_logprobs[1:]) for output in outputs]
         )
         columns["acceptance_lengths"].append([_acceptance_length(completion) for completion in completions])
-    metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    return {**columns, "metrics": metrics}
+    found = llm.get_metrics()
+    metrics = {metric.name: metric.value for metric in found if hasattr(metric, "value")}
+    (by_depth,) = [metric.values for metric in found if metric.name == ACCEPTED_BY_DEPTH] or [[]]
+    return {**columns, "metrics": metrics, "accepted_by_depth": list(by_depth)}
 
 
 @contextmanager

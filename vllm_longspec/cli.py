@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_longspec.configure import given_config
-from vllm_longspec.options import AUTO, DEFAULT_LEVELS
+from vllm_longspec.options import AUTO, DEFAULT_COPY_LENGTH, DEFAULT_LEVELS
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 _HELP_SUMMARY = (
     "Speculative decoding with a LongSpec GLIDE draft: --speculative-model MODEL "
-    "[--speculative-tree-shape N [N ...]] [--speculative-frequent-tokens FILE]. See --help=LongSpec."
+    "[--speculative-tree-shape N [N ...]] [--speculative-copy-length N] [--speculative-frequent-tokens FILE]. "
+    "See --help=LongSpec."
 )
 
 
@@ -47,6 +48,14 @@ def add_cli_args(
         help="The tokens that a GLIDE draft may draw, as --speculative-config '{\"frequent_tokens\": FILE}'; see "
         "python -m vllm_longspec.frequent_tokens --help. A smaller head drafts faster; the output does not change.",
     )
+    group.add_argument(
+        "--speculative-copy-length",
+        type=int,
+        metavar="N",
+        help="Tokens that join the tree as one path where the request's last tokens occurred before in its own text, "
+        "as --speculative-config '{\"copy_length\": N}'. Without it "
+        f"{DEFAULT_COPY_LENGTH}; 0 copies none.",
+    )
     return parser
 
 
@@ -60,7 +69,7 @@ def _level(value: str) -> int | str:
 def from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
     # Only fields of EngineArgs are copied, so the plugin's options move to `speculative_config`. They move in `args`
     # itself, which further API servers receive, and read before they load plugins.
-    for name in ("tree_shape", "frequent_tokens"):
+    for name in ("tree_shape", "copy_length", "frequent_tokens"):
         value = getattr(args, f"speculative_{name}", None)
         if value is None:
             continue

@@ -18,6 +18,7 @@ from vllm_longspec.options import (
     attach_options,
     count_verified_nodes,
     options_of,
+    parse_copy_length,
     parse_tree_shape,
     read_flag,
 )
@@ -117,6 +118,7 @@ def configure(
     frequent_tokens = setup.frequent_tokens(own.get("frequent_tokens"))
     if frequent_tokens is not None:
         draft_vocab_size = len(read_frequent_tokens(frequent_tokens, draft_vocab_size))
+    copy_length = parse_copy_length(own)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
     is_given = own.get("tree_shape") is not None or own.get("gamma") is not None
@@ -147,6 +149,7 @@ def configure(
             frequent_tokens,
             couple_noise=couple_noise is not False,
             adaptive_verification=adaptive_verification,
+            copy_length=copy_length,
         ),
         options,
     )

@@ -18,8 +18,17 @@ AUTO = "auto"
 AUTO_LEVELS = (4, *[16] * 11)
 # Whether that is the default where adaptive verification is.
 AUTO_BY_DEFAULT = False
+DEFAULT_COPY_LENGTH = 16
 
-OPTION_NAMES = ("tree_shape", "gamma", "frequent_tokens", "couple_noise", "adaptive_verification", "adapt_nodes")
+OPTION_NAMES = (
+    "tree_shape",
+    "gamma",
+    "copy_length",
+    "frequent_tokens",
+    "couple_noise",
+    "adaptive_verification",
+    "adapt_nodes",
+)
 
 # Attribute of vLLM's SpeculativeConfig, which is pickled to every process.
 _ATTRIBUTE = "longspec"
@@ -34,6 +43,13 @@ class LongSpecOptions:
     frequent_tokens: str | None = None  # file of the tokens that may be drafted; None for the whole vocabulary
     couple_noise: bool = True  # whether drafts are ranked with the noise of the target's draws
     adaptive_verification: bool = False  # whether the number of verified nodes follows the acceptance length
+    copy_length: int = 0  # tokens that are copied from the request's own text beside the drafted tree; 0 for none
+
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest node that can be verified: a step emits at most one token more."""
+        # A node comes after all its ancestors in the list, which has no more nodes than the drafted tree.
+        return max(self.tree_shape.max_depth, min(self.copy_length, self.tree_shape.num_nodes))
 
 
 def attach_options(config: "SpeculativeConfig", options: LongSpecOptions) -> None:
@@ -67,6 +83,24 @@ def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
         levels = DEFAULT_LEVELS if tree_shape is None else _checked_levels(tree_shape)
     _check_widths(levels, vocab_size)
     return TreeShape(levels)
+
+
+def parse_copy_length(options: Mapping[str, Any]) -> int:
+    """Reads `copy_length`.
+
+    Raises:
+        ValueError: it is not an integer from 0 to `MAX_NODES`.
+    """
+    copy_length = _read_int(options.get("copy_length"))
+    if copy_length is None:
+        return DEFAULT_COPY_LENGTH
+    is_int = isinstance(copy_length, int) and not isinstance(copy_length, bool)
+    if not is_int or not 0 <= copy_length <= MAX_NODES:
+        raise ValueError(
+            f"copy_length must be an integer from 0 to {MAX_NODES}, got {copy_length!r}: give the number of tokens to "
+            f"copy, 0 to copy none, or leave it out for {DEFAULT_COPY_LENGTH}"
+        )
+    return copy_length
 
 
 def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:

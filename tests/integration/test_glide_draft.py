@@ -110,7 +110,8 @@ def load(
     """Loads both checkpoints as vLLM's model runner does; the twin gets `weights`, or else the draft's."""
     vllm_config = EngineArgs(
         model=str(target),
-        speculative_config={"model": str(draft), "tree_shape": list(tree_shape), **(drafting or {})},
+        # Drafted trees alone: what is copied depends on no draft.
+        speculative_config={"model": str(draft), "tree_shape": list(tree_shape), "copy_length": 0, **(drafting or {})},
         skip_tokenizer_init=True,
         dtype=dtype,
         max_model_len=MAX_MODEL_LEN,

@@ -19,6 +19,8 @@ MAX_MODEL_LEN = 160
 VOCAB_SIZE = 4096
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 SHAPE = [2, 4, 4, 4]
+# A copied path may be as deep as there are nodes.
+MAX_DEPTH = sum(SHAPE)
 
 
 def run(**settings: object) -> dict:
@@ -110,7 +112,7 @@ def test_metrics_count_by_depth(drafted):
     counted = drafted["counted"]
     drafts, accepted = counted["vllm:spec_decode_num_drafts"], counted["vllm:spec_decode_num_accepted_tokens"]
     by_depth = counted["vllm:spec_decode_num_accepted_tokens_per_pos"]
-    assert len(by_depth) == len(SHAPE)
+    assert len(by_depth) == MAX_DEPTH
     # A node is accepted only with its parent.
     assert drafts >= by_depth[0] and by_depth == sorted(by_depth, reverse=True) and by_depth[-1] > 0
     assert sum(by_depth) == accepted
@@ -120,26 +122,28 @@ def test_metrics_count_by_depth(drafted):
     assert sum(each["num_spec_steps"] for each in requests.values()) == drafts
     assert sum(each["num_accepted_draft_tokens"] for each in requests.values()) == accepted
     assert sum(each["num_draft_tokens"] for each in requests.values()) == counted["vllm:spec_decode_num_draft_tokens"]
-    assert {len(each["acceptance_histogram"]) for each in requests.values()} == {1 + len(SHAPE)}
-    # A chain has no more nodes than the tree is deep.
+    assert {len(each["acceptance_histogram"]) for each in requests.values()} == {1 + MAX_DEPTH}
+    # A chain has no more nodes than a path is long.
     tree, chain = requests["greedy"], requests["chain"]
     assert tree["num_draft_tokens"] > 10 * tree["num_spec_steps"]
     assert chain["num_accepted_draft_tokens"] > 0
-    assert chain["num_draft_tokens"] <= len(SHAPE) * chain["num_spec_steps"]
+    assert chain["num_draft_tokens"] <= MAX_DEPTH * chain["num_spec_steps"]
 
     # vLLM logs every few seconds what has come since the line before.
     lines = [line for line in drafted["log"] if "SpecDecoding metrics" in line]
     assert sum(int(re.findall(r"Accepted: (\d+) tokens", line)[0]) for line in lines) == accepted
     for line in lines:
         rates = [float(rate) for rate in re.findall(r"Per-position acceptance rate: (.*), Avg", line)[0].split(", ")]
-        assert len(rates) == len(SHAPE)
+        assert len(rates) == MAX_DEPTH
         mean = float(re.findall(r"Mean acceptance length: ([\d.]+),", line)[0])
         assert mean == pytest.approx(1 + sum(rates), abs=0.01)
 
 
 def test_start_up_says_what_is_served(drafted):
     (line,) = [line for line in drafted["log"] if "Proposer glide: " in line]
-    assert "tree shape [2, 4, 4, 4], 14 of 14 nodes verified, 4096 of 4096 tokens drafted, " in line
+    assert "tree shape [2, 4, 4, 4], 14 of 14 nodes verified, up to 16 tokens copied, " in line
+    assert f"text {4 * MAX_MODEL_LEN} bytes per request" in line
+    assert "4096 of 4096 tokens drafted, " in line
     # 512 positions of K and V in float32.
     config = json.loads((PAIR / "target" / "config.json").read_text())
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

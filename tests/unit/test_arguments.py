@@ -108,7 +108,8 @@ def test_options_reach_further_api_servers(target, draft, tmp_path):
     """They get the arguments that the first process has read, and read them again before any plugin is loaded."""
     tokens = tmp_path / "tokens.json"
     tokens.write_text("[3, 4, 5, 6]")
-    options = ["--speculative-tree-shape", "2", "4", "--speculative-frequent-tokens", str(tokens)]
+    options = ["--speculative-tree-shape", "2", "4", "--speculative-copy-length", "3"]
+    options += ["--speculative-frequent-tokens", str(tokens)]
     args = parse(target, "--speculative-model", draft, *options)
     first = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     unpatched = vars(EngineArgs)["from_cli_args"].__func__.longspec_original
@@ -116,6 +117,7 @@ def test_options_reach_further_api_servers(target, draft, tmp_path):
     for config in (first, second):
         assert options_in(config).tree_shape == TreeShape((2, 4))
         assert options_in(config).frequent_tokens == str(tokens)
+        assert options_in(config).copy_length == 3
 
 
 @pytest.mark.parametrize(
@@ -479,6 +481,16 @@ def test_frequent_tokens(tmp_path, target, draft):
 def test_wrong_frequent_tokens_are_refused(target, draft, value, said):
     with pytest.raises(ValueError, match=said) as error:
         create(target, speculative_config={"model": draft, "frequent_tokens": value})
+    refused(error)
+
+
+def test_copies_are_made_unless_they_are_turned_off(target, draft):
+    def copy_length(**given):
+        return options_in(create(target, speculative_config={"model": draft, **given})).copy_length
+
+    assert [copy_length(), copy_length(copy_length=0), copy_length(gamma=4, copy_length=8)] == [16, 0, 8]
+    with pytest.raises(ValueError, match="copy_length must be an integer from 0 to 255, got -1") as error:
+        copy_length(copy_length=-1)
     refused(error)
 
 

@@ -18,6 +18,7 @@ ALLOWED = {
     "interpreter": {"compat"},
     "tree": {"interpreter"},
     "attention": {"interpreter"},
+    "copying": {"interpreter", "tree"},
     "targets": {"interpreter"},
     "frequent_tokens": set(),
     "options": {"tree"},
@@ -33,7 +34,7 @@ ALLOWED = {
         "tree",
     },
     "scheduling": {"options", "proposers", "targets", "tree"},
-    "runner": {"attention", "options", "proposers", "scheduling", "tree"},
+    "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
     "cli": {"configure", "options"},
     "patches": {

@@ -49,7 +49,7 @@ def scheduler_of(speculative_config, requests, log_stats=True, adaptive=None):
     """What the statistics read of a scheduler; vLLM's own for a draft of another kind."""
     scheduler = object.__new__(TreeScheduler if speculative_config is TREE else Scheduler)
     vars(scheduler).update(
-        tree_shape=TreeShape((4, 16, 16, 16, 16)),
+        max_depth=5,
         adaptive=adaptive,
         unchecked=set(),
         num_new_requests={Kind.TREE: 0, Kind.CHAIN: 0},

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from vllm_longspec.options import AUTO_LEVELS, count_verified_nodes, parse_tree_shape
+from vllm_longspec.options import (
+    AUTO_LEVELS,
+    LongSpecOptions,
+    count_verified_nodes,
+    parse_copy_length,
+    parse_tree_shape,
+)
 from vllm_longspec.tree.shape import MAX_NODES, TreeShape
 
 VOCAB_SIZE = 1000
@@ -94,6 +100,33 @@ def test_verified_nodes(given, verified):
 def test_wrong_number_of_verified_nodes_is_refused(given):
     with pytest.raises(ValueError, match=r"num_speculative_tokens must be a positive integer.*all 10 nodes"):
         count_verified_nodes(given, TreeShape((2, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("given", "copy_length"),
+    [({}, 16), ({"copy_length": None}, 16), ({"copy_length": 0}, 0), ({"copy_length": "8"}, 8)],
+)
+def test_copy_length(given, copy_length):
+    assert parse_copy_length(given) == copy_length
+    assert parse_copy_length({"copy_length": MAX_NODES}) == MAX_NODES
+
+
+@pytest.mark.parametrize("given", [-1, 2.0, True, False, "", "-1", "many", [8], 256])
+def test_wrong_copy_length_is_refused_in_one_line(given):
+    with pytest.raises(ValueError) as error:
+        parse_copy_length({"copy_length": given})
+    message = str(error.value)
+    assert "\n" not in message
+    for part in ("copy_length", "from 0 to 255", f"got {given!r}", "leave it out for 16"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("levels", "copy_length", "max_depth"),
+    [((4, 16, 16), 0, 3), ((4, 16, 16), 2, 3), ((4, 16, 16), 16, 16), ((4, 16, 16), 200, 36), ((1, 1), 16, 2)],
+)
+def test_the_deepest_node_is_one_of_the_tree_or_of_a_copy(levels, copy_length, max_depth):
+    assert LongSpecOptions("glide", TreeShape(levels), copy_length=copy_length).max_depth == max_depth
 
 
 @pytest.mark.parametrize(

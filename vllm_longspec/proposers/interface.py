@@ -41,6 +41,7 @@ class Requests(NamedTuple):
     idx_mapping: torch.Tensor
     roots: Roots
     num_new_tokens: torch.Tensor  # int32 [num_reqs] tokens right before the root that the last step emitted
+    max_new_tokens: int  # upper bound of `num_new_tokens`: one more than the depth of the deepest node
     token_ids: torch.Tensor  # int32 [max_num_reqs, max_model_len] by req_state_idx
     block_table: torch.Tensor  # int32 [num_reqs, max_num_blocks] of the target's cache
     max_prefix_len: int  # upper bound; for a CUDA graph, of every batch that it will run

@@ -48,8 +48,9 @@ class TreeModelState(DefaultModelState):
         options = options_of(vllm_config.speculative_config)
         assert options is not None and vllm_config.speculative_config is not None
         self.couple_noise = options.couple_noise
-        self.max_depth = options.tree_shape.max_depth
-        rates = conditional_rates(vllm_config.speculative_config, self.max_depth)
+        self.max_depth = options.max_depth
+        # Copied paths are not listed with synthetic acceptance, so no path is longer than the drafted tree is deep.
+        rates = conditional_rates(vllm_config.speculative_config, options.tree_shape.max_depth)
         self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
         self.takes_chain = np.zeros(self.max_num_reqs, dtype=np.int32)  # host copy of TreeState.takes_chain
         self.log_cutoffs = np.zeros(self.max_num_reqs, dtype=np.float32)  # likewise of TreeState.log_cutoffs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speculator that vLLM's V2 runner calls after every step, for any proposer: stage, propose, order."""
+"""The speculator that vLLM's V2 runner calls after every step, for any proposer: stage, propose, copy, order."""
 
 from functools import partial
 from typing import Any
@@ -11,9 +11,11 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -22,6 +24,8 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec import proposers
+from vllm_longspec.copying.lookup import find_copies
+from vllm_longspec.copying.trust import CopyTrust
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.interface import Proposer, Requests, Roots
 from vllm_longspec.runner.graphs import DraftGraphs
@@ -31,6 +35,7 @@ from vllm_longspec.scheduling.schedule import nodes_by_batch_size
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 from vllm_longspec.tree.coupling import TargetNoise
+from vllm_longspec.tree.merge import merge_path
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.packing import pack_nodes
 from vllm_longspec.tree.state import TreeState
@@ -48,13 +53,16 @@ class TreeSpeculator(DraftModelSpeculator):
         self.options = options
         self.req_states = req_states
         self.tree_state = TreeState.allocate(self.max_num_reqs, self.num_speculative_steps, device)
-        self.tree_batch = TreeBatch.allocate(self.tree_state, options.tree_shape.max_depth)
+        self.tree_batch = TreeBatch.allocate(self.tree_state, options.max_depth)
         # By position in the draft's batch.
         self.num_sampled = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.noise: TargetNoise | None = None
         if options.couple_noise:
             use_fp64 = vllm_config.model_config.use_fp64_gumbel
             self.noise = TargetNoise(self.temperature, self.seeds, self.tree_state.log_cutoffs, use_fp64)
+        self.trust = CopyTrust(self.max_num_reqs, options.copy_length, device) if options.copy_length else None
+        if self.trust is not None:
+            keep_token_ids_on_device(req_states)
         cls = resolve_obj_by_qualname(proposers.setup_of(options.proposer).proposer)
         self.proposer: Proposer = cls(vllm_config, options.tree_shape, device)
 
@@ -68,17 +76,28 @@ class TreeSpeculator(DraftModelSpeculator):
         target_model.renew_proposer = self.proposer.renew
         shape = self.options.tree_shape
         logger.info_once(
-            "Proposer %s: tree shape %s, %s%d of %d nodes verified, %sa chain for requests with %s",
+            "Proposer %s: tree shape %s, %s%d of %d nodes verified, %s%sa chain for requests with %s",
             self.options.proposer,
             str(shape),
             "up to " if self.options.adaptive_verification else "",
             self.num_speculative_steps,
             shape.num_nodes,
+            self._describe_copying(),
             self.proposer.describe(),
             " or ".join(CHAIN_PARAMETERS),
             scope="global",
         )
         return model
+
+    def _describe_copying(self) -> str:
+        if self.trust is None:
+            return "no tokens copied, "
+        token_ids = self.req_states.all_token_ids.gpu
+        num_bytes = token_ids.shape[1] * token_ids.element_size()
+        return (
+            f"up to {self.trust.copy_length} tokens copied, text {num_bytes} bytes per request "
+            f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all), "
+        )
 
     def set_attn(
         self,
@@ -157,6 +176,8 @@ class TreeSpeculator(DraftModelSpeculator):
             started = idx_mapping[self._to_device(np.flatnonzero(leaves_prompt))]
             max_root_position = int(input_batch.prefill_len_np[decodes_next][leaves_prompt].max())
             token_ids = self.req_states.all_token_ids.gpu
+            if self.trust is not None:
+                self.trust.forget(started)
             self.proposer.start(started, self._roots(started), token_ids, max_root_position)
         num_nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         max_prefix_len = int(input_batch.seq_lens_cpu_upper_bound.max())
@@ -196,6 +217,7 @@ class TreeSpeculator(DraftModelSpeculator):
             idx_mapping,
             self._roots(idx_mapping),
             self.num_sampled[:num_drafts],
+            self.options.max_depth + 1,
             self.req_states.all_token_ids.gpu,
             self.block_table[:num_drafts],
             max_prefix_len,
@@ -205,25 +227,53 @@ class TreeSpeculator(DraftModelSpeculator):
     def _draft(self, num_drafts: int, num_nodes: int, max_prefix_len: int) -> None:
         """Drafts for the staged requests: the best `num_nodes` go to `draft_tokens` and the tree state."""
         requests = self._requests(num_drafts, max_prefix_len)
-        candidates = self.proposer.propose(requests, num_nodes)
-        log_probs = candidates.log_probs
-        if self.speculative_config.rejection_sample_method == "synthetic":
-            log_probs = list_a_path_early(log_probs, candidates.parents, candidates.shape.levels)
+        tokens, parents, log_probs, shape = self.proposer.propose(requests, num_nodes)
+        max_depth = shape.max_depth
+        is_synthetic = self.speculative_config.rejection_sample_method == "synthetic"
+        if is_synthetic:
+            log_probs = list_a_path_early(log_probs, parents, shape.levels)
+        if self.trust is not None:
+            copied, scores = self._copy(requests, self.trust)
+            if is_synthetic:
+                # Copies cost what they cost; what is accepted is the draft's path of the requested length.
+                scores.fill_(float("-inf"))
+            # A node at a greater depth than the list is long is never in it.
+            length = min(copied.shape[1], num_nodes)
+            tokens, log_probs, parents = merge_path(tokens, log_probs, parents, copied[:, :length], scores[:, :length])
+            max_depth = max(max_depth, length)
         order_tree(
-            candidates.tokens,
+            tokens,
             log_probs,
-            candidates.parents,
+            parents,
             requests.idx_mapping,
             self.tree_state.takes_chain,
             self.draft_tokens[:num_drafts, :num_nodes],
             self.tree_state.parent_rows[:, : 1 + num_nodes],
             self.tree_state.depths[:, : 1 + num_nodes],
             self.tree_state.ancestor_masks[:, : 1 + num_nodes],
-            candidates.shape.max_depth,
+            max_depth,
         )
+
+    def _copy(self, requests: Requests, trust: CopyTrust) -> tuple[torch.Tensor, torch.Tensor]:
+        """A path for each request from its own text, and its log-probabilities, both [num_reqs, copy_length]."""
+        idx_mapping, positions = requests.idx_mapping, requests.roots.positions
+        copied, match_lens = find_copies(
+            requests.token_ids, idx_mapping, positions, requests.max_prefix_len, trust.copy_length
+        )
+        return copied, trust.score(copied, match_lens, requests.token_ids, idx_mapping, positions)
 
     def _no_drafts(self, num_reqs: int) -> torch.Tensor:
         return torch.zeros(num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device)
 
     def _to_device(self, indices: np.ndarray) -> torch.Tensor:
         return async_tensor_h2d(indices, device=self.device)
+
+
+def keep_token_ids_on_device(req_states: RequestState) -> None:
+    """Puts the text of all requests into the device's memory, as vLLM does for its own lookups.
+
+    By default it is in the host's, which is too slow to be searched in every step. Must be called before anything is
+    written to it, and before others take hold of it.
+    """
+    token_ids = req_states.all_token_ids
+    req_states.all_token_ids = StagedWriteTensor(tuple(token_ids.gpu.shape), token_ids.dtype, req_states.device)

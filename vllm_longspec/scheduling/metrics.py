@@ -3,7 +3,7 @@
 
 vLLM counts acceptance by a draft token's index in its request's list, which says nothing in a tree. Here it is counted
 by depth, since the i-th token of the accepted path is a node of depth i. A request that takes a chain has as many rows
-as one that takes a tree, but counts as many draft tokens as the tree is deep at most.
+as one that takes a tree, but counts as many draft tokens as a path is long at most.
 """
 
 import copy
@@ -17,7 +17,6 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_longspec.options import options_of
 from vllm_longspec.tree.chain import needs_chain
-from vllm_longspec.tree.shape import TreeShape
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -43,10 +42,10 @@ class TreeDecodingStats(SpecDecodingStats):
     """
 
     @classmethod
-    def of(cls, shape: TreeShape) -> "TreeDecodingStats":
+    def of(cls, max_depth: int) -> "TreeDecodingStats":
         return cls(
-            num_spec_tokens=shape.max_depth,
-            num_accepted_tokens_per_pos=[0] * shape.max_depth,
+            num_spec_tokens=max_depth,
+            num_accepted_tokens_per_pos=[0] * max_depth,
             num_draft_tokens_per_pos=[0] * (2 * len(Kind)),
         )
 
@@ -72,19 +71,19 @@ class ChainDecodeMetrics(RequestSpecDecodeMetrics):
         super().observe(min(num_draft_tokens, self.num_spec_tokens), num_accepted, detailed)
 
 
-def request_metrics(shape: TreeShape, params: "SamplingParams | None") -> RequestSpecDecodeMetrics:
-    """Empty metrics of a request. Their histogram ends at the tree's depth, the most that a step can accept."""
+def request_metrics(max_depth: int, params: "SamplingParams | None") -> RequestSpecDecodeMetrics:
+    """Empty metrics of a request. Their histogram ends at the deepest node's depth, the most that a step accepts."""
     cls = ChainDecodeMetrics if params is not None and needs_chain(params) else RequestSpecDecodeMetrics
-    return cls.new(shape.max_depth)
+    return cls.new(max_depth)
 
 
 def by_depth(speculative_config: "SpeculativeConfig | None") -> "SpeculativeConfig | None":
-    """The configuration for vLLM's Prometheus counters: one draft token for each depth of the tree."""
+    """The configuration for vLLM's Prometheus counters: one draft token for each depth of a tree."""
     options = options_of(speculative_config)
     if speculative_config is None or options is None:
         return speculative_config
     seen = copy.copy(speculative_config)
-    seen.num_speculative_tokens = options.tree_shape.max_depth
+    seen.num_speculative_tokens = options.max_depth
     return seen
 
 

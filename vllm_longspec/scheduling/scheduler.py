@@ -55,7 +55,7 @@ class TreeSchedulerMixin(_Base):
         speculative_config = self.vllm_config.speculative_config
         options = options_of(speculative_config)
         assert options is not None and speculative_config is not None
-        self.tree_shape = options.tree_shape
+        self.max_depth = options.max_depth
         # Requests added since the last step with drafts.
         self.num_new_requests = dict.fromkeys(Kind, 0)
         # With a scheduler for each rank they must all decide the same, whatever their clocks say.
@@ -238,7 +238,7 @@ class TreeSchedulerMixin(_Base):
             self.adaptive.observe(num_draft_tokens, num_accepted_tokens)
         if not self.log_stats:
             return None
-        stats = TreeDecodingStats.of(self.tree_shape) if spec_decoding_stats is None else spec_decoding_stats
+        stats = TreeDecodingStats.of(self.max_depth) if spec_decoding_stats is None else spec_decoding_stats
         assert isinstance(stats, TreeDecodingStats)
         kind = _kind_of(request)
         stats.observe_kinds(kind, self.num_new_requests)
@@ -246,7 +246,7 @@ class TreeSchedulerMixin(_Base):
         if kind == Kind.CHAIN:
             # vLLM subtracts the invalid ones.
             num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-            num_draft_tokens = min(num_draft_tokens, self.tree_shape.max_depth + num_invalid)
+            num_draft_tokens = min(num_draft_tokens, self.max_depth + num_invalid)
         return super().make_spec_decoding_stats(
             stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
         )
@@ -257,7 +257,7 @@ class TreeSchedulerMixin(_Base):
         if is_new:
             self.num_new_requests[_kind_of(request)] += 1
         if request.spec_decode_metrics is not None:
-            request.spec_decode_metrics = request_metrics(self.tree_shape, request.sampling_params)
+            request.spec_decode_metrics = request_metrics(self.max_depth, request.sampling_params)
 
 
 def _kind_of(request: Request) -> Kind:

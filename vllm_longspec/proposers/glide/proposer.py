@@ -90,7 +90,7 @@ class GlideProposer(Proposer):
             requests.idx_mapping,
             requests.roots.positions,
             requests.num_new_tokens,
-            max_new=self.shape.max_depth + 1,
+            max_new=requests.max_new_tokens,
         )
 
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
