@@ -68,7 +68,7 @@ class TreeSchedulerMixin(_Base):
         if options.adaptive_verification:
             choices = nodes_by_batch_size(speculative_config, max_batch_size, adapt=True)
             self.adaptive = AdaptiveVerification(
-                choices, StepCost.of(self.vllm_config), self._num_cached_tokens, self.tree_shape
+                choices, StepCost.of(self.vllm_config), self._num_cached_tokens, options.tree_shape
             )
             # vLLM only ever reads entry `batch_size`.
             table: Any = self.adaptive
