@@ -89,22 +89,23 @@ def _count_copies(settings: dict[str, Any], batch: list[Any]) -> dict[str, Any]:
 
 
 def test_nothing_is_counted_of_a_request_that_was_there_before(tmp_path):
-    """Few places and few blocks: requests follow each other in a place, lose it, and come back to another one."""
-    target = write_target(tmp_path / "target", "llama", vocab_size=24)
+    """Few places and few blocks: requests follow each other in a place, lose it, and come back to another one.
+
+    Of five tokens any three have been there before, so there is something to copy in nearly every step.
+    """
+    target = write_target(tmp_path / "target", "llama", vocab_size=5)
     draft = write_draft(tmp_path / "draft", target)
     # Two of them need six blocks in the end, and there are five.
-    prompts = [prompt * 3 for prompt in random_prompts(24, (11, 12, 11, 13, 12))]
+    prompts = [prompt * 3 for prompt in random_prompts(5, (11, 12, 11, 13, 12))]
     requests = [
         request(prompt, temperature=0.7 * (i % 2), seed=i, top_k=2, max_tokens=40, ignore_eos=True)
         for i, prompt in enumerate(prompts)
     ]
-    settings = {"model": str(target), "max_num_seqs": 3, "max_model_len": 96, "num_gpu_blocks_override": 6}
-    result, _ = run_alone(_count_copies, settings | speculative(draft, [2, 2], copy_length=6), requests)
+    settings: dict[str, Any] = {"max_num_seqs": 3, "max_model_len": 96}
+    drafting = {**speculative(draft, [2, 2], copy_length=6), "num_gpu_blocks_override": 6}
+    result, _ = run_alone(_count_copies, {"model": str(target), **settings, **drafting}, requests)
     assert result["preemptions"] > 0
     assert len(result["entered"]) > len(set(result["entered"]))
     assert result["counted"] == result["expected"]
     assert sum(result["counted"][1]) > 10
-    settings.pop("num_gpu_blocks_override")
-    assert (
-        result["tokens"] == generate(target, [requests], **{k: v for k, v in settings.items() if k != "model"}).tokens
-    )
+    assert result["tokens"] == generate(target, [requests], **settings).tokens
