@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python -m benchmarks.kernels [attention children sample compact] [--out benchmarks/results/kernels.json]
+    python -m benchmarks.kernels [attention children sample compact copy] [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
 - children: the best (parent, token) pairs of one level of the draft, without noise, with it for greedy requests, for
   sampled ones, and for those with top-p;
 - sample: vLLM's sampler over all rows of a tree, and the walk;
-- compact: moving accepted K and V in all layers.
+- compact: moving accepted K and V in all layers;
+- copy: what copied paths add to a draft.
 
 Every time is that of one call within a CUDA graph of many, which use inputs in turn that the L2 cache cannot hold all
 of; the median of some replays. What no graph can hold is the sum of its kernels. Random numbers in bfloat16, heads of
@@ -43,6 +44,8 @@ CACHE_BYTES = 20 << 30
 MODELS = {"qwq-32b": QWQ_32B, "llama-3-8b-262k": LLAMA_3_8B_262K}
 CONTEXTS = (4096, 16384, 65536, 131072)
 BATCHES = (1, 4, 16)
+# (context, batch) of lookups
+COPIES = ((16384, 1), (16384, 16), (131072, 1), (131072, 64))
 # The bound on splits that vLLM gives FlashAttention for plain decoding within CUDA graphs.
 GRAPH_SPLITS = 32
 # Rows of a tile of FlashAttention 3.
@@ -349,11 +352,45 @@ def compact() -> Iterator[Row]:
             yield {"layers": num_layers, "batch": num_reqs, "emitted tokens": emitted, "compaction": measure([call])}
 
 
+def copy() -> Iterator[Row]:
+    """All that copied paths add to a draft: lookup, score and merge, in random text and in text of one token."""
+    for context, num_reqs in COPIES:
+        yield {
+            "context": context,
+            "batch": num_reqs,
+            "random text": measure([copied_path(context, num_reqs, QWQ_32B["vocab_size"])]),
+            "one token": measure([copied_path(context, num_reqs, 1)]),
+        }
+
+
+def copied_path(context: int, num_reqs: int, vocab_size: int) -> Callable[[], object]:
+    from vllm_longspec.copying.lookup import find_copies
+    from vllm_longspec.copying.trust import CopyTrust
+    from vllm_longspec.options import DEFAULT_COPY_LENGTH
+    from vllm_longspec.tree.merge import merge_path
+
+    num_nodes = DEFAULT_ROWS - 1
+    slots = torch.arange(num_reqs, device=DEVICE)
+    roots = torch.full((num_reqs,), context - 1, device=DEVICE)
+    text = torch.randint(0, vocab_size, (num_reqs, context), device=DEVICE, dtype=torch.int32)
+    tokens = torch.randint(0, QWQ_32B["vocab_size"], (num_reqs, num_nodes), device=DEVICE)
+    parents = torch.arange(num_nodes, device=DEVICE, dtype=torch.int32).repeat(num_reqs, 1) // 4 - 1
+    trust = CopyTrust(num_reqs, DEFAULT_COPY_LENGTH, DEVICE)
+
+    def call() -> object:
+        copied, match_lens = find_copies(text, slots, roots, context, DEFAULT_COPY_LENGTH)
+        scores = trust.score(copied, match_lens, text, slots, roots)
+        return merge_path(tokens, -tokens.float(), parents, copied, scores)
+
+    return call
+
+
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "attention": attention,
     "children": children,
     "sample": sample,
     "compact": compact,
+    "copy": copy,
 }
 
 

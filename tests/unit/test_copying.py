@@ -5,11 +5,13 @@ import random
 
 import pytest
 import torch
+from vllm.v1.worker.gpu.states import RequestState
 
 from tests.oracles import copying as oracle
 from vllm_longspec.copying import lookup, trust
 from vllm_longspec.copying.lookup import MAX_MATCH, MIN_MATCH, find_copies
 from vllm_longspec.copying.trust import CopyTrust
+from vllm_longspec.runner.speculator import keep_token_ids_on_device
 from vllm_longspec.tree.state import NO_TOKEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,3 +195,15 @@ def test_right_copies_are_trusted_more_and_wrong_ones_less():
             score(state, text + going_on)
             state.forget(slots)
         assert [(new > old) for new, old in zip(score(state, text), before, strict=True)] == [is_higher] * 4
+
+
+def test_the_text_of_all_requests_is_in_the_devices_memory():
+    states = RequestState(4, 64, 16, 1, 100, DEVICE)
+    keep_token_ids_on_device(states)
+    states.add_request("a", 3, [5, 6, 7], 0, 8)
+    states.apply_staged_writes()
+    token_ids = states.all_token_ids
+    assert token_ids.gpu.shape == (4, 64)
+    assert token_ids.gpu[states.req_id_to_index["a"], :4].tolist() == [5, 6, 7, 0]
+    # vLLM has no host buffer for what is written to a tensor of the device.
+    assert token_ids.write_contents is None

@@ -30,6 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "COLD_BYTES", 1)
     monkeypatch.setattr(kernels, "CONTEXTS", (64, 1 << 20))
     monkeypatch.setattr(kernels, "BATCHES", (1, 2))
+    monkeypatch.setattr(kernels, "COPIES", ((64, 1), (100, 2)))
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
     monkeypatch.setattr(kernels, "LEVEL_WIDTH", 3)
     monkeypatch.setattr(kernels, "measure", measure)
@@ -62,3 +63,7 @@ def test_compact() -> None:
     assert [(row["batch"], row["emitted tokens"]) for row in kernels.compact()] == [
         (batch, emitted) for batch in (1, 2) for emitted in (1, 4, 6)
     ]
+
+
+def test_copy() -> None:
+    assert [tuple(row.values()) for row in kernels.copy()] == [(64, 1, 2.0, 2.0), (100, 2, 2.0, 2.0)]
