@@ -73,6 +73,9 @@ OVERRIDES = {
         "postprocess_state",
         "prepare_attn",
     },
+    "PathPenaltiesState": {"apply"},
+    "PathBadWordsState": {"apply"},
+    "PathThinkingBudgetState": {"apply"},
     "TreeDecodingStats": {"observe_draft"},
     "ChainDecodeMetrics": {"observe"},
     "DraftGraphs": set(),
@@ -138,6 +141,13 @@ READS = {
         "self.structured_outputs_worker.apply_grammar_bitmask(",
         "grammar_invalid_drafts(",
     ],
+    # Whatever stands in these places is applied, and its counts are those of emitted tokens.
+    f"{GPU}.sample.sampler.Sampler.apply_sampling_params": [
+        "for processor in self.logits_processors",
+        "processor.apply(logits, ctx)",
+        "self.thinking_budget_state.apply(logits, ctx)",
+    ],
+    f"{GPU}.model_runner.GPUModelRunner.postprocess_sampled": ["self.sampler.penalties_state.output_bin_counts"],
     # A row that holds no token ends the draft tokens that a grammar is advanced over.
     "vllm.v1.structured_output.utils.strip_speculative_padding": ["token_id < 0"],
     f"{GPU}.model_runner.GPUModelRunner.sample_tokens": ["self.model_state.postprocess_state(", "speculator.propose("],
