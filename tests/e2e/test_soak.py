@@ -41,7 +41,7 @@ def test_soak(tmp_path):
     assert counted["requests"] == 20
     assert counted["finished"] + counted["hung_up"] == 20
     assert counted["acceptance_length"] > 1.2
-    # Trees and chains of several kinds ran together.
-    assert 4 < counted["chains"] < counted["finished"] - 4
-    assert "structured_outputs" in counted["chains_by_reason"] and len(counted["chains_by_reason"]) > 2
+    # Trees and chains ran together.
+    assert 2 < counted["chains"] < counted["finished"] - 10
+    assert counted["chains_by_reason"] == {"structured_outputs": counted["chains"]}
     assert counted["drafts_by_kind"]["tree"] > 0 and counted["drafts_by_kind"]["chain"] > 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.reader import get_metrics_snapshot
@@ -21,6 +22,8 @@ from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats
 from vllm_longspec.scheduling.scheduler import TreeScheduler
 from vllm_longspec.tree.shape import TreeShape
 
+# Makes a request take a chain.
+GRAMMAR: dict[str, Any] = {"structured_outputs": StructuredOutputsParams(json_object=True)}
 # (nodes verified, tokens accepted) of three requests: a whole tree, one cut by the token budget, one all rejected.
 STEPS = [(68, 5), (24, 2), (68, 0)]
 
@@ -84,12 +87,15 @@ def test_a_step_is_counted_by_depth():
 
 def test_a_chain_has_no_more_nodes_than_the_tree_is_deep():
     """Of its 68 rows the other ones hold none; a list that was cut shorter has what is left of it."""
-    stats = stats_of(TREE, [*STEPS, (3, 3)], presence_penalty=0.5)
+    stats = stats_of(TREE, [*STEPS, (3, 3)], **GRAMMAR)
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (4, 5 + 5 + 5 + 3, 10)
-    # Of the rows of a request with a grammar vLLM takes off those that the grammar does not allow.
+    # vLLM takes off those that the grammar does not allow.
     for num_invalid, verified in ((66, 2), (2, 5)):
-        assert stats_of(TREE, [(68, 1)], {"0": num_invalid}, bad_words=["a"]).num_draft_tokens == verified
+        assert stats_of(TREE, [(68, 1)], {"0": num_invalid}, **GRAMMAR).num_draft_tokens == verified
     assert stats_of(TREE, [(68, 1)], {"another": 66}).num_draft_tokens == 68
+    # Every node of a tree counts, also where sampling reads the tokens before it.
+    penalties = {"presence_penalty": 0.5, "bad_words": ["a"], "thinking_token_budget": 3}
+    assert stats_of(TREE, [(68, 1)], **penalties).num_draft_tokens == 68
 
 
 def test_statistics_reach_the_frontend_of_another_process():
@@ -107,15 +113,15 @@ def test_another_draft_is_counted_as_ever():
 
 
 def test_nothing_is_counted_where_nobody_asked_for_statistics():
-    """But the number of nodes follows what is accepted all the same, of a request that takes a chain too."""
+    """But the number of nodes follows what is accepted all the same, of every request without a grammar."""
     budget = AdaptiveVerification([[], [24, 8, 0], [8, 0]], cost=lambda *_: 1.0, num_cached_tokens=lambda: 0)
     requests = {
         "tree": request(),
-        "chain": request(sampling_params=SamplingParams(presence_penalty=1.0)),
+        "penalty": request(sampling_params=SamplingParams(presence_penalty=1.0)),
         "grammar": request(use_structured_output=True),
     }
     scheduler = scheduler_of(TREE, requests, log_stats=False, adaptive=budget)
-    steps = [(24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree"), (8, 8, "grammar")]
+    steps = [(24, 3, "tree"), (24, 2, "penalty"), (8, 1, "tree"), (5, 5, "tree"), (8, 8, "grammar")]
     for verified, accepted, request_id in steps:
         assert scheduler.make_spec_decoding_stats(None, verified, accepted, None, request_id) is None
     # One with a number that is not the schedule's was cut, and says nothing about any. A grammar cuts as it likes.
@@ -182,8 +188,9 @@ def test_the_log_has_a_rate_for_every_depth():
     ("speculative_config", "sampling", "level", "length", "verified"),
     [
         (TREE, {}, "detailed", 6, 68 + 24 + 68),
-        (TREE, {"presence_penalty": 0.5}, "summary", 6, 5 + 5 + 5),
-        (CHAIN_OF_ANOTHER_KIND, {"presence_penalty": 0.5}, "summary", 69, 68 + 24 + 68),
+        (TREE, {"presence_penalty": 0.5}, "summary", 6, 68 + 24 + 68),
+        (TREE, GRAMMAR, "summary", 6, 5 + 5 + 5),
+        (CHAIN_OF_ANOTHER_KIND, GRAMMAR, "summary", 69, 68 + 24 + 68),
         (TREE, {}, "none", None, None),
     ],
 )
@@ -220,7 +227,7 @@ def test_more_than_the_deepest_node_cannot_be_accepted():
 
 def test_drafts_and_requests_are_counted_by_kind():
     """A request counts once, with the first drafts after it came."""
-    requests = {"tree": request(), "chain": request(sampling_params=SamplingParams(repetition_penalty=1.05))}
+    requests = {"tree": request(), "chain": request(sampling_params=SamplingParams(**GRAMMAR))}
     scheduler = scheduler_of(TREE, requests)
     scheduler.num_new_requests = {Kind.TREE: 2, Kind.CHAIN: 1}
     unregister_vllm_metrics()
