@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import vllm.config.model as model_module
-import vllm.logger
 import vllm.platforms
 from safetensors.torch import load_file
 from vllm import SamplingParams
