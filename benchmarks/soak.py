@@ -54,6 +54,7 @@ from benchmarks.server import (
     exit_on_signals,
     serve,
 )
+from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 
 T = TypeVar("T")
 
@@ -76,7 +77,6 @@ TREE_SHAPES = ([4, 16, 16, 16, 16], [4, 8, 8], [2, 4], [1, 1, 1, 1, 1])
 # All nodes of the largest tree, and its root.
 TREE_ROWS = 1 + sum(TREE_SHAPES[0])
 
-PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 NAME = {"type": "string", "maxLength": 12}
 STRUCTURED_OUTPUTS = (
     {"json": {"type": "object", "properties": {"name": NAME}, "required": ["name"], "additionalProperties": False}},
@@ -281,8 +281,8 @@ def run_round(number: int, settings: Settings, jobs: list[Job], arguments: argpa
         **asdict(settings),
         "requests": len(jobs),
         "finished": len(finished),
-        "chains": sum(bool(_reads_history(jobs[i])) for i in finished),
-        "chains_by_reason": dict(sorted(Counter(name for i in finished for name in _reads_history(jobs[i])).items())),
+        "chains": sum(bool(_takes_chain(jobs[i])) for i in finished),
+        "chains_by_reason": dict(sorted(Counter(name for i in finished for name in _takes_chain(jobs[i])).items())),
         "hung_up": sum(outcome.hung_up for outcome in outcomes),
         "failures": sum(outcome.error is not None for outcome in outcomes),
         "mismatches": len(mismatches),
@@ -387,9 +387,9 @@ def _make_job(source: random.Random, prompts: list[list[int]], max_tokens: int, 
     return Job(body, hang_up_after)
 
 
-def _reads_history(job: Job) -> list[str]:
-    """What of a request reads the history of its draft tokens, so that it takes a chain instead of a tree."""
-    return [name for name in (*PENALTIES, "bad_words") if name in job.body]
+def _takes_chain(job: Job) -> list[str]:
+    """What of a request makes it take a chain instead of a tree."""
+    return [name for name in CHAIN_PARAMETERS if name in job.body]
 
 
 def run(

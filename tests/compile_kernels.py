@@ -48,6 +48,10 @@ from vllm_longspec.runner.roots import read_roots
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
+from vllm_longspec.tree.history.bad_words import apply_bad_words
+from vllm_longspec.tree.history.paths import gather_paths
+from vllm_longspec.tree.history.penalties import apply_penalties
+from vllm_longspec.tree.history.thinking_budget import apply_thinking_budget
 from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.merge import merge_path
 from vllm_longspec.tree.order import order_tree
@@ -138,6 +142,23 @@ def compile_tree_kernels(num_nodes: int) -> None:
     _rows_of_emitted(num_reqs, starts, batch.path_rows, emitted, num_emitted)
 
 
+def compile_history_kernels(vocab_size: int, max_depth: int, mark_lens: tuple[int, int, int]) -> None:
+    num_reqs, num_rows = 3, 8
+    tree = TreeState.allocate(num_reqs, num_rows - 1, torch.device("cpu"))
+    counts, per_req = torch.zeros(num_reqs, vocab_size, dtype=torch.int32), torch.zeros(num_reqs, dtype=torch.int32)
+    logits = torch.zeros(num_reqs * num_rows, vocab_size)
+    for slots in (torch.zeros(len(logits), dtype=torch.int32), torch.zeros(len(logits), dtype=torch.int64)):
+        context: Any = SimpleNamespace(
+            expanded_idx_mapping=slots, expanded_local_pos=slots.int(), input_ids=slots.int()
+        )
+        paths = gather_paths(context, tree, max_depth)
+        penalty = per_req.float()
+        apply_penalties(logits, slots, paths, penalty, penalty, penalty, counts[:, : vocab_size // 32 + 1], counts)
+        apply_bad_words(logits, slots, paths, counts, counts, per_req, counts, per_req, per_req, 2)
+        marks = [torch.zeros(length, dtype=torch.int32) for length in mark_lens]
+        apply_thinking_budget(logits, slots, paths, per_req, counts, per_req, per_req, per_req, *marks)
+
+
 def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
     num_reqs, width, num_heads, num_kv_heads, block_size = 2, 16, 8, 2, 16
     num_tokens = num_reqs * width
@@ -218,6 +239,8 @@ def main() -> None:
     JITFunction.run = compile_launch
     for num_nodes in (1, 68):
         compile_tree_kernels(num_nodes)
+    for vocab_size, max_depth, mark_lens in ((152064, 5, (1, 1, 1)), (32000, 16, (1, 2, 5)), (50257, 1, (3, 1, 2))):
+        compile_history_kernels(vocab_size, max_depth, mark_lens)
     for levels in ((1,), (4, 16, 16, 16, 16)):
         compile_level_kernel(levels)
     for copy_length, max_model_len, num_nodes in ((1, 1000, 1), (16, 131072, 68), (16, 4096, 4)):

@@ -25,7 +25,6 @@ from vllm_longspec.options import (
 from vllm_longspec.proposers.interface import DraftSetup
 from vllm_longspec.scheduling.schedule import default_schedule, numbers_of, plan_levels
 from vllm_longspec.targets import support
-from vllm_longspec.tree.chain import warn_of_chains
 from vllm_longspec.tree.synthetic_rates import rates_by_depth
 
 if TYPE_CHECKING:
@@ -245,7 +244,6 @@ def create_engine_config(
         self.attention_backend = given_backend
     if options_of(vllm_config.speculative_config) is not None:
         support.check_engine(vllm_config)
-        warn_of_chains(vllm_config.model_config)
         from vllm_longspec.scheduling.scheduler import scheduler_name
 
         # The class depends on `async_scheduling`, which vLLM resolves in `original`.

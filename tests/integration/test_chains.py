@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that read the history of their draft tokens take a chain, in one batch with requests that take a tree."""
+"""Requests with a grammar take a chain, in one batch with requests that take a tree."""
 
 import json
 from itertools import zip_longest
@@ -15,6 +15,7 @@ PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 0.8, "seed": 5, "top_p": 0.95}
 STRAYING = {"temperature": 1.0, "seed": 1, "top_p": 0.9}
+PENALTIES = {"presence_penalty": 0.3, "frequency_penalty": 0.2, "repetition_penalty": 1.05}
 
 TREES: dict[str, dict[str, Any]] = {
     "prompt_logprobs": {**GREEDY, "prompt_logprobs": 2, "max_tokens": 8},
@@ -25,14 +26,15 @@ TREES: dict[str, dict[str, Any]] = {
     "stop": {**GREEDY, "stop": ["("], "detokenize": True},
     "allowed_token_ids": {**GREEDY, "allowed_token_ids": list(range(3, 1000))},
     "min_tokens and logit_bias": {**SEEDED, "min_tokens": 8, "logit_bias": {"0": 4.0}},
-}
-CHAINS: dict[str, dict[str, Any]] = {
+    # What follows reads the tokens before. Sampled text strays from the likeliest path of a tree, and then a node's row
+    # is not its place in the text.
     "presence_penalty": {**GREEDY, "presence_penalty": 0.8},
     "frequency_penalty": {**STRAYING, "frequency_penalty": 2.0},
     "repetition_penalty": {**GREEDY, "repetition_penalty": 1.1},
+    "all penalties": {**STRAYING, **PENALTIES, "n": 2, "logprobs": 1},
     "bad_words": {**GREEDY, "bad_words": ["self", "import numpy", "("]},
-    # Sampled text strays from the likeliest row of a tree, and then a tree's row is not the token's place in the text.
     **{f"thinking_token_budget of {budget}": {**STRAYING, "thinking_token_budget": budget} for budget in (6, 7)},
+    "everything": {**STRAYING, **PENALTIES, "bad_words": ["self", "import numpy", "("], "thinking_token_budget": 5},
 }
 GRAMMARS: dict[str, dict[str, Any]] = {
     "json": {
@@ -55,15 +57,18 @@ GRAMMARS: dict[str, dict[str, Any]] = {
             "grammar": 'root ::= "self." name " = " name ("." name)* "\\n"\nname ::= [a-z]+ ("_" [a-z]+)*'
         },
     },
-    # Of text that takes a chain for another reason.
     "regex with penalty": {**GREEDY, "frequency_penalty": 1.0, "structured_outputs": {"regex": "[a-z]+(, [a-z]+)*"}},
 }
 
 
+# Trees whose sampling reads the tokens before.
+HISTORY = list(TREES)[list(TREES).index("presence_penalty") :]
+
 SETTINGS: dict[str, Any] = {
     # Grammars, bad words and stop strings are text.
     "skip_tokenizer_init": False,
-    "reasoning_config": {"reasoning_start_str": "# think", "reasoning_end_str": "# done now\n"},
+    # Once the first token of the end is forced, the draft says the rest by itself: it is forced inside of trees.
+    "reasoning_config": {"reasoning_start_str": "# think", "reasoning_end_str": "import numpy as np\n"},
     # Fewer than there are requests: chains and trees take each other's slots.
     "max_num_seqs": 12,
     "max_num_batched_tokens": 1024,
@@ -97,22 +102,34 @@ def mixed_batch() -> dict[str, Request]:
 
 
 def test_chains_and_trees_in_one_batch():
-    """Every kind of chain and of tree at once; then chains and grammars scheduled asynchronously and preempted."""
+    """Every kind at once; then those that read the tokens before, scheduled asynchronously and preempted."""
     assert set(CHAIN_PARAMETERS) <= {parameter for sampling in CHAINS.values() for parameter in sampling}
     batch = mixed_batch()
     plain = generate(PAIR / "target", [list(batch.values())], **SETTINGS)
     expected = outputs_of(plain, batch)
+    for name in HISTORY:
+        if "thinking_token_budget" in TREES[name]:
+            assert_end_is_forced(expected[name]["tokens"][0], TREES[name]["thinking_token_budget"])
     settings = SETTINGS | {
         "speculative_config": {"model": str(PAIR / "draft"), "tree_shape": [2, 4]},
         "per_request_spec_decode_metrics": "summary",
     }
     check(batch, expected, generate(PAIR / "target", [list(batch.values())], **settings, async_scheduling=False))
 
-    few = {name: batch[name] for name in ("n", *CHAINS, *GRAMMARS)}
-    preempting = {"async_scheduling": True, "num_gpu_blocks_override": 15}
+    few = {name: batch[name] for name in ("n", "all penalties", "everything", *GRAMMARS)}
+    preempting = {"async_scheduling": True, "num_gpu_blocks_override": 18}
     result = generate(PAIR / "target", [list(few.values())], **settings, **preempting)
     assert result.metrics["vllm:num_preemptions"] > 0
     check(few, expected, result)
+
+
+def assert_end_is_forced(tokens: list[int], budget: int) -> None:
+    from transformers import AutoTokenizer
+
+    end = AutoTokenizer.from_pretrained(PAIR / "target").encode(SETTINGS["reasoning_config"]["reasoning_end_str"])
+    assert len(end) > 3
+    # What may come before the end is cut short.
+    assert tokens[budget : budget + len(end)] == end[: len(tokens) - budget]
 
 
 def outputs_of(result: Result, batch: dict[str, Request]) -> dict[str, dict[str, list]]:
@@ -138,9 +155,8 @@ def check(batch: dict[str, Request], expected: dict[str, dict[str, list]], resul
                 assert (at_tree is None) == (at_plain is None), name
                 for one, other in zip(at_plain or [], at_tree or [], strict=True):
                     assert other == pytest.approx(one, abs=1e-3), name
-    lengths = {name: found[name]["acceptance_lengths"][0] for name in (*CHAINS, *GRAMMARS)}
-    # Chains were accepted too.
-    assert all(lengths[name] > 1 for name in CHAINS), lengths
+    lengths = {name: found[name]["acceptance_lengths"][0] for name in batch}
+    assert all(lengths[name] > 1 for name in HISTORY if name in batch), lengths
     # A grammar drops what the draft, which does not know it, says of other texts: None is that of a request whose every
     # draft was dropped before its first token.
     assert sum((lengths[name] or 1) > 1 for name in GRAMMARS) >= 3, lengths

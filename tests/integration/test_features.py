@@ -51,7 +51,7 @@ def scene_of_mode(mode: str) -> dict[str, Any]:
         "logprobs=0": {**GREEDY, "logprobs": 0},
         "logprobs=5": {**SEEDED, "temperature": 0.9, "logprobs": 5, "top_k": 20},
         "prompt_logprobs": {**GREEDY, "prompt_logprobs": 2, "logprobs": 1},
-        "logprobs of a chain": {**GREEDY, "presence_penalty": 0.5, "logprobs": 2},
+        "logprobs with a penalty": {**GREEDY, "presence_penalty": 0.5, "logprobs": 2},
         "none": SEEDED,
     }
     running: dict[str, Any] = {
@@ -133,7 +133,7 @@ def scene_of_requests() -> dict[str, Any]:
     long = {**GREEDY, "max_tokens": 60}
     arriving = {
         "abort": {"prompt": prompt(38), "sampling": long, "abort_after": 5},
-        "abort of a chain": {"prompt": prompt(39), "sampling": {**long, "presence_penalty": 0.5}, "abort_after": 5},
+        "abort with a penalty": {"prompt": prompt(39), "sampling": {**long, "presence_penalty": 0.5}, "abort_after": 5},
     }
     search = {"beam_width": 3, "max_tokens": 5, "ignore_eos": True}
     return {
@@ -230,7 +230,7 @@ def num_accepted(output: dict[str, Any]) -> int:
 def test_logprobs(plain, drafted, mode):
     assert_same(plain, drafted, mode)
     requests = scene(drafted, mode)["requests"]
-    # Tokens of the depths of a tree and of a chain, and not only of roots.
+    # Tokens of the depths of a tree, and not only of roots.
     assert all(num_accepted(each["outputs"][0]) > 0 for each in requests.values())
     lengths = {
         name: {len(position) for position in each["outputs"][0]["logprobs"] or []} for name, each in requests.items()
@@ -296,7 +296,10 @@ def test_several_outputs_and_other_samplings(plain, drafted):
     assert_same(plain, drafted, "requests", names)
     requests = scene(drafted, "requests")["requests"]
     assert len({tuple(output["tokens"]) for output in requests["n"]["outputs"]}) == 3
-    assert all(num_accepted(output) > 0 for name in names for output in requests[name]["outputs"])
+    outputs = [output for name in names for output in requests[name]["outputs"]]
+    assert all(num_accepted(output) > 0 for output in outputs)
+    # Of trees; a chain has two nodes.
+    assert all(output["metrics"]["num_draft_tokens"] > 3 * output["metrics"]["num_spec_steps"] for output in outputs)
 
 
 def test_streams(plain, drafted):
@@ -313,7 +316,7 @@ def test_streams(plain, drafted):
 
 
 def test_abort_in_mid_stream(plain, drafted):
-    for name in ("abort", "abort of a chain"):
+    for name in ("abort", "abort with a penalty"):
         (expected,), (found,) = (scene(result, "requests")["requests"][name]["outputs"] for result in (plain, drafted))
         assert found["reason"] is None
         assert 5 <= len(found["tokens"]) <= 5 + 2

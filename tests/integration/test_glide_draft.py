@@ -24,6 +24,7 @@ from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_envir
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader import get_model
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.models import write_draft, write_target
 from tests.oracles import tree as tree_oracle
@@ -754,7 +755,8 @@ def test_proposes_a_chain_to_a_request_that_takes_one(tmp_path):
         tokens = propose(speculator, batch, prompts).tolist()
         return list(zip(tokens, tree.parent_rows[batch.slots].tolist(), strict=True))
 
-    free, linear = SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, frequency_penalty=0.5)
+    free = SamplingParams(temperature=0.0)
+    linear = SamplingParams(temperature=0.0, structured_outputs=StructuredOutputsParams(json_object=True))
     start(free, free, free)
     trees = proposed()
     start(free, linear, free)

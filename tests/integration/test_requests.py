@@ -31,7 +31,11 @@ def run(**settings: object) -> dict:
         "greedy": {"prompt": prompts[0], "sampling": {**GREEDY, "max_tokens": 40}},
         "sampled": {"prompt": prompts[1], "sampling": {"temperature": 0.7, "seed": 3, **sampled}},
         "straying": {"prompt": prompts[2], "sampling": {"temperature": 1.0, "seed": 4, "top_p": 0.9, **sampled}},
-        "chain": {"prompt": prompts[4], "sampling": {**GREEDY, "max_tokens": 32, "presence_penalty": 0.5}},
+        "penalty": {"prompt": prompts[4], "sampling": {**GREEDY, "max_tokens": 32, "presence_penalty": 0.5}},
+        "chain": {
+            "prompt": prompts[4],
+            "sampling": {**GREEDY, "max_tokens": 32, "structured_outputs": {"regex": r"(.|\n){200}"}},
+        },
     }
     long = (prompts[3] * 2)[: MAX_MODEL_LEN + 1]
     refused = {
@@ -101,7 +105,7 @@ def test_all_others_are_served_as_without_a_draft(plain, drafted):
         }
 
     assert outputs(drafted) == outputs(plain)
-    assert len(outputs(plain)) == 10
+    assert len(outputs(plain)) == 11
     lengths = {name: len(tokens) for name, ((tokens, _),) in outputs(plain).items()}
     assert lengths["one token to come"] == lengths["room for one token"] == 1
     assert lengths["room for two tokens"] == 2
@@ -123,9 +127,8 @@ def test_metrics_count_by_depth(drafted):
     assert sum(each["num_accepted_draft_tokens"] for each in requests.values()) == accepted
     assert sum(each["num_draft_tokens"] for each in requests.values()) == counted["vllm:spec_decode_num_draft_tokens"]
     assert {len(each["acceptance_histogram"]) for each in requests.values()} == {1 + MAX_DEPTH}
-    # A chain has no more nodes than a path is long.
-    tree, chain = requests["greedy"], requests["chain"]
-    assert tree["num_draft_tokens"] > 10 * tree["num_spec_steps"]
+    for tree in (requests["greedy"], requests["penalty"]):
+        assert tree["num_draft_tokens"] > 10 * tree["num_spec_steps"]
     assert chain["num_accepted_draft_tokens"] > 0
     assert chain["num_draft_tokens"] <= MAX_DEPTH * chain["num_spec_steps"]
 

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 import torch
 import vllm.config.model as model_module
-import vllm.logger
 import vllm.platforms
 from safetensors.torch import load_file
 from vllm import SamplingParams
 from vllm.config import LoadConfig, ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import get_draft_load_config
@@ -37,7 +35,6 @@ from vllm_longspec.attention.registry import (
 )
 from vllm_longspec.configure import configure
 from vllm_longspec.options import AUTO_LEVELS, options_of
-from vllm_longspec.tree import chain
 from vllm_longspec.tree.shape import TreeShape
 
 
@@ -711,77 +708,6 @@ def test_without_the_interpreter_a_cpu_is_refused(target, draft, monkeypatch):
         create(target, spec_model=draft)
 
 
-@pytest.fixture
-def said_of_chains(monkeypatch, caplog):
-    """Starts an engine; gives back what it says of chains, as a user reads it."""
-    # What has been said once in this process is otherwise not said again.
-    vllm.logger._print_warning_once.cache_clear()
-    monkeypatch.setattr(chain.logger, "propagate", True)
-
-    def start(target, **settings):
-        caplog.clear()
-        create(str(target), **settings)
-        return [record.getMessage() for record in caplog.records if "takes a chain" in record.getMessage()]
-
-    return start
-
-
-def with_generation_config(folder, source, **parameters):
-    copy = with_config(folder, source)
-    (folder / "generation_config.json").write_text(json.dumps(parameters))
-    return copy
-
-
-@pytest.mark.parametrize("from_elsewhere", [False, True])
-def test_default_sampling_that_takes_a_chain_is_said_once(target, draft, tmp_path, said_of_chains, from_elsewhere):
-    penalised = with_generation_config(tmp_path / "penalised", target, repetition_penalty=1.05, temperature=0.7)
-    settings = {"generation_config": penalised} if from_elsewhere else {}
-    model = target if from_elsewhere else penalised
-    (said,) = said_of_chains(model, spec_model=draft, **settings)
-    assert said == (
-        f"repetition_penalty=1.05 by default (generation_config.json of {penalised}): a request that leaves it so "
-        "takes a chain instead of a tree, with fewer accepted tokens a step. To let such requests take trees, serve "
-        "with --generation-config vllm or, to keep its other parameters, with --override-generation-config "
-        "'{\"repetition_penalty\": 1.0}'"
-    )
-    assert said_of_chains(model, spec_model=draft, **settings) == []
-
-
-def test_all_defaults_that_take_a_chain_are_said(target, draft, tmp_path, said_of_chains):
-    penalised = with_generation_config(tmp_path / "penalised", target, repetition_penalty=1.05)
-    override = {"presence_penalty": 0.5, "frequency_penalty": -0.5, "top_p": 0.9}
-    (said,) = said_of_chains(penalised, spec_model=draft, override_generation_config=override)
-    assert said.startswith(
-        "repetition_penalty=1.05, presence_penalty=0.5, frequency_penalty=-0.5 by default "
-        f"(generation_config.json of {penalised} and --override-generation-config): "
-    )
-    way_out = json.loads(said.partition("serve with --override-generation-config ")[2].strip("'"))
-    assert way_out == {"presence_penalty": 0.0, "frequency_penalty": 0.0, "top_p": 0.9, "repetition_penalty": 1.0}
-    assert said_of_chains(penalised, spec_model=draft, override_generation_config=way_out) == []
-
-
-@pytest.mark.parametrize(
-    "way_out", [{"generation_config": "vllm"}, {"override_generation_config": {"repetition_penalty": 1.0}}]
-)
-def test_the_ways_out_of_chains_by_default(target, draft, tmp_path, said_of_chains, way_out):
-    penalised = with_generation_config(tmp_path / "penalised", target, repetition_penalty=1.05)
-    assert said_of_chains(penalised, spec_model=draft, **way_out) == []
-
-    def is_served_a_chain(**settings):
-        defaults = create(penalised, spec_model=draft, **settings).model_config.get_diff_sampling_param()
-        return chain.needs_chain(CompletionRequest.model_validate({"prompt": "a"}).to_sampling_params(8, defaults))
-
-    assert is_served_a_chain()
-    assert not is_served_a_chain(**way_out)
-
-
-def test_nothing_is_said_of_chains_where_requests_take_trees_or_there_are_none(target, draft, tmp_path, said_of_chains):
-    neutral = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.0}
-    assert said_of_chains(with_generation_config(tmp_path / "neutral", target, **neutral), spec_model=draft) == []
-    penalised = with_generation_config(tmp_path / "penalised", target, repetition_penalty=1.05)
-    assert said_of_chains(penalised) == []
-
-
 class Gpu:
     """What the choice of an attention backend reads of a platform."""
 
@@ -885,3 +811,11 @@ def test_sampling_parameters_are_judged_by_the_kind_of_draft(target, draft, ordi
     verify(exact, glide)
     with pytest.raises(VLLMValidationError, match="min_p and logit_bias"):
         verify(exact, other)
+
+
+def test_trace_replay_is_refused_with_the_request(target, draft):
+    """It would replace one token a step, whatever was accepted."""
+    config: Any = create(target, spec_model=draft, enable_trace_replay=True)
+    params = SamplingParams(trace_decode_token_ids=[3, 4])
+    with pytest.raises(ValueError, match="trace_decode_token_ids is not supported with speculative decoding"):
+        params.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)

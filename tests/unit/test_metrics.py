@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.reader import get_metrics_snapshot
@@ -21,6 +22,8 @@ from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats
 from vllm_longspec.scheduling.scheduler import TreeScheduler
 from vllm_longspec.tree.shape import TreeShape
 
+# Makes a request take a chain.
+GRAMMAR: dict[str, Any] = {"structured_outputs": StructuredOutputsParams(json_object=True)}
 # (nodes verified, tokens accepted) of three requests: a whole tree, one cut by the token budget, one all rejected.
 STEPS = [(68, 5), (24, 2), (68, 0)]
 
@@ -83,12 +86,15 @@ def test_a_step_is_counted_by_depth():
 
 def test_a_chain_has_no_more_nodes_than_the_tree_is_deep():
     """Of its 68 rows the other ones hold none; a list that was cut shorter has what is left of it."""
-    stats = stats_of(TREE, [*STEPS, (3, 3)], presence_penalty=0.5)
+    stats = stats_of(TREE, [*STEPS, (3, 3)], **GRAMMAR)
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (4, 5 + 5 + 5 + 3, 10)
-    # Of the rows of a request with a grammar vLLM takes off those that the grammar does not allow.
+    # vLLM takes off those that the grammar does not allow.
     for num_invalid, verified in ((66, 2), (2, 5)):
-        assert stats_of(TREE, [(68, 1)], {"0": num_invalid}, bad_words=["a"]).num_draft_tokens == verified
+        assert stats_of(TREE, [(68, 1)], {"0": num_invalid}, **GRAMMAR).num_draft_tokens == verified
     assert stats_of(TREE, [(68, 1)], {"another": 66}).num_draft_tokens == 68
+    # Every node of a tree counts, also where sampling reads the tokens before it.
+    penalties = {"presence_penalty": 0.5, "bad_words": ["a"], "thinking_token_budget": 3}
+    assert stats_of(TREE, [(68, 1)], **penalties).num_draft_tokens == 68
 
 
 def test_statistics_reach_the_frontend_of_another_process():
@@ -186,8 +192,9 @@ def test_the_log_has_a_rate_for_every_depth():
     ("speculative_config", "sampling", "level", "length", "verified"),
     [
         (TREE, {}, "detailed", 6, 68 + 24 + 68),
-        (TREE, {"presence_penalty": 0.5}, "summary", 6, 5 + 5 + 5),
-        (CHAIN_OF_ANOTHER_KIND, {"presence_penalty": 0.5}, "summary", 69, 68 + 24 + 68),
+        (TREE, {"presence_penalty": 0.5}, "summary", 6, 68 + 24 + 68),
+        (TREE, GRAMMAR, "summary", 6, 5 + 5 + 5),
+        (CHAIN_OF_ANOTHER_KIND, GRAMMAR, "summary", 69, 68 + 24 + 68),
         (TREE, {}, "none", None, None),
     ],
 )
@@ -224,7 +231,7 @@ def test_more_than_the_deepest_node_cannot_be_accepted():
 
 def test_drafts_and_requests_are_counted_by_kind():
     """A request counts once, with the first drafts after it came."""
-    requests = {"tree": request(), "chain": request(sampling_params=SamplingParams(repetition_penalty=1.05))}
+    requests = {"tree": request(), "chain": request(sampling_params=SamplingParams(**GRAMMAR))}
     scheduler = scheduler_of(TREE, requests)
     scheduler.num_new_requests = {Kind.TREE: 2, Kind.CHAIN: 1}
     unregister_vllm_metrics()

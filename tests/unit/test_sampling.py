@@ -19,7 +19,7 @@ LINEAR: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CHAIN_PARAMETERS)
-def test_what_reads_the_history_of_draft_tokens_takes_a_chain(name):
+def test_draft_tokens_that_must_follow_each_other_are_a_chain(name):
     assert needs_chain(SamplingParams(**{name: LINEAR[name]}))
 
 
@@ -32,6 +32,8 @@ def test_what_reads_the_history_of_draft_tokens_takes_a_chain(name):
         {"logprobs": 3, "prompt_logprobs": 2, "stop_token_ids": [7], "ignore_eos": True},
         {"logprob_token_ids": [3], "stop": ["end"]},
         {"structured_outputs": StructuredOutputsParams(json_object=True)},
+        {"presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1},
+        {"bad_words": ["no"], "thinking_token_budget": 0},
         # what a client sends that sets every parameter
         {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "bad_words": []},
     ],

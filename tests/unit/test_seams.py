@@ -81,6 +81,9 @@ OVERRIDES = {
         "postprocess_state",
         "prepare_attn",
     },
+    "PathPenaltiesState": {"apply"},
+    "PathBadWordsState": {"apply"},
+    "PathThinkingBudgetState": {"apply"},
     "TreeDecodingStats": {"observe_draft"},
     "ChainDecodeMetrics": {"observe"},
     "DraftGraphs": set(),
@@ -170,6 +173,15 @@ READS = {
         "self.req_states.draft_tokens[input_batch.idx_mapping] = draft_tokens",
         "self.draft_tokens_handler.set_draft_tokens(",
     ],
+    # Whatever stands in these places is applied, and its counts are those of emitted tokens.
+    f"{GPU}.sample.sampler.Sampler.apply_sampling_params": [
+        "for processor in self.logits_processors",
+        "processor.apply(logits, ctx)",
+        "self.thinking_budget_state.apply(logits, ctx)",
+    ],
+    f"{GPU}.model_runner.GPUModelRunner.postprocess_sampled": ["self.sampler.penalties_state.output_bin_counts"],
+    # A row that holds no token ends the draft tokens that a grammar is advanced over.
+    "vllm.v1.structured_output.utils.strip_speculative_padding": ["token_id < 0"],
     f"{GPU}.attn_utils.build_attn_metadata": ["get_extra_attn_kwargs(", "**attn_metadata_extra_kwargs"],
     "vllm.v1.worker.utils.AttentionGroup.build_metadata": ["**kwargs"],
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": ["self.make_spec_decoding_stats("],

@@ -80,7 +80,7 @@ REQUIRED = {
     "dummy weights": '"dummy"',
     "metrics by kind, tree or chain": "vllm:spec_decode_num_drafts_by_kind",
     "NaN counts (`VLLM_COMPUTE_NANS_IN_LOGITS`)": "VLLM_COMPUTE_NANS_IN_LOGITS",
-    "default sampling parameters that make every request take a chain, said once at start-up": "generation_config",
+    "trace replay (`trace_decode_token_ids`)": "trace_decode_token_ids",
     "other model implementations, such as Transformers": "using_transformers_backend",
     "drafts in object storage": "s3://",
     "drafts on ModelScope": "VLLM_USE_MODELSCOPE",

@@ -25,6 +25,7 @@ from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.chain import needs_chain
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.coupling import log_cutoff
+from vllm_longspec.tree.history import read_history_along_paths
 from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.sample import TreeSampler
 from vllm_longspec.tree.state import TreeState
@@ -87,6 +88,8 @@ class TreeModelState(DefaultModelState):
         if self.couple_noise:
             # It draws with noise of its own.
             sampler.use_flashinfer = False
+        # Both sample requests with penalties: the first in steps in which no request has a tree.
+        read_history_along_paths(sampler, self.tree_state, self.max_depth)
         return sampler, TreeSampler(sampler, self.tree_state, self.tree_batch, self.max_depth, self.synthetic_rates)
 
     def prepare_attn(
