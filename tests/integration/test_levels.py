@@ -37,6 +37,6 @@ def _generate_with_levels(settings: dict[str, Any]) -> tuple[list[list[list[int]
         levels.append(shape.max_depth)
         return grow_trees(model, shape, *args)
 
-    proposer.grow_trees = recording
+    proposer.grow_trees = recording  # type: ignore[assignment]
     tokens = run_batches(settings, REQUESTS)["tokens"]
     return tokens, levels
