@@ -5,6 +5,8 @@ import random
 
 import pytest
 import torch
+from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
+from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.states import RequestState
 
 from tests.oracles import copying as oracle
@@ -197,8 +199,12 @@ def test_right_copies_are_trusted_more_and_wrong_ones_less():
         assert [(new > old) for new, old in zip(score(state, text), before, strict=True)] == [is_higher] * 4
 
 
-def test_the_text_of_all_requests_is_in_the_devices_memory():
+def test_the_text_of_all_requests_is_in_the_devices_memory(monkeypatch):
+    if DEVICE.type == "cpu":
+        # As vLLM's CPU worker does.
+        monkeypatch.setattr(buffer_utils, "UvaBuffer", cpu_buffer_utils.UvaBuffer)
     states = RequestState(4, 64, 16, 1, 100, DEVICE)
+    assert states.all_token_ids.write_contents is not None
     keep_token_ids_on_device(states)
     states.add_request("a", 3, [5, 6, 7], 0, 8)
     states.apply_staged_writes()
