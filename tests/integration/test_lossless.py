@@ -138,6 +138,30 @@ def test_noise_makes_drafts_of_sampled_requests_better(pairs):
     assert accepted[True][2] > 0.95 * accepted[False][2]
 
 
+def test_unseeded_sampling_has_the_targets_distribution(pairs):
+    """The draft sees the noise of each draw, and still every token is drawn as if there was none."""
+    target, draft = pairs["qwen2"]
+    sampled = request(source_code((60,))[0], temperature=1.0, n=240, max_tokens=4, ignore_eos=True)
+    settings = {"max_num_seqs": 80, "max_num_batched_tokens": 1024}
+    plain = generate(target, [[sampled]], **settings)
+    # With another seed of the engine, from which those of unseeded requests come: otherwise the tokens are the same.
+    result = generate(target, [[sampled]], **settings, seed=1, **speculative(draft, [2, 2, 2]))
+    # The first token comes with the prompt; the others are mostly nodes.
+    assert result.acceptance_length > 2
+    for length in (2, 3, 4):
+        counts = [Counter(tuple(tokens[:length]) for tokens in each.tokens[0]) for each in (plain, result)]
+        total = counts[0] + counts[1]
+        rare = {text for text, count in total.items() if count < 10}
+        bins = [[count[text] for count in counts] for text in total.keys() - rare]
+        bins.append([sum(count[text] for text in rare) for count in counts])
+        # Two samples of equal size: a chi-square of as many degrees of freedom as there are bins, less one.
+        statistic = sum((a - b) ** 2 / (a + b) for a, b in bins)
+        degrees = len(bins) - 1
+        assert degrees >= length
+        # Five standard deviations above its mean.
+        assert statistic < degrees + 5 * (2 * degrees) ** 0.5
+
+
 def test_fewer_nodes_than_the_tree(pairs):
     """`num_speculative_tokens` cuts the list of nodes, and any prefix of it is a tree."""
     target, draft = pairs["qwen2"]
