@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks.grammars` measures masks of trees as the scheduler fills them; how long they take is up to the CPU."""
+"""`benchmarks.grammars` measures the masks of trees as the scheduler fills them; how fast is the CPU's affair."""
 
 import random
 

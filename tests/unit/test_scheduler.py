@@ -390,6 +390,8 @@ def add_structured_request(scheduler: Any, name: str, words: list[list[int]], **
     request.structured_output_request = StructuredOutputRequest(StructuredOutputsParams(json_object=True))
     request.structured_output_request.grammar = grammar = Words(words)
     scheduler.add_request(request)
+    # Steps take no time here, which would leave none for masks.
+    scheduler.grammars.budget = None
     scheduler.structured_output_manager.backend = SimpleNamespace(
         allocate_token_bitmask=lambda num_rows: torch.zeros(num_rows, 2, dtype=torch.int32)
     )
