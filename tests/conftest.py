@@ -3,8 +3,12 @@
 
 import os
 
-# NumPy multiplies the interpreter's small matrices; threads of its own would only wait for each other.
+# Models and kernels are so small that more threads would only wait for each other, and burn a core each while they do.
+# vLLM would bind the threads of its workers: each rank's to a NUMA node of its own, which few machines have, and those
+# of all tests that run side by side to the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
 

@@ -78,12 +78,9 @@ CPU_SETTINGS: dict[str, Any] = {"distributed_executor_backend": "uni"}
 @functools.cache
 def _generate(specification: str) -> Result:
     environment = {}
-    if json.loads(specification)["settings"].get("tensor_parallel_size", 1) > 1:
-        # vLLM would give each rank a NUMA node of its own, which few machines have, and this process all threads.
-        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-        if torch.cuda.is_available():
-            # CUDA does not outlive a fork, and vLLM does not notice that this process has asked for it.
-            environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    if torch.cuda.is_available() and json.loads(specification)["settings"].get("tensor_parallel_size", 1) > 1:
+        # CUDA does not outlive a fork, and vLLM does not notice that this process has asked for it.
+        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     result, _ = run_alone(_run_engine, specification, environment=environment)
     return Result(**result)
 

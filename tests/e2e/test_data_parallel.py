@@ -22,10 +22,7 @@ def complete(server: Server, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs a second GPU, or none")
-def test_two_engines(monkeypatch):
-    # vLLM would give each engine a NUMA node of its own, which few machines have.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_engines():
     prompts = source_code((40, 100, 60, 80))
     options = ["--data-parallel-size", "2", "--speculative-model", DRAFT, "--speculative-tree-shape", "2", "4", "4"]
     # As it is on a GPU.

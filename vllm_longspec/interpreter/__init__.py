@@ -13,6 +13,7 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_longspec.compat.cpu_build import name_cpu_build
+from vllm_longspec.interpreter import overhead
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -47,6 +48,7 @@ def enable() -> None:
     except ImportError:
         return  # start-up refuses a GLIDE draft and says that Triton is missing
     backends.setdefault("cpu", Backend(compiler=None, driver=InterpreterDriver))
+    overhead.leave_out()
 
 
 def interpreting() -> bool:
