@@ -611,6 +611,7 @@ def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> 
         num_computed_prefill_tokens_np=np.minimum(before, prompt_lens),
         prefill_len_np=prompt_lens,
         is_prefilling_np=before < prompt_lens,
+        has_structured_output_reqs=False,
         seq_lens=torch.from_numpy(before + num_scheduled).to(DEVICE),
         seq_lens_cpu_upper_bound=torch.from_numpy(before + num_scheduled),
     )
