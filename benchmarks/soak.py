@@ -18,8 +18,7 @@ this exit with 1:
 
 In half precision near-ties fall either way, so with `--dtype bfloat16` mismatches are counted but are no failure.
 
-How many of the finished requests took a chain instead of a tree, and why, is counted too, and so are the drafts and
-requests of either kind that the server's own metrics name.
+How many tokens a step emitted is counted too, from the server's own metrics.
 """
 
 import argparse
@@ -30,7 +29,6 @@ import random
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -54,7 +52,6 @@ from benchmarks.server import (
     exit_on_signals,
     serve,
 )
-from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 
 T = TypeVar("T")
 
@@ -281,8 +278,6 @@ def run_round(number: int, settings: Settings, jobs: list[Job], arguments: argpa
         **asdict(settings),
         "requests": len(jobs),
         "finished": len(finished),
-        "chains": sum(bool(_takes_chain(jobs[i])) for i in finished),
-        "chains_by_reason": dict(sorted(Counter(name for i in finished for name in _takes_chain(jobs[i])).items())),
         "hung_up": sum(outcome.hung_up for outcome in outcomes),
         "failures": sum(outcome.error is not None for outcome in outcomes),
         "mismatches": len(mismatches),
@@ -291,16 +286,10 @@ def run_round(number: int, settings: Settings, jobs: list[Job], arguments: argpa
 
 
 def _drafting(server: Server) -> dict[str, Any]:
-    """What vLLM's metrics say of the drafts. A request is counted with the first draft that follows its arrival."""
+    """What vLLM's metrics say of the drafts."""
     return {
         "accepted_tokens": int(server.metric("vllm:spec_decode_num_accepted_tokens_total")),
-        **{
-            f"{what}_by_kind": {
-                kind: int(server.metric(f"vllm:spec_decode_num_{what}_by_kind_total", kind=kind))
-                for kind in ("tree", "chain")
-            }
-            for what in ("drafts", "requests")
-        },
+        "drafts": int(server.metric("vllm:spec_decode_num_drafts_total")),
     }
 
 
@@ -310,14 +299,7 @@ def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     def total(name: str) -> Any:
         return sum(each[name] for each in rounds)
 
-    def totals(name: str) -> dict[str, int]:
-        counted: Counter[str] = Counter()
-        for each in rounds:
-            counted.update(each[name])
-        return dict(sorted(counted.items()))
-
-    drafts = totals("drafts_by_kind")
-    num_drafts = sum(drafts.values())
+    num_drafts = total("drafts")
     return {
         "seconds": round(total("seconds"), 1),
         "preemptions": total("preemptions"),
@@ -325,12 +307,9 @@ def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "leaked_blocks": total("leaked_blocks"),
         "memory_growth": max(each["memory_growth"] for each in rounds),
         "acceptance_length": round(1 + total("accepted_tokens") / num_drafts, 2) if num_drafts else None,
-        "drafts_by_kind": drafts,
-        "requests_by_kind": totals("requests_by_kind"),
+        "drafts": num_drafts,
         "requests": total("requests"),
         "finished": total("finished"),
-        "chains": total("chains"),
-        "chains_by_reason": totals("chains_by_reason"),
         "hung_up": total("hung_up"),
         "failures": total("failures"),
         "mismatches": total("mismatches"),
@@ -385,11 +364,6 @@ def _make_job(source: random.Random, prompts: list[list[int]], max_tokens: int, 
             body[name] = value
     hang_up_after = source.randint(1, 6) if source.random() < 0.15 else None
     return Job(body, hang_up_after)
-
-
-def _takes_chain(job: Job) -> list[str]:
-    """What of a request makes it take a chain instead of a tree."""
-    return [name for name in CHAIN_PARAMETERS if name in job.body]
 
 
 def run(

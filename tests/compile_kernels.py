@@ -103,7 +103,6 @@ def compile_tree_kernels(num_nodes: int) -> None:
         tokens.float(),
         tokens.int(),
         slots,
-        tree.takes_chain,
         tokens[:, :num_nodes],
         tree.parent_rows,
         tree.depths,

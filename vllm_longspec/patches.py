@@ -37,7 +37,7 @@ def apply() -> None:
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
     from vllm_longspec.runner.graphs import init_verification_graphs
-    from vllm_longspec.scheduling.metrics import init_prometheus_counters, observe_prometheus_counters
+    from vllm_longspec.scheduling.metrics import init_prometheus_counters
 
     _replace(EngineArgs, "add_cli_args", cli.add_cli_args)
     _replace(EngineArgs, "from_cli_args", cli.from_cli_args)
@@ -57,7 +57,6 @@ def apply() -> None:
     _replace(VllmConfig, "_maybe_disable_dynamic_sd_for_data_parallel", _maybe_disable_dynamic_sd_for_data_parallel)
     _replace(CudaGraphManager, "_init_candidates", init_verification_graphs)
     _replace(SpecDecodingProm, "__init__", init_prometheus_counters)
-    _replace(SpecDecodingProm, "observe", observe_prometheus_counters)
     _replace(spec_decode, "init_speculator", _init_speculator)
     _replace(inplace, "reload_weights", _reload_weights)
     # The model runner imports these two by name, usually after plugins are loaded.

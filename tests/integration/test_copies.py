@@ -17,7 +17,7 @@ def test_copies_go_deeper_than_the_tree():
     samplings: list[dict[str, Any]] = [
         GREEDY,
         {"temperature": 0.7, "seed": 5, "top_p": 0.9},
-        # A chain, of which the copy is the best path.
+        # Sampling that reads the tokens before: those of copied nodes too.
         {**GREEDY, "presence_penalty": 0.01},
         GREEDY,
     ]

@@ -24,7 +24,6 @@ from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_envir
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader import get_model
-from vllm.sampling_params import StructuredOutputsParams
 
 from tests.models import write_draft, write_target
 from tests.oracles import tree as tree_oracle
@@ -39,7 +38,6 @@ from vllm_longspec.runner.model_state import TreeModelState
 from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.shape import TreeShape
-from vllm_longspec.tree.state import NO_TOKEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_MODEL_LEN = 1024
@@ -315,7 +313,6 @@ def test_drafts_what_the_plain_layer_drafts(pairs, name, levels, histories):
         drafted.log_probs,
         drafted.parents,
         batch.idx_mapping,
-        torch.zeros(NUM_SLOTS, dtype=torch.int32, device=DEVICE),
         ordered_tokens,
         parent_rows,
         depths,
@@ -614,6 +611,7 @@ def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> 
         num_computed_prefill_tokens_np=np.minimum(before, prompt_lens),
         prefill_len_np=prompt_lens,
         is_prefilling_np=before < prompt_lens,
+        has_structured_output_reqs=False,
         seq_lens=torch.from_numpy(before + num_scheduled).to(DEVICE),
         seq_lens_cpu_upper_bound=torch.from_numpy(before + num_scheduled),
     )
@@ -728,55 +726,34 @@ def test_a_draft_for_fewer_nodes_lists_the_same_ones(tmp_path):
         assert torch.equal(speculator.tree_state.ancestor_masks[batch.slots, rows], masks[:, rows])
 
 
-def test_proposes_a_chain_to_a_request_that_takes_one(tmp_path):
-    """The chain is a path of the very tree that the request would get otherwise; the others still get theirs."""
-    levels = (2, 4, 4)
+def test_a_new_request_in_a_slot_has_no_nodes_until_it_is_drafted_for(tmp_path):
+    """Nothing of the slot's last request can be accepted."""
     target, draft = write_pair(tmp_path, "qwen2 tied")
-    speculator = load(target, draft, levels).speculator
+    speculator = load(target, draft, (2, 4, 4)).speculator
     tree = speculator.tree_state
     # A token more than the prompt, which becomes the root.
     batch = Batch([41, 62, 34], speculator.model)
     # vLLM's runner tells this class of new requests.
     model_state = TreeModelState.__new__(TreeModelState)
-    model_state.__dict__.update(
-        tree_state=tree, device=DEVICE, takes_chain=np.zeros(NUM_SLOTS, dtype=np.int32), added_requests=[]
-    )
+    log_cutoffs = np.zeros(NUM_SLOTS, dtype=np.float32)
+    model_state.__dict__.update(tree_state=tree, device=DEVICE, log_cutoffs=log_cutoffs, added_requests=[])
     model_state.rope_state = model_state.prompt_embeds_state = None
 
-    def start(*sampling: SamplingParams) -> None:
-        for slot, params in zip(batch.slots, sampling, strict=True):
-            model_state.add_request(slot, SimpleNamespace(sampling_params=params))  # type: ignore[arg-type]
+    def start(*requests: int) -> None:
+        for request in requests:
+            new = SimpleNamespace(sampling_params=SamplingParams(temperature=0.0))
+            model_state.add_request(batch.slots[request], new)  # type: ignore[arg-type]
         model_state.apply_staged_writes()
-        # Nothing of the slot's last request can be accepted before the new one is drafted for.
-        assert (tree.parent_rows[batch.slots] == -1).all()
 
     def proposed() -> list[tuple[list[int], list[int]]]:
         prompts = [Scheduled(request, 0, length, length) for request, length in enumerate((40, 61, 33))]
         tokens = propose(speculator, batch, prompts).tolist()
         return list(zip(tokens, tree.parent_rows[batch.slots].tolist(), strict=True))
 
-    free = SamplingParams(temperature=0.0)
-    linear = SamplingParams(temperature=0.0, structured_outputs=StructuredOutputsParams(json_object=True))
-    start(free, free, free)
+    start(0, 1, 2)
     trees = proposed()
-    start(free, linear, free)
-    mixed = proposed()
-    assert [mixed[0], mixed[2]] == [trees[0], trees[2]]
-
-    tokens, parent_rows = mixed[1]
-    num_left = sum(levels) - len(levels)
-    assert parent_rows == [-1, 0, 1, 2] + [-1] * num_left
-    assert tokens[len(levels) :] == [NO_TOKEN] * num_left
-    # Follow it in the tree.
-    tree_tokens, tree_parents = trees[1]
-    row = 0
-    for token in tokens[: len(levels)]:
-        (row,) = [
-            child
-            for child in range(1, 1 + sum(levels))
-            if (tree_parents[child], tree_tokens[child - 1]) == (row, token)
-        ]
-
-    # The slot's next request takes a tree again.
-    start(free, free, free)
+    assert all(min(parent_rows[1:]) == 0 for _, parent_rows in trees)
+    start(1)
+    parent_rows = tree.parent_rows[batch.slots].tolist()
+    assert parent_rows == [trees[0][1], [-1] * 11, trees[2][1]]
     assert proposed() == trees

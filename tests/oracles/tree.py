@@ -25,12 +25,6 @@ def order_nodes(log_probs: list[float], parents: list[int]) -> list[int]:
     return sorted(range(len(parents)), key=lambda node: (-least_on_path(node), node))
 
 
-def path_probability_sum(log_probs: list[float], parents: list[int], node: int) -> float:
-    """Expected number of accepted tokens of the chain that ends in `node`."""
-    values = [log_probs[ancestor] for ancestor in path_to_root(parents, node)]
-    return sum(0.0 if math.isnan(value) else math.exp(min(value, 0.0)) for value in values)
-
-
 def describe_tree(order: list[int], parents: list[int]) -> tuple[list[int], list[int], list[set[int]]]:
     """Parent rows, depths and sets of rows at or above each row, for the root and then the nodes of a list."""
     row_of = {node: index + 1 for index, node in enumerate(order)}

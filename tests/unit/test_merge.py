@@ -29,16 +29,15 @@ def merge(drafts: list[Draft]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return merge_path(*(on_device(list(column), dtype) for column, dtype in zip(columns, types, strict=True)))
 
 
-def order(merged: tuple[torch.Tensor, torch.Tensor, torch.Tensor], num_nodes: int, chain: bool = False) -> list:
+def order(merged: tuple[torch.Tensor, torch.Tensor, torch.Tensor], num_nodes: int) -> list:
     """For each request the (token, parent row) of its listed nodes."""
     tokens, log_probs, parents = merged
     num_reqs = tokens.shape[0]
     state = torch.zeros(num_reqs, num_nodes + 1, dtype=torch.int32, device=DEVICE)
     listed, parent_rows = torch.zeros(num_reqs, num_nodes, dtype=torch.int64, device=DEVICE), state.clone()
     masks = state[:, :, None].repeat(1, 1, -(-(num_nodes + 1) // 32))
-    takes_chain = torch.full((num_reqs,), int(chain), dtype=torch.int32, device=DEVICE)
     slots = torch.arange(num_reqs, device=DEVICE)
-    order_tree(tokens, log_probs, parents, slots, takes_chain, listed, parent_rows, state, masks, tokens.shape[1])
+    order_tree(tokens, log_probs, parents, slots, listed, parent_rows, state, masks, tokens.shape[1])
     return [
         list(zip(row_tokens, rows[1:], strict=True))
         for row_tokens, rows in zip(listed.tolist(), parent_rows.tolist(), strict=True)
@@ -104,7 +103,7 @@ def test_the_best_nodes_of_both_form_a_tree(batch, data):
 
 @pytest.mark.parametrize(("num_drafted", "path_length"), [(1, 1), (5, 16), (68, 16)])
 def test_paths_that_leave_the_tree_at_every_depth(num_drafted, path_length):
-    """A drafted chain of token 1 with siblings of token 2; the path follows it for so many tokens."""
+    """A drafted path of token 1 with siblings of token 2; the copied one follows it for so many tokens."""
     depth = (num_drafted + 1) // 2
     tokens = [1 + node % 2 for node in range(num_drafted)]
     parents = [2 * (node // 2) - 2 if node > 1 else -1 for node in range(num_drafted)]
@@ -122,10 +121,6 @@ def test_paths_that_leave_the_tree_at_every_depth(num_drafted, path_length):
         for length in range(1, min(path_length, num_drafted) + 1):
             assert names[length - 1] == path[:length]
         assert shared == sum(token == 1 for token in path)
-    for draft, listed in zip(batch, order(merged, num_drafted, chain=True), strict=True):
-        length = min(path_length, num_drafted)
-        assert [token for token, _ in listed][:length] == draft[3][:length]
-        assert [parent for _, parent in listed][:length] == list(range(length))
 
 
 def test_a_score_that_is_no_number_loses():

@@ -18,11 +18,10 @@ from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, S
 from vllm_longspec import plugin
 from vllm_longspec.options import LongSpecOptions, attach_options
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification
-from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats
+from vllm_longspec.scheduling.metrics import TreeDecodingStats
 from vllm_longspec.scheduling.scheduler import TreeScheduler
 from vllm_longspec.tree.shape import TreeShape
 
-# Makes a request take a chain.
 GRAMMAR: dict[str, Any] = {"structured_outputs": StructuredOutputsParams(json_object=True)}
 # (nodes verified, tokens accepted) of three requests: a whole tree, one cut by the token budget, one all rejected.
 STEPS = [(68, 5), (24, 2), (68, 0)]
@@ -36,7 +35,7 @@ def config(levels, num_speculative_tokens):
     return found
 
 
-TREE, CHAIN_OF_ANOTHER_KIND = config([4, 16, 16, 16, 16], 68), config(None, 68)
+TREE, ANOTHER_DRAFT = config([4, 16, 16, 16, 16], 68), config(None, 68)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +54,6 @@ def scheduler_of(speculative_config, requests, log_stats=True, adaptive=None):
         max_depth=5,
         adaptive=adaptive,
         unchecked=set(),
-        num_new_requests={Kind.TREE: 0, Kind.CHAIN: 0},
         log_stats=log_stats,
         num_spec_tokens=68,
         requests=requests,
@@ -84,17 +82,12 @@ def test_a_step_is_counted_by_depth():
     assert stats.num_accepted_tokens_per_pos == [2, 2, 1, 1, 1]
 
 
-def test_a_chain_has_no_more_nodes_than_the_tree_is_deep():
-    """Of its 68 rows the other ones hold none; a list that was cut shorter has what is left of it."""
-    stats = stats_of(TREE, [*STEPS, (3, 3)], **GRAMMAR)
-    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (4, 5 + 5 + 5 + 3, 10)
+def test_every_node_that_a_grammar_allows_counts_whatever_the_sampling():
+    everything: dict[str, Any] = {"presence_penalty": 0.5, "bad_words": ["a"], "thinking_token_budget": 3, **GRAMMAR}
+    assert stats_of(TREE, [(68, 1)], **everything).num_draft_tokens == 68
     # vLLM takes off those that the grammar does not allow.
-    for num_invalid, verified in ((66, 2), (2, 5)):
-        assert stats_of(TREE, [(68, 1)], {"0": num_invalid}, **GRAMMAR).num_draft_tokens == verified
+    assert stats_of(TREE, [(68, 1)], {"0": 66}, **everything).num_draft_tokens == 2
     assert stats_of(TREE, [(68, 1)], {"another": 66}).num_draft_tokens == 68
-    # Every node of a tree counts, also where sampling reads the tokens before it.
-    penalties = {"presence_penalty": 0.5, "bad_words": ["a"], "thinking_token_budget": 3}
-    assert stats_of(TREE, [(68, 1)], **penalties).num_draft_tokens == 68
 
 
 def test_statistics_reach_the_frontend_of_another_process():
@@ -105,26 +98,26 @@ def test_statistics_reach_the_frontend_of_another_process():
 
 
 def test_another_draft_is_counted_as_ever():
-    stats = stats_of(CHAIN_OF_ANOTHER_KIND, STEPS)
+    stats = stats_of(ANOTHER_DRAFT, STEPS)
     assert type(stats) is SpecDecodingStats
     assert len(stats.num_accepted_tokens_per_pos) == 68
     assert stats.num_draft_tokens_per_pos == [3] * 24 + [2] * 44
 
 
 def test_nothing_is_counted_where_nobody_asked_for_statistics():
-    """But the number of nodes follows what is accepted all the same, of a request that takes a chain too."""
+    """But the number of nodes follows what is accepted all the same, whatever the sampling."""
     choices = [[], [24, 8, 0], [8, 0]]
     budget = AdaptiveVerification(choices, lambda *_: 1.0, num_cached_tokens=lambda: 0, shape=TreeShape((4,) * 5))
     requests = {
-        "tree": request(),
-        "chain": request(sampling_params=SamplingParams(presence_penalty=1.0)),
+        "plain": request(),
+        "penalty": request(sampling_params=SamplingParams(presence_penalty=1.0)),
         "grammar": request(),
         "unchecked grammar": request(),
     }
     scheduler = scheduler_of(TREE, requests, log_stats=False, adaptive=budget)
     # The tree may have been checked in a step before it had a grammar to check.
     scheduler.unchecked = {"unchecked grammar"}
-    steps = [(24, 3, "tree"), (24, 2, "chain"), (8, 1, "tree"), (5, 5, "tree"), (24, 4, "grammar")]
+    steps = [(24, 3, "plain"), (24, 2, "penalty"), (8, 1, "plain"), (5, 5, "plain"), (24, 4, "grammar")]
     steps += [(8, 0, "unchecked grammar")]
     for verified, accepted, request_id in steps:
         assert scheduler.make_spec_decoding_stats(None, verified, accepted, None, request_id) is None
@@ -133,22 +126,7 @@ def test_nothing_is_counted_where_nobody_asked_for_statistics():
     assert budget.accepted == {8: 1, 24: 9}
 
 
-def values_by_kind():
-    """What Prometheus has, trees first."""
-    families = [metric for metric in REGISTRY.collect() if metric.name.endswith("_by_kind")]
-    samples = [sample for family in families for sample in family.samples if sample.name.endswith("_total")]
-    return {
-        family.name: [
-            sample.value
-            for kind in ("tree", "chain")
-            for sample in samples
-            if sample.name == f"{family.name}_total" and sample.labels["kind"] == kind
-        ]
-        for family in families
-    }
-
-
-@pytest.mark.parametrize(("speculative_config", "num_positions"), [(TREE, 5), (CHAIN_OF_ANOTHER_KIND, 68)])
+@pytest.mark.parametrize(("speculative_config", "num_positions"), [(TREE, 5), (ANOTHER_DRAFT, 68)])
 def test_prometheus_has_a_position_for_every_depth(speculative_config, num_positions):
     unregister_vllm_metrics()
     try:
@@ -157,15 +135,12 @@ def test_prometheus_has_a_position_for_every_depth(speculative_config, num_posit
         found = {
             metric.name: getattr(metric, "value", None) or getattr(metric, "values", None)
             for metric in get_metrics_snapshot()
-            if metric.name.startswith("vllm:spec_decode") and not metric.name.endswith("_by_kind")
+            if metric.name.startswith("vllm:spec_decode")
         }
-        if speculative_config is TREE:
-            found |= values_by_kind()
     finally:
         unregister_vllm_metrics()
-    kinds = {"vllm:spec_decode_num_drafts_by_kind": [3, 0], "vllm:spec_decode_num_requests_by_kind": [0, 0]}
-    # vLLM's names, all of them and no other but those of kinds.
-    assert found == (kinds if speculative_config is TREE else {}) | {
+    # vLLM's names, all of them and no other.
+    assert found == {
         "vllm:spec_decode_num_drafts": 3,
         "vllm:spec_decode_num_draft_tokens": 160,
         "vllm:spec_decode_num_accepted_tokens": 7,
@@ -193,8 +168,8 @@ def test_the_log_has_a_rate_for_every_depth():
     [
         (TREE, {}, "detailed", 6, 68 + 24 + 68),
         (TREE, {"presence_penalty": 0.5}, "summary", 6, 68 + 24 + 68),
-        (TREE, GRAMMAR, "summary", 6, 5 + 5 + 5),
-        (CHAIN_OF_ANOTHER_KIND, GRAMMAR, "summary", 69, 68 + 24 + 68),
+        (TREE, GRAMMAR, "summary", 6, 68 + 24 + 68),
+        (ANOTHER_DRAFT, GRAMMAR, "summary", 69, 68 + 24 + 68),
         (TREE, {}, "none", None, None),
     ],
 )
@@ -227,26 +202,3 @@ def test_more_than_the_deepest_node_cannot_be_accepted():
     stats = TreeDecodingStats(num_spec_tokens=2, num_accepted_tokens_per_pos=[0, 0])
     with pytest.raises(IndexError):
         stats.observe_draft(6, 3)
-
-
-def test_drafts_and_requests_are_counted_by_kind():
-    """A request counts once, with the first drafts after it came."""
-    requests = {"tree": request(), "chain": request(sampling_params=SamplingParams(**GRAMMAR))}
-    scheduler = scheduler_of(TREE, requests)
-    scheduler.num_new_requests = {Kind.TREE: 2, Kind.CHAIN: 1}
-    unregister_vllm_metrics()
-    try:
-        counters = SpecDecodingProm(TREE, ["model_name", "engine"], {0: ["target", "0"], 1: ["target", "1"]})
-        for names in (["tree", "chain", "tree"], ["chain"]):
-            stats = None
-            for name in names:
-                stats = scheduler.make_spec_decoding_stats(stats, 24, 2, None, name)
-            # As the frontend of another process gets them.
-            stats = MsgpackDecoder(SpecDecodingStats).decode(MsgpackEncoder().encode(stats))
-            counters.observe(stats, 1)
-        assert {name: values[1::2] for name, values in values_by_kind().items()} == {
-            "vllm:spec_decode_num_drafts_by_kind": [2, 2],
-            "vllm:spec_decode_num_requests_by_kind": [2, 1],
-        }
-    finally:
-        unregister_vllm_metrics()

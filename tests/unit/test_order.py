@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage "order": the list of nodes, its prefixes, the best chain, and the tree state written for them."""
+"""Stage "order": the list of nodes, its prefixes, and the tree state written for them."""
 
 import itertools
 import math
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tests.oracles import tree as oracle
 from vllm_longspec.tree.order import order_tree
-from vllm_longspec.tree.state import NO_TOKEN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNWRITTEN = -77
@@ -20,7 +19,7 @@ UNWRITTEN = -77
 class Ordered:
     """What `order_tree` wrote for a batch, as Python lists."""
 
-    def __init__(self, parents, log_probs, num_nodes, slots, max_depth, chain_slots=()):
+    def __init__(self, parents, log_probs, num_nodes, slots, max_depth):
         num_reqs, num_drafted = len(parents), len(parents[0])
         num_rows = num_nodes + 1
         num_slots = 2 * num_reqs + 3
@@ -29,15 +28,12 @@ class Ordered:
         tokens = torch.full((num_reqs, num_nodes), UNWRITTEN, dtype=torch.int64, device=DEVICE)
         parent_rows = torch.full((num_slots, num_rows), UNWRITTEN, dtype=torch.int32, device=DEVICE)
         depths = parent_rows.clone()
-        takes_chain = torch.zeros(num_slots, dtype=torch.int32, device=DEVICE)
-        takes_chain[list(chain_slots)] = 1
         masks = torch.full((num_slots, num_rows, num_words), UNWRITTEN, dtype=torch.int32, device=DEVICE)
         order_tree(
             draft_tokens,
             torch.tensor(log_probs, dtype=torch.float32, device=DEVICE),
             torch.tensor(parents, dtype=torch.int32, device=DEVICE),
             torch.tensor(slots, dtype=torch.int64, device=DEVICE),
-            takes_chain,
             tokens,
             parent_rows,
             depths,
@@ -58,29 +54,6 @@ class Ordered:
         assert self.parent_rows[slot] == parent_rows
         assert self.depths[slot] == depths
         assert [oracle.mask_to_rows(words) for words in self.masks[slot]] == ancestors
-
-    def check_chain(self, request, slot, parents, log_probs):
-        """Checks that a request got the first nodes of a best path of its draft, and no node after them."""
-        tokens, num_nodes = self.tokens[request], len(self.tokens[request])
-        chain = [self.draft_tokens[request].index(token) for token in tokens if token != NO_TOKEN]
-        num_left = num_nodes - len(chain)
-        assert chain
-        assert tokens[len(chain) :] == [NO_TOKEN] * num_left
-
-        # The list may have cut the path.
-        sums = [oracle.path_probability_sum(log_probs, parents, node) for node in range(len(parents))]
-        best_paths = [
-            oracle.path_to_root(parents, node)[::-1]
-            for node in range(len(parents))
-            if sums[node] == pytest.approx(max(sums), rel=1e-5, abs=1e-30)
-        ]
-        assert chain in [path[:num_nodes] for path in best_paths]
-
-        parent_rows, depths, ancestors = oracle.describe_tree(chain, parents)
-        assert parent_rows == list(range(-1, len(chain)))
-        assert self.parent_rows[slot] == parent_rows + [-1] * num_left
-        assert self.depths[slot] == depths + [0] * num_left
-        assert [oracle.mask_to_rows(words) for words in self.masks[slot]] == ancestors + [{0}] * num_left
 
 
 def draft(shape, seed):
@@ -137,38 +110,6 @@ def test_lists_and_describes_the_tree(shape, num_nodes):
         ordered.check(request, slot, parents[request], log_probs[request])
 
 
-@pytest.mark.parametrize(("shape", "num_nodes"), SHAPES)
-def test_chains_and_trees_in_one_batch(shape, num_nodes):
-    drafts = [draft(shape, seed) for seed in range(4)]
-    slots, chain_slots = [4, 0, 7, 2], {0, 2}
-    parents = [parents for parents, _ in drafts]
-    log_probs = [log_probs for _, log_probs in drafts]
-    ordered = Ordered(parents, log_probs, num_nodes, slots, len(shape), chain_slots)
-    for request, slot in enumerate(slots):
-        check = ordered.check_chain if slot in chain_slots else ordered.check
-        check(request, slot, parents[request], log_probs[request])
-
-
-@settings(max_examples=60, deadline=None)
-@given(small_trees(), st.data())
-def test_a_chain_is_a_path_of_the_draft_whatever_the_log_probs(tree, data):
-    parents, sound = tree
-    num_drafted = len(parents)
-    values = st.sampled_from([math.nan, -math.inf, -200.0, -2.0, -1.0, -0.0, 0.0, 0.5, math.inf])
-    broken = st.lists(values, min_size=num_drafted, max_size=num_drafted)
-    log_probs = data.draw(st.one_of(st.just(sound), broken))
-    num_nodes = data.draw(st.integers(1, num_drafted))
-    ordered = Ordered([parents], [log_probs], num_nodes, [1], num_drafted, [1])
-    ordered.check_chain(0, 1, parents, log_probs)
-
-
-def test_the_best_chain_is_not_the_greedy_one():
-    # The likeliest first token leads nowhere: 0.5 + 0.05 against 0.4 + 0.36.
-    probs = [0.5, 0.4, 0.05, 0.36]
-    ordered = Ordered([[-1, -1, 0, 1]], [[math.log(prob) for prob in probs]], 4, [0], 2, [0])
-    assert ordered.tokens[0] == [1001, 1003, NO_TOKEN, NO_TOKEN]
-
-
 def test_writes_the_slots_of_the_batch_only():
     parents, log_probs = draft([2, 4, 4], 0)
     ordered = Ordered([parents, parents], [log_probs, log_probs], 6, [5, -1], 3)
@@ -222,6 +163,6 @@ def test_refuses_state_of_another_size():
         Ordered([parents], [log_probs], 7, [0], 2)
     tokens = torch.zeros(1, 6, dtype=torch.int64, device=DEVICE)
     state = torch.zeros(1, 6, dtype=torch.int32, device=DEVICE)
-    slots, takes_chain, masks = tokens[:, 0], state[:, 0], state[:, :, None]
+    slots, masks = tokens[:, 0], state[:, :, None]
     with pytest.raises(ValueError, match="6 nodes do not fit ancestor masks of 6 rows and 1 words"):
-        order_tree(tokens, state.float(), state, slots, takes_chain, tokens, state, state, masks, max_depth=2)
+        order_tree(tokens, state.float(), state, slots, tokens, state, state, masks, max_depth=2)

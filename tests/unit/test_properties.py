@@ -23,7 +23,7 @@ from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.order import order_tree
-from vllm_longspec.tree.state import NO_TOKEN, TreeState
+from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.walk import walk_tree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ def examples(count):
 
 @st.composite
 def shapes(draw):
-    """Any shape that the options take for this vocabulary: bushy, slim, a chain, wider than a mask word."""
+    """Any shape that the options take for this vocabulary: bushy, slim, a single path, wider than a mask word."""
     levels, width = [], 1
     for _ in range(draw(st.sampled_from([5, 4, 3, 2, 1]))):
         width = draw(st.integers(1, min(12, width * VOCAB_SIZE)))
@@ -77,7 +77,6 @@ def steps(draw):
         num_rows = draw(st.just(1 + num_nodes) | st.integers(1, 1 + num_nodes))
         sampled = draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=num_rows, max_size=num_rows))
         root_position = draw(st.sampled_from([0, 1, BLOCK_SIZE - 1, BLOCK_SIZE, 37]))
-        takes_chain = draw(st.sampled_from([False, False, True]))
         requests.append(
             SimpleNamespace(
                 tokens=tokens,
@@ -86,31 +85,10 @@ def steps(draw):
                 num_rows=num_rows,
                 sampled=sampled,
                 root_position=root_position,
-                takes_chain=takes_chain,
             )
         )
     slots = draw(st.permutations(range(MAX_NUM_REQS)))[: len(requests)]
     return SimpleNamespace(levels=levels, num_nodes=num_nodes, requests=requests, slots=slots)
-
-
-def listed_nodes(request, tokens):
-    """The drafted nodes of a request in list order: the best tree, or the path that the list's tokens name."""
-    if not request.takes_chain:
-        return oracle.order_nodes(request.log_probs, request.parents)[: len(tokens)]
-    chain: list[int] = []
-    for token in tokens:
-        if token == NO_TOKEN:
-            break
-        parent = chain[-1] if chain else -1
-        # Of one parent no two children have the same token.
-        chain += [
-            node
-            for node in range(len(request.tokens))
-            if (request.parents[node], request.tokens[node]) == (parent, token)
-        ]
-    # That this is the best path is test_order's business.
-    assert chain and tokens == [request.tokens[node] for node in chain] + [NO_TOKEN] * (len(tokens) - len(chain))
-    return chain
 
 
 def on_device(values, dtype):
@@ -125,18 +103,13 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
     max_depth = len(step.levels)
     state = TreeState.allocate(MAX_NUM_REQS, step.num_nodes, torch.device(DEVICE))
     batch = TreeBatch.allocate(state, max_depth)
-    state.add_requests(
-        slots,
-        on_device([each.takes_chain for each in requests], torch.int32),
-        torch.zeros(len(requests), device=DEVICE),
-    )
+    state.add_requests(slots, torch.zeros(len(requests), device=DEVICE))
     listed = torch.empty(len(requests), step.num_nodes, dtype=torch.int64, device=DEVICE)
     order_tree(
         on_device([each.tokens for each in requests], torch.int64),
         on_device([each.log_probs for each in requests], torch.float32),
         on_device([each.parents for each in requests], torch.int32),
         slots,
-        state.takes_chain,
         listed,
         state.parent_rows,
         state.depths,
@@ -191,17 +164,10 @@ def test_a_step_leaves_what_decoding_one_by_one_leaves(step):
     )
 
     for index, each in enumerate(requests):
-        order = listed_nodes(each, listed[index].tolist())
-        num_left = step.num_nodes - len(order)
+        order = oracle.order_nodes(each.log_probs, each.parents)[: step.num_nodes]
         parent_rows, depths, ancestors = oracle.describe_tree(order, each.parents)
-        # Rows after a chain hold no node.
-        parent_rows, depths, ancestors = (
-            parent_rows + [-1] * num_left,
-            depths + [0] * num_left,
-            ancestors + [{0}] * num_left,
-        )
-        row_tokens = [0, *(each.tokens[node] for node in order), *[NO_TOKEN] * num_left][: each.num_rows]
-        assert listed[index].tolist() == [*(each.tokens[node] for node in order), *[NO_TOKEN] * num_left]
+        row_tokens = [0, *(each.tokens[node] for node in order)][: each.num_rows]
+        assert listed[index].tolist() == [each.tokens[node] for node in order]
         rows = slice(starts[index], starts[index + 1])
         assert positions[rows].tolist() == [each.root_position + depth for depth in depths[: each.num_rows]]
         masks = batch.ancestor_masks[index].tolist()

@@ -221,19 +221,19 @@ def test_greedy_requests_emit_the_path_of_the_best_tokens():
 
 def test_a_draft_token_that_no_grammar_allowed_is_not_accepted():
     source = torch.Generator().manual_seed(2)
-    # Chains of likely tokens of which the second is invalid, and trees of which none is.
+    # Single paths of likely tokens of which the second is invalid, and trees of which none is.
     logits = torch.randn(6, 5, 4, generator=source)
-    chains = [
+    paths = [
         Request([-1, 0, 1, 2, 3], [0, *each.argmax(-1).tolist()[:-1]], each, 9, SamplingParams(temperature=0.0))
         for each in logits
     ]
     trees = [random_request(source, 4, 5, SamplingParams(temperature=0.0)) for _ in range(6)]
-    requests = [request for pair in zip(chains, trees, strict=True) for request in pair]
-    invalid_drafts = torch.tensor([request in chains and row >= 2 for request in requests for row in range(5)])
+    requests = [request for pair in zip(paths, trees, strict=True) for request in pair]
+    invalid_drafts = torch.tensor([request in paths and row >= 2 for request in requests for row in range(5)])
     free = emitted_by(Step(requests, max_depth=4).run())
     emitted = emitted_by(Step(requests, max_depth=4).run(invalid_drafts.to(DEVICE)))
     for request, tokens, all_tokens in zip(requests, emitted, free, strict=True):
-        if request in chains:
+        if request in paths:
             assert len(all_tokens) == 5
             assert tokens == all_tokens[:2]
         else:
@@ -243,7 +243,7 @@ def test_a_draft_token_that_no_grammar_allowed_is_not_accepted():
 def test_every_request_is_told_its_own_nans():
     requests = mixed_requests(5)
     greedy = SamplingParams(temperature=0.0)
-    # A chain of two nodes; its other rows hold none.
+    # Two nodes, one after the other; the other rows hold none.
     requests.append(Request([-1, 0, 1, -1, -1], [1, 2, 3, 0, 0], torch.zeros(5, 5), 9, greedy))
     assert [len(request.parents) for request in requests] == [1, 2, 3, 4, 5, 5]
     # Request, row, tokens: roots, inner nodes, the last rows, and rows that hold no node.

@@ -85,7 +85,6 @@ OVERRIDES = {
     "PathBadWordsState": {"apply"},
     "PathThinkingBudgetState": {"apply"},
     "TreeDecodingStats": {"observe_draft"},
-    "ChainDecodeMetrics": {"observe"},
     "DraftGraphs": set(),
     "TreeScheduler": SCHEDULER,
     "AsyncTreeScheduler": SCHEDULER,
@@ -180,8 +179,6 @@ READS = {
         "self.thinking_budget_state.apply(logits, ctx)",
     ],
     f"{GPU}.model_runner.GPUModelRunner.postprocess_sampled": ["self.sampler.penalties_state.output_bin_counts"],
-    # A row that holds no token ends the draft tokens that a grammar is advanced over.
-    "vllm.v1.structured_output.utils.strip_speculative_padding": ["token_id < 0"],
     f"{GPU}.attn_utils.build_attn_metadata": ["get_extra_attn_kwargs(", "**attn_metadata_extra_kwargs"],
     "vllm.v1.worker.utils.AttentionGroup.build_metadata": ["**kwargs"],
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": ["self.make_spec_decoding_stats("],

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "docs" / "support.md"
 # The page has a section for each.
-STATES = ("works with trees", "works with a chain", "refused")
+STATES = ("works with trees", "refused")
 
 # What users of vLLM turn on, and a word that is in the file of the test that shows it.
 REQUIRED = {
@@ -78,7 +78,6 @@ REQUIRED = {
     "load formats of the target": '"sharded_state"',
     "`draft_load_config`": "draft_load_config",
     "dummy weights": '"dummy"',
-    "metrics by kind, tree or chain": "vllm:spec_decode_num_drafts_by_kind",
     "NaN counts (`VLLM_COMPUTE_NANS_IN_LOGITS`)": "VLLM_COMPUTE_NANS_IN_LOGITS",
     "trace replay (`trace_decode_token_ids`)": "trace_decode_token_ids",
     "other model implementations, such as Transformers": "using_transformers_backend",

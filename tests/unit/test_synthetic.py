@@ -76,12 +76,10 @@ def draft(levels, num_reqs, seed):
     ("levels", "num_nodes"),
     [((4, 16, 16, 16, 16), 68), ((4, 16, 16, 16, 16), 6), ((2, 4, 4), 5), ((1, 1, 1), 3), ((1, 1, 1), 2), ((3,), 2)],
 )
-@pytest.mark.parametrize("takes_chain", [False, True])
-def test_every_list_starts_with_a_deep_path(levels, num_nodes, takes_chain):
+def test_every_list_starts_with_a_deep_path(levels, num_nodes):
     num_reqs, max_depth = 4, len(levels)
     log_probs, parents = draft(levels, num_reqs, seed=num_nodes)
     tree = TreeState.allocate(num_reqs, num_nodes, DEVICE)
-    tree.takes_chain.fill_(int(takes_chain))
     listed = list_a_path_early(log_probs.to(DEVICE), parents.to(DEVICE), levels)
     tokens = torch.arange(sum(levels), device=DEVICE).repeat(num_reqs, 1)
     order_tree(
@@ -89,7 +87,6 @@ def test_every_list_starts_with_a_deep_path(levels, num_nodes, takes_chain):
         listed,
         parents.to(DEVICE),
         torch.arange(num_reqs, device=DEVICE),
-        tree.takes_chain,
         torch.empty(num_reqs, num_nodes, dtype=torch.int64, device=DEVICE),
         tree.parent_rows,
         tree.depths,
@@ -97,7 +94,7 @@ def test_every_list_starts_with_a_deep_path(levels, num_nodes, takes_chain):
         max_depth,
     )
     # A node before the path's, where level 1 has two: what is accepted has to move.
-    hole = int(levels[0] > 1 and not takes_chain)
+    hole = int(levels[0] > 1)
     depths = [0] * (1 + hole) + list(range(1, max_depth + 1))
     if hole:
         depths[1] = 1

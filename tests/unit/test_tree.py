@@ -127,14 +127,8 @@ def test_a_request_that_nothing_was_drafted_for_knows_its_root_alone():
 def test_a_new_request_has_no_tree_yet():
     state = TreeState.allocate(5, 6, torch.device(DEVICE))
     state.parent_rows.fill_(2)
-    state.takes_chain.copy_(torch.tensor([1, 1, 1, 0, 0]))
     slots = torch.tensor([4, 1], device=DEVICE)
     state.log_cutoffs.fill_(-1.0)
-    state.add_requests(
-        slots,
-        torch.tensor([1, 0], dtype=torch.int32, device=DEVICE),
-        torch.tensor([-2.0, float("-inf")], device=DEVICE),
-    )
-    assert state.takes_chain.tolist() == [1, 0, 1, 0, 1]
+    state.add_requests(slots, torch.tensor([-2.0, float("-inf")], device=DEVICE))
     assert state.log_cutoffs.tolist() == [-1.0, float("-inf"), -1.0, -1.0, -2.0]
     assert [set(rows) for rows in state.parent_rows.tolist()] == [{2}, {-1}, {2}, {2}, {-1}]

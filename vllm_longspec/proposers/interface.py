@@ -162,5 +162,5 @@ class Proposer(ABC):
         return None
 
     def describe(self) -> str:
-        """Part of the line that start-up logs; ends with ", " unless it is empty."""
+        """The end of the line that start-up logs, without a full stop; may be empty."""
         return ""

@@ -22,7 +22,6 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_longspec.attention.backend import TreesToAttend
 from vllm_longspec.options import options_of
 from vllm_longspec.tree.batch import TreeBatch
-from vllm_longspec.tree.chain import needs_chain
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.coupling import log_cutoff
 from vllm_longspec.tree.history import read_history_along_paths
@@ -53,8 +52,7 @@ class TreeModelState(DefaultModelState):
         # Copied paths are not listed with synthetic acceptance, so no path is longer than the drafted tree is deep.
         rates = conditional_rates(vllm_config.speculative_config, options.tree_shape.max_depth)
         self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
-        self.takes_chain = np.zeros(self.max_num_reqs, dtype=np.int32)  # host copy of TreeState.takes_chain
-        self.log_cutoffs = np.zeros(self.max_num_reqs, dtype=np.float32)  # likewise of TreeState.log_cutoffs
+        self.log_cutoffs = np.zeros(self.max_num_reqs, dtype=np.float32)  # host copy of TreeState.log_cutoffs
         self.added_requests: list[int] = []
         # Of the current step.
         self.num_tree_reqs = 0
@@ -70,7 +68,6 @@ class TreeModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         assert new_req_data.sampling_params is not None
-        self.takes_chain[req_index] = needs_chain(new_req_data.sampling_params)
         self.log_cutoffs[req_index] = log_cutoff(new_req_data.sampling_params)
         self.added_requests.append(req_index)
 
@@ -79,7 +76,6 @@ class TreeModelState(DefaultModelState):
         if self.added_requests:
             self.tree_state.add_requests(
                 async_tensor_h2d(self.added_requests, device=self.device, dtype=torch.int64),
-                async_tensor_h2d(self.takes_chain[self.added_requests], device=self.device),
                 async_tensor_h2d(self.log_cutoffs[self.added_requests], device=self.device),
             )
             self.added_requests.clear()

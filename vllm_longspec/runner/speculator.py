@@ -33,7 +33,6 @@ from vllm_longspec.runner.model_state import TreeModelState
 from vllm_longspec.runner.roots import read_roots
 from vllm_longspec.scheduling.schedule import nodes_by_batch_size
 from vllm_longspec.tree.batch import TreeBatch
-from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 from vllm_longspec.tree.coupling import TargetNoise
 from vllm_longspec.tree.merge import merge_path
 from vllm_longspec.tree.order import order_tree
@@ -75,28 +74,28 @@ class TreeSpeculator(DraftModelSpeculator):
         # Called after vLLM has reloaded the target's weights.
         target_model.renew_proposer = self.proposer.renew
         shape = self.options.tree_shape
+        description = self.proposer.describe()
         logger.info_once(
-            "Proposer %s: tree shape %s, %s%d of %d nodes verified, %s%sa chain for requests with %s",
+            "Proposer %s: tree shape %s, %s%d of %d nodes verified, %s%s",
             self.options.proposer,
             str(shape),
             "up to " if self.options.adaptive_verification else "",
             self.num_speculative_steps,
             shape.num_nodes,
             self._describe_copying(),
-            self.proposer.describe(),
-            " or ".join(CHAIN_PARAMETERS),
+            f", {description}" if description else "",
             scope="global",
         )
         return model
 
     def _describe_copying(self) -> str:
         if self.trust is None:
-            return "no tokens copied, "
+            return "no tokens copied"
         token_ids = self.req_states.all_token_ids.gpu
         num_bytes = token_ids.shape[1] * token_ids.element_size()
         return (
             f"up to {self.trust.copy_length} tokens copied, text {num_bytes} bytes per request "
-            f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all), "
+            f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all)"
         )
 
     def set_attn(
@@ -246,7 +245,6 @@ class TreeSpeculator(DraftModelSpeculator):
             log_probs,
             parents,
             requests.idx_mapping,
-            self.tree_state.takes_chain,
             self.draft_tokens[:num_drafts, :num_nodes],
             self.tree_state.parent_rows[:, : 1 + num_nodes],
             self.tree_state.depths[:, : 1 + num_nodes],

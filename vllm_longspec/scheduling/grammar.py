@@ -212,7 +212,7 @@ class StepMasks:
 
 
 class TreeGrammars:
-    """Takes the place of `StructuredOutputManager.grammar_bitmask`, which walks lists of draft tokens as chains."""
+    """Takes the place of `StructuredOutputManager.grammar_bitmask`, which walks draft tokens in list order."""
 
     def __init__(self, manager: StructuredOutputManager, budget: FillBudget | None):
         self.manager = manager

@@ -14,6 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
@@ -22,9 +23,8 @@ from vllm_longspec.options import options_of
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.cost import StepCost
 from vllm_longspec.scheduling.grammar import FillBudget, TreeGrammars
-from vllm_longspec.scheduling.metrics import Kind, TreeDecodingStats, request_metrics
+from vllm_longspec.scheduling.metrics import TreeDecodingStats
 from vllm_longspec.scheduling.schedule import nodes_by_batch_size
-from vllm_longspec.tree.chain import needs_chain
 from vllm_longspec.tree.state import NO_TOKEN
 
 if TYPE_CHECKING:
@@ -56,8 +56,6 @@ class TreeSchedulerMixin(_Base):
         options = options_of(speculative_config)
         assert options is not None and speculative_config is not None
         self.max_depth = options.max_depth
-        # Requests added since the last step with drafts.
-        self.num_new_requests = dict.fromkeys(Kind, 0)
         # With a scheduler for each rank they must all decide the same, whatever their clocks say.
         has_clock = self.parallel_config.distributed_executor_backend != "external_launcher"
         self.grammars = TreeGrammars(self.structured_output_manager, FillBudget() if has_clock else None)
@@ -186,9 +184,9 @@ class TreeSchedulerMixin(_Base):
             if request.num_computed_tokens >= request.num_prompt_tokens
         )
 
-    # vLLM checks draft tokens against grammars when it gets them, as chains. Here they stay packed with their parents
-    # (`vllm_longspec/tree/packing.py`), for the grammar masks of the step that verifies them; vLLM reads no more of
-    # them than how many there are.
+    # vLLM checks draft tokens against grammars when it gets them, each after the one before it. Here they stay packed
+    # with their parents (`vllm_longspec/tree/packing.py`), for the grammar masks of the step that verifies them; vLLM
+    # reads no more of them than how many there are.
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Sets the requests' lists of nodes for the next step."""
@@ -232,37 +230,22 @@ class TreeSchedulerMixin(_Base):
         num_invalid_spec_tokens: dict[str, int] | None,
         request_id: str,
     ) -> SpecDecodingStats | None:
-        request = self.requests[request_id]
         # Nodes that were not checked against a grammar could not be accepted.
         if self.adaptive is not None and request_id not in self.unchecked:
             self.adaptive.observe(num_draft_tokens, num_accepted_tokens)
         if not self.log_stats:
             return None
-        stats = TreeDecodingStats.of(self.max_depth) if spec_decoding_stats is None else spec_decoding_stats
-        assert isinstance(stats, TreeDecodingStats)
-        kind = _kind_of(request)
-        stats.observe_kinds(kind, self.num_new_requests)
-        self.num_new_requests = dict.fromkeys(Kind, 0)
-        if kind == Kind.CHAIN:
-            # vLLM subtracts the invalid ones.
-            num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-            num_draft_tokens = min(num_draft_tokens, self.max_depth + num_invalid)
+        if spec_decoding_stats is None:
+            spec_decoding_stats = TreeDecodingStats.new(self.max_depth)
         return super().make_spec_decoding_stats(
-            stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
         )
 
     def add_request(self, request: Request) -> None:
-        is_new = request.request_id not in self.requests
         super().add_request(request)
-        if is_new:
-            self.num_new_requests[_kind_of(request)] += 1
         if request.spec_decode_metrics is not None:
-            request.spec_decode_metrics = request_metrics(self.max_depth, request.sampling_params)
-
-
-def _kind_of(request: Request) -> Kind:
-    params = request.sampling_params
-    return Kind.CHAIN if params is not None and needs_chain(params) else Kind.TREE
+            # The histogram ends at the deepest node's depth, the most that a step accepts.
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self.max_depth)
 
 
 class TreeScheduler(TreeSchedulerMixin, Scheduler):

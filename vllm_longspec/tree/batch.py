@@ -18,8 +18,9 @@ class TreeBatch:
 
     @classmethod
     def allocate(cls, state: TreeState, max_depth: int) -> "TreeBatch":
+        max_num_reqs = len(state.parent_rows)
         return cls(
             ancestor_masks=torch.zeros_like(state.ancestor_masks),
-            prefix_lens=torch.zeros_like(state.takes_chain),
-            path_rows=state.takes_chain.new_zeros(len(state.takes_chain), max_depth + 1),
+            prefix_lens=state.parent_rows.new_zeros(max_num_reqs),
+            path_rows=state.parent_rows.new_zeros(max_num_reqs, max_depth + 1),
         )

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage "order": lists the drafted nodes of a request by cumulative log-probability, or picks a chain of them.
+"""Stage "order": lists the drafted nodes of a request by cumulative log-probability.
 
 A node's log-probability is its parent's plus that of one more token, so it never exceeds its parent's. Every prefix of
 the list is therefore a tree, and the best tree of its size: no k nodes have a higher sum of probabilities, which is the
 expected acceptance length, than the k most probable. Cutting the list anywhere, as the scheduler does for its token
 budget, leaves the best valid tree.
-
-A request that takes a chain (`vllm_longspec/tree/chain.py`) gets the path with the highest sum of probabilities. Row i
-has parent i - 1, as vLLM assumes. The scheduler expects the same number of draft tokens from every request; the rows
-after the chain hold no node (`vllm_longspec/tree/state.py`).
 """
 
 import torch
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.tree.state import NO_TOKEN
 
 
 def order_tree(
@@ -23,7 +18,6 @@ def order_tree(
     log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted] natural log of the probability given the root
     draft_parents: torch.Tensor,  # int32 [num_reqs, num_drafted] index in draft order, -1 for the root
     idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for padding, for which nothing is written
-    takes_chain: torch.Tensor,  # int32 [max_num_reqs] by req_state_idx; 1 for a chain, 0 for a tree
     ordered_tokens: torch.Tensor,  # int64 [num_reqs, num_nodes], written in list order
     parent_rows: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written; as in `TreeState`
     depths: torch.Tensor,  # int32 [max_num_reqs, 1 + num_nodes], written; likewise
@@ -31,9 +25,6 @@ def order_tree(
     max_depth: int,  # depth of the deepest drafted node, at least 1
 ) -> None:
     """Keeps the `num_nodes` most probable drafted nodes of each request and describes the tree that they form.
-
-    For a request that takes a chain it keeps the first `num_nodes` nodes of the best path; the remaining rows hold no
-    node: token `NO_TOKEN`, no parent (-1), depth 0, and no ancestor but the root.
 
     Nodes are ranked by the least log-probability on their path from the root, NaN counting as minus infinity, and nodes
     of equal rank by draft order. For sound input this is their own log-probability; it keeps parents before children
@@ -60,7 +51,6 @@ def order_tree(
         draft_parents,
         draft_parents.stride(0),
         idx_mapping,
-        takes_chain,
         ordered_tokens,
         ordered_tokens.stride(0),
         parent_rows,
@@ -73,7 +63,6 @@ def order_tree(
         num_drafted,
         num_nodes,
         max_depth,
-        NO_TOKEN=NO_TOKEN,
         NUM_WORDS=num_words,
         BLOCK=block,
         # All pairs of nodes are compared, in strips that fit into registers.
@@ -91,7 +80,6 @@ def _order_tree_kernel(
     draft_parents_ptr,
     draft_parents_stride,
     idx_mapping_ptr,
-    takes_chain_ptr,
     ordered_tokens_ptr,
     ordered_tokens_stride,
     parent_rows_ptr,
@@ -104,7 +92,6 @@ def _order_tree_kernel(
     num_drafted,
     num_nodes,
     max_depth,
-    NO_TOKEN: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIP: tl.constexpr,
@@ -127,39 +114,27 @@ def _order_tree_kernel(
     is_node = node < num_drafted
     parent = tl.load(draft_parents_ptr + node, mask=is_node, other=-1)
 
-    # Least log-probability, sum of probabilities and length of the path to each node. Reads only inputs: no barrier.
+    # Least log-probability and length of the path to each node. Reads only inputs: no barrier.
     least = _load_log_prob(log_probs_ptr, node, is_node, float("-inf"))
-    path_sum = _probability(least)
     depth = tl.full([BLOCK], 1, tl.int32)
     ancestor = parent
     for _ in range(1, max_depth):
         exists = ancestor >= 0
         log_prob = _load_log_prob(log_probs_ptr, ancestor, exists, float("inf"))
         least = tl.minimum(least, log_prob)
-        path_sum += tl.where(exists, _probability(log_prob), 0.0)
         depth += exists.to(tl.int32)
         ancestor = tl.load(draft_parents_ptr + ancestor, mask=exists, other=-1)
 
-    # The rank of a node is its index in the list.
-    if tl.load(takes_chain_ptr + req_state_idx) != 0:
-        # The nodes of the best path by depth; all others are past the end of the list.
-        last = tl.argmax(tl.where(is_node, path_sum, -1.0), axis=0)
-        num_listed = tl.sum(tl.where(node == last, depth, 0), axis=0)
-        rank = tl.full([BLOCK], num_nodes, tl.int32)
-        for _ in range(0, max_depth):
-            rank = tl.where(node == last, depth - 1, rank)
-            last = tl.load(draft_parents_ptr + last, mask=last >= 0, other=-1)
-    else:
-        # The number of nodes before it. Lanes past the last node hold -inf and the highest indices: they come last.
-        num_listed = num_nodes
-        rank = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, BLOCK, STRIP):
-            other = start + tl.arange(0, STRIP)
-            other_least = tl.gather(least, other, 0)[None, :]
-            is_before = (other_least > least[:, None]) | (
-                (other_least == least[:, None]) & (other[None, :] < node[:, None])
-            )
-            rank += tl.sum(is_before.to(tl.int32), axis=1)
+    # A node's index in the list: the number of nodes before it. Lanes past the last node hold -inf and the highest
+    # indices, so they come last.
+    rank = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, BLOCK, STRIP):
+        other = start + tl.arange(0, STRIP)
+        other_least = tl.gather(least, other, 0)[None, :]
+        is_before = (other_least > least[:, None]) | (
+            (other_least == least[:, None]) & (other[None, :] < node[:, None])
+        )
+        rank += tl.sum(is_before.to(tl.int32), axis=1)
     row = rank + 1
 
     # Bit 0 is the root's.
@@ -183,16 +158,6 @@ def _order_tree_kernel(
         ancestor_mask,
         mask=is_kept[:, None] & (word < NUM_WORDS),
     )
-    # Rows that hold no node.
-    is_left = (node >= num_listed) & (node < num_nodes)
-    tl.store(ordered_tokens_ptr + node, NO_TOKEN, mask=is_left)
-    tl.store(parent_rows_ptr + 1 + node, -1, mask=is_left)
-    tl.store(depths_ptr + 1 + node, 0, mask=is_left)
-    tl.store(
-        ancestor_masks_ptr + (1 + node)[:, None] * ancestor_masks_row_stride + word,
-        tl.zeros([BLOCK, 1], tl.int32) | (word == 0).to(tl.int32),
-        mask=is_left[:, None] & (word < NUM_WORDS),
-    )
     tl.store(parent_rows_ptr, -1)
     tl.store(depths_ptr, 0)
     tl.store(ancestor_masks_ptr + word, (word == 0).to(tl.int32), mask=word < NUM_WORDS)
@@ -202,12 +167,6 @@ def _order_tree_kernel(
 def _load_log_prob(log_probs_ptr, node, mask, other):
     log_prob = tl.load(log_probs_ptr + node, mask=mask, other=other)
     return tl.where(log_prob != log_prob, float("-inf"), log_prob)
-
-
-@triton.jit
-def _probability(log_prob):
-    # At most 1: rounding may lift the log-probability of a certain node above 0.
-    return tl.exp(tl.minimum(log_prob, 0.0))
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 
 A tree has `num_rows = 1 + num_nodes` rows. Row 0 is the root, the last sampled token, whose K and V are not in the
 target's cache yet. Rows 1.. are the drafted nodes in the order of `vllm_longspec/tree/order.py`: every prefix of them
-is a tree. The rows after a chain hold no node; they are no row's children, so the walk does not reach them.
+is a tree. The rows of a new request hold no node until its first draft; they are no row's children, so the walk does
+not reach them.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ NO_TOKEN = -1
 class TreeState:
     """int32 tensors but for one, allocated once for the engine because CUDA graphs keep their addresses."""
 
-    takes_chain: torch.Tensor  # [max_num_reqs] 1 for a chain, 0 for a tree
     log_cutoffs: torch.Tensor  # float32 [max_num_reqs] of `vllm_longspec/tree/coupling.py`
     parent_rows: torch.Tensor  # [max_num_reqs, num_rows] -1 for the root and for rows that hold no node
     depths: torch.Tensor  # [max_num_reqs, num_rows] 0 for the root
@@ -39,7 +39,6 @@ class TreeState:
         # Before the first draft the root is the only ancestor of every row.
         ancestor_masks[:, :, 0] = 1
         return cls(
-            takes_chain=zeros(max_num_reqs),
             log_cutoffs=torch.full((max_num_reqs,), float("-inf"), device=device),
             parent_rows=zeros(max_num_reqs, num_rows) - 1,
             depths=zeros(max_num_reqs, num_rows),
@@ -49,11 +48,9 @@ class TreeState:
     def add_requests(
         self,
         req_state_indices: torch.Tensor,  # [num_added] int64
-        takes_chain: torch.Tensor,  # [num_added] int32
         log_cutoffs: torch.Tensor,  # [num_added] float32
     ) -> None:
         """Sets up the rows of new requests, which hold no node until the first draft."""
-        self.takes_chain[req_state_indices] = takes_chain
         self.log_cutoffs[req_state_indices] = log_cutoffs
         self.parent_rows.index_fill_(0, req_state_indices, -1)
 

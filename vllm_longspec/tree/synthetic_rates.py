@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance rates of vLLM's `rejection_sample_method="synthetic"`, by depth.
 
-vLLM has a rate for each draft token, and a chain has as many depths as tokens. In a tree only the depth counts.
+vLLM has a rate for each draft token, whose depth is its index in the list. In a tree only the depth counts.
 """
 
 from collections.abc import Mapping

@@ -73,7 +73,7 @@ class GlideProposer(Proposer):
         return (
             f"{self.model.draft_vocab_size} of {self.vocab_size} tokens drafted, quantization "
             f"{self.speculative_config.quantization}, draft state {num_bytes} bytes per request "
-            f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all), "
+            f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all)"
         )
 
     def renew(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests with a grammar take a chain, in one batch with requests that take a tree."""
+"""Requests of every kind in one batch, all of them with trees."""
 
 import json
 from itertools import zip_longest
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.engine import Request, Result, generate, request
-from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 GREEDY = {"temperature": 0.0}
@@ -17,7 +16,7 @@ SEEDED = {"temperature": 0.8, "seed": 5, "top_p": 0.95}
 STRAYING = {"temperature": 1.0, "seed": 1, "top_p": 0.9}
 PENALTIES = {"presence_penalty": 0.3, "frequency_penalty": 0.2, "repetition_penalty": 1.05}
 
-TREES: dict[str, dict[str, Any]] = {
+SAMPLINGS: dict[str, dict[str, Any]] = {
     "prompt_logprobs": {**GREEDY, "prompt_logprobs": 2, "max_tokens": 8},
     "logprobs": {**GREEDY, "logprobs": 2, "max_tokens": 8},
     "logprob_token_ids": {**GREEDY, "logprob_token_ids": [199, 370, 15], "max_tokens": 8},
@@ -26,8 +25,10 @@ TREES: dict[str, dict[str, Any]] = {
     "stop": {**GREEDY, "stop": ["("], "detokenize": True},
     "allowed_token_ids": {**GREEDY, "allowed_token_ids": list(range(3, 1000))},
     "min_tokens and logit_bias": {**SEEDED, "min_tokens": 8, "logit_bias": {"0": 4.0}},
-    # What follows reads the tokens before. Sampled text strays from the likeliest path of a tree, and then a node's row
-    # is not its place in the text.
+}
+# Of requests whose sampling reads the tokens before. Sampled text strays from the likeliest path of a tree, and then a
+# node's row is not its place in the text.
+HISTORY: dict[str, dict[str, Any]] = {
     "presence_penalty": {**GREEDY, "presence_penalty": 0.8},
     "frequency_penalty": {**STRAYING, "frequency_penalty": 2.0},
     "repetition_penalty": {**GREEDY, "repetition_penalty": 1.1},
@@ -60,16 +61,12 @@ GRAMMARS: dict[str, dict[str, Any]] = {
     "regex with penalty": {**GREEDY, "frequency_penalty": 1.0, "structured_outputs": {"regex": "[a-z]+(, [a-z]+)*"}},
 }
 
-
-# Trees whose sampling reads the tokens before.
-HISTORY = list(TREES)[list(TREES).index("presence_penalty") :]
-
 SETTINGS: dict[str, Any] = {
     # Grammars, bad words and stop strings are text.
     "skip_tokenizer_init": False,
     # Once the first token of the end is forced, the draft says the rest by itself: it is forced inside of trees.
     "reasoning_config": {"reasoning_start_str": "# think", "reasoning_end_str": "import numpy as np\n"},
-    # Fewer than there are requests: chains and trees take each other's slots.
+    # Fewer than there are requests: those of one kind take the slots of another.
     "max_num_seqs": 12,
     "max_num_batched_tokens": 1024,
     "max_model_len": 128,
@@ -86,12 +83,12 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def mixed_batch() -> dict[str, Request]:
-    """Chains, trees and grammars by turns."""
+    """A request of each kind by turns."""
     from transformers import AutoTokenizer
 
     think = AutoTokenizer.from_pretrained(PAIR / "target").encode(SETTINGS["reasoning_config"]["reasoning_start_str"])
-    samplings = {**TREES, **CHAINS, **GRAMMARS}
-    names = [name for some in zip_longest(TREES, CHAINS, GRAMMARS) for name in some if name]
+    samplings = {**SAMPLINGS, **HISTORY, **GRAMMARS}
+    names = [name for some in zip_longest(SAMPLINGS, HISTORY, GRAMMARS) for name in some if name]
     return {
         name: request(
             prompt + (think if "thinking_token_budget" in samplings[name] else []),
@@ -101,15 +98,14 @@ def mixed_batch() -> dict[str, Request]:
     }
 
 
-def test_chains_and_trees_in_one_batch():
-    """Every kind at once; then those that read the tokens before, scheduled asynchronously and preempted."""
-    assert set(CHAIN_PARAMETERS) <= {parameter for sampling in CHAINS.values() for parameter in sampling}
+def test_every_kind_of_request_in_one_batch():
+    """All at once; then those with a history or a grammar, scheduled asynchronously and preempted."""
     batch = mixed_batch()
     plain = generate(PAIR / "target", [list(batch.values())], **SETTINGS)
     expected = outputs_of(plain, batch)
-    for name in HISTORY:
-        if "thinking_token_budget" in TREES[name]:
-            assert_end_is_forced(expected[name]["tokens"][0], TREES[name]["thinking_token_budget"])
+    for name, sampling in HISTORY.items():
+        if "thinking_token_budget" in sampling:
+            assert_end_is_forced(expected[name]["tokens"][0], sampling["thinking_token_budget"])
     settings = SETTINGS | {
         "speculative_config": {"model": str(PAIR / "draft"), "tree_shape": [2, 4]},
         "per_request_spec_decode_metrics": "summary",
