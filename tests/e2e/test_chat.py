@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.server import DRAFT, EXACT, TARGET, Server, serve
+from benchmarks.soak import COMMAND
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 OPTIONS = [
@@ -105,9 +106,11 @@ def answers(server: Server) -> dict[str, dict[str, Any]]:
 
 
 def test_tool_calls_and_reasoning():
-    with serve("chat-plain", *OPTIONS) as server:
+    with serve("chat-plain", *OPTIONS, command=COMMAND) as server:
         plain = answers(server)
-    with serve("chat", *OPTIONS, "--speculative-model", DRAFT, "--speculative-tree-shape", "2", "4") as server:
+    with serve(
+        "chat", *OPTIONS, "--speculative-model", DRAFT, "--speculative-tree-shape", "2", "4", command=COMMAND
+    ) as server:
         drafted = answers(server)
         assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
     assert drafted == plain

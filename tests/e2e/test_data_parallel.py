@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.server import DRAFT, EXACT, Server, serve
+from benchmarks.soak import COMMAND
 from tests.engine import generate, request
 from tests.integration.test_lossless import PAIR, source_code
 
@@ -27,7 +28,10 @@ def test_two_engines():
     options = ["--data-parallel-size", "2", "--speculative-model", DRAFT, "--speculative-tree-shape", "2", "4", "4"]
     # As it is on a GPU.
     options += ["--speculative-config", '{"adapt_nodes": true}']
-    with serve("data_parallel", *EXACT, *options) as server, ThreadPoolExecutor(len(prompts)) as clients:
+    with (
+        serve("data_parallel", *EXACT, *options, command=COMMAND) as server,
+        ThreadPoolExecutor(len(prompts)) as clients,
+    ):
         tokens = list(clients.map(lambda prompt: complete(server, prompt), prompts))
         with server.request("GET", "/metrics") as response:
             metrics = response.read().decode()
