@@ -4,12 +4,12 @@
     python -m benchmarks.soak [--requests 300] [--clients 8] [--rounds 5] [--seed 0] [--out FILE]
 
 Each round starts a server whose token budget, threshold of long prompts, number of requests at a time, cache, admission
-of prompts, number of nodes by batch size, tree shape and way of scheduling are drawn from the seed. Budgets go down to
-one token a request, below the rows of one tree, and caches down to where requests preempt each other. Concurrent
-clients send the round's share of the requests: prompts of random length, some with shared prefixes, with random
-sampling settings, penalties, bad words, structured output, log-probabilities, stop strings and stop tokens, and hang up
-on some of them in mid-stream. The same requests then go to the same server without a draft. What is counted, and makes
-this exit with 1:
+of prompts, number of nodes by batch size, tree shape, copied tokens, coupling of noise and way of scheduling are drawn
+from the seed. Budgets go down to one token a request, below the rows of one tree, and caches down to where requests
+preempt each other. Concurrent clients send the round's share of the requests: prompts of random length, some with
+shared prefixes, with random sampling settings, penalties, bad words, structured output, log-probabilities, stop strings
+and stop tokens, and hang up on some of them in mid-stream. The same requests then go to the same server without a
+draft. What is counted, and makes this exit with 1:
 
 - mismatches: a finished output (tokens, text, finish reason, log-probabilities) that differs from plain decoding's;
 - failures: requests that did not finish, except where the client hung up. One that gets nothing for `--patience`
@@ -69,10 +69,13 @@ DEFAULTS = OPTIONS if ON_CPU else [option for option in OPTIONS if option != "--
 # vLLM's own command schedules synchronously on a CPU, whatever it is asked for.
 COMMAND = "benchmarks.cpu_async" if ON_CPU else "vllm.entrypoints.cli.main"
 
-# The last is the sequential method.
-TREE_SHAPES = ([4, 16, 16, 16, 16], [4, 8, 8], [2, 4], [1, 1, 1, 1, 1])
-# All nodes of the largest tree, and its root.
-TREE_ROWS = 1 + sum(TREE_SHAPES[0])
+# Their fields in `Settings`: options of the draft, which a server without one does not know.
+DRAFT_FIELDS = ("tree_shape", "copy_length", "couple_noise", "num_speculative_tokens_per_batch_size")
+# The fourth is the sequential method.
+TREE_SHAPES = ([4, 16, 16, 16, 16], [4, 8, 8], [2, 4], [1, 1, 1, 1, 1], "auto")
+# All nodes of the default tree, and its root.
+TREE_NODES = 68
+TREE_ROWS = 1 + TREE_NODES
 
 NAME = {"type": "string", "maxLength": 12}
 STRUCTURED_OUTPUTS = (
@@ -96,7 +99,10 @@ class Settings:
     # Without it prompts begin before their last block is free, and preempt each other.
     scheduler_reserve_full_isl: bool
     async_scheduling: bool
-    tree_shape: list[int]
+    # Nodes of each level, or "auto".
+    tree_shape: list[int] | str
+    copy_length: int
+    couple_noise: bool
     # (first batch size, last, nodes); None for the engine's default
     num_speculative_tokens_per_batch_size: list[list[int]] | None
 
@@ -104,6 +110,8 @@ class Settings:
         """Of a server with or without a draft."""
         options = ["--max-model-len", str(MAX_MODEL_LEN), "--block-size", str(BLOCK_SIZE)]
         for name, value in asdict(self).items():
+            if name in DRAFT_FIELDS:
+                continue
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 options.append(f"--{flag}" if value else f"--no-{flag}")
@@ -112,14 +120,11 @@ class Settings:
         return options
 
     def draft_options(self) -> list[str]:
-        options = ["--speculative-model", DRAFT, "--speculative-tree-shape", *map(str, self.tree_shape)]
-        if self.num_speculative_tokens_per_batch_size is not None:
-            schedule = {"num_speculative_tokens_per_batch_size": self.num_speculative_tokens_per_batch_size}
-            options += ["--speculative-config", json.dumps(schedule)]
-        return options
+        draft = {name: value for name in DRAFT_FIELDS if (value := getattr(self, name)) is not None}
+        return ["--speculative-model", DRAFT, "--speculative-config", json.dumps(draft)]
 
 
-def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | None = None) -> list[Settings]:
+def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | str | None = None) -> list[Settings]:
     """Settings of so many rounds; the same for the same arguments.
 
     Args:
@@ -143,6 +148,8 @@ def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | 
     ways = draw([False, True])
     shapes = draw([tree_shape] if tree_shape else TREE_SHAPES)
     schedules = draw(["default", "fixed", "falling"])
+    copies = draw([16, 4, 0])
+    noises = draw([True, True, False])
     settings = []
     for i in range(rounds):
         # Where there are fewer than clients, some requests wait. With the lowest budget prompts would take too long.
@@ -156,7 +163,11 @@ def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | 
                 scheduler_reserve_full_isl=reserves[i],
                 async_scheduling=ways[i],
                 tree_shape=shapes[i],
-                num_speculative_tokens_per_batch_size=_draw_schedule(source, schedules[i], sum(shapes[i])),
+                copy_length=copies[i],
+                couple_noise=noises[i],
+                num_speculative_tokens_per_batch_size=_draw_schedule(
+                    source, schedules[i], TREE_NODES if isinstance(shapes[i], str) else sum(map(int, shapes[i]))
+                ),
             )
         )
     return settings

@@ -9,17 +9,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 # Of this seed's one round.
-SEED = 1325
+SEED = 358534
 SETTINGS = {
     "max_num_seqs": 4,
     # Less than the rows of four trees.
-    "max_num_batched_tokens": 64,
-    "long_prefill_token_threshold": 31,
-    "num_gpu_blocks_override": 35,
+    "max_num_batched_tokens": 60,
+    "long_prefill_token_threshold": 37,
+    "num_gpu_blocks_override": 34,
     "scheduler_reserve_full_isl": False,
     "async_scheduling": True,
     "tree_shape": [4, 8, 8],
-    "num_speculative_tokens_per_batch_size": [[1, 1, 20], [2, 4, 11], [5, 256, 3]],
+    "copy_length": 16,
+    "couple_noise": True,
+    "num_speculative_tokens_per_batch_size": [[1, 1, 20], [2, 3, 12], [4, 256, 7]],
 }
 
 

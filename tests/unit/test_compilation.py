@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # Runs in the interpreter only.
-INTERPRETED = {"_gumbel_sample_rows_kernel"}
+INTERPRETED = {"_gumbel_sample_rows_kernel", "_noise_kernel"}
 
 
 def kernels() -> set[str]:

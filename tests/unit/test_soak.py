@@ -36,6 +36,8 @@ def test_few_rounds_have_every_kind_of_setting():
         assert {bool(each.long_prefill_token_threshold) for each in drawn} == {False, True}
         assert {len(each.num_speculative_tokens_per_batch_size or []) for each in drawn} == {0, 1, 3}
         assert {tuple(each.tree_shape) for each in drawn} == set(map(tuple, soak.TREE_SHAPES))
+        assert {each.copy_length for each in drawn} == {0, 4, 16}
+        assert {each.couple_noise for each in drawn} == {False, True}
         budgets = [each.max_num_batched_tokens for each in drawn]
         assert any(each.max_num_batched_tokens == each.max_num_seqs for each in drawn)
         assert min(budgets) < soak.TREE_ROWS < max(budgets)
