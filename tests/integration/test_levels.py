@@ -18,6 +18,8 @@ LEVEL = 40e6
 
 def test_levels_follow_what_is_accepted():
     draft = {"model": str(PAIR / "draft"), "tree_shape": "auto", "num_speculative_tokens": 8}
+    # Which would be accepted at any temperature.
+    draft |= {"couple_noise": False, "copy_length": 0}
     (tokens, levels), _ = run_alone(_generate_with_levels, {"model": str(PAIR / "target"), "speculative_config": draft})
     assert tokens == generate(PAIR / "target", REQUESTS).tokens
     # All levels that 8 nodes can have at first, as nothing is known, and again where paths are accepted to the end.
