@@ -190,7 +190,7 @@ def test_frequent_tokens(pairs, tmp_path):
 def test_nodes_by_batch_size(pairs):
     """A batch that shrinks: too large for speculation at first, then verified with few nodes, then with more."""
     target, draft = pairs["qwen2"]
-    limits = (8, 8, 24, 24, 40, 48)
+    limits = (8, 8, 16, 16, 24, 56)
     requests = [
         [
             request(prompt, **(GREEDY if i % 2 else SAMPLINGS[i]), max_tokens=limit, ignore_eos=True)
