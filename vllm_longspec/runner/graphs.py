@@ -95,7 +95,7 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
 
 def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) -> None:
     """Removes the graphs of numbers of nodes that no batch of their size verifies; `choices` are by batch size."""
-    # A batch may be smaller than when it drafted, never larger.
+    # A batch may be smaller than when it drafted, and seldom is larger: then it runs without such a graph.
     largest = {1 + number: size for size, numbers in enumerate(choices) if size > 0 for number in numbers}
     uniform = [desc for descs in manager._capture_descs.values() for desc in descs if desc.uniform_token_count]
     unused: set[BatchExecutionDescriptor] = set()

@@ -269,7 +269,9 @@ class TreeGrammars:
         assert backend is not None
         if self.bitmask is None or self.backend is not backend or len(self.bitmask) < num_rows:
             # A power of two: seldom allocated, and no larger than twice what was ever needed.
-            self.bitmask = backend.allocate_token_bitmask(1 << (num_rows - 1).bit_length())
+            bitmask = backend.allocate_token_bitmask(1 << (num_rows - 1).bit_length())
+            # A copy is not pinned. vLLM copies pinned memory to the device while the next step may already write to it.
+            self.bitmask = bitmask.clone()
             self.backend = backend
         return self.bitmask[:num_rows]
 

@@ -89,8 +89,9 @@ def add_noise(
         noised = scaled + _noise(tokens, seed, position, USE_FP64)
         log_cutoff = tl.load(log_cutoffs_ptr + req_state_idx, mask=is_request, other=float("-inf"))
         if log_cutoff > float("-inf"):
-            above = scaled - row_max / temperature - log_cutoff
-            noised -= tl.log(1.0 + tl.exp(-above / CUTOFF_WIDTH))
+            above = (scaled - row_max / temperature - log_cutoff) / CUTOFF_WIDTH
+            # The logarithm of the sigmoid, finite for any finite logit.
+            noised += tl.minimum(above, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(above)))
         logits = tl.where(mask, noised, float("-inf"))
     return logits
 
