@@ -15,6 +15,9 @@ from tests.models import write_draft, write_target
 from tests.stepping_engine import play
 from vllm_longspec.tree.chain import CHAIN_PARAMETERS
 
+# One process has the engines of all tests.
+pytestmark = pytest.mark.xdist_group("requests")
+
 MAX_MODEL_LEN = 160
 VOCAB_SIZE = 4096
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}

@@ -66,7 +66,7 @@ def _by_name(original: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
-def _block_types_by_shape(original: Callable[..., None], constexpr: type) -> Callable[..., None]:
+def _block_types_by_shape(original: Callable[..., None], constexpr: Any) -> Callable[..., None]:
     found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
 
     def init(self: Any, element_ty: Any, shape: Any) -> None:
