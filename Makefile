@@ -14,9 +14,9 @@ help: ## Show this list
 demo: $(READY) ## Serve the shipped pair with and without speculation and compare the two
 	@$(VENV)/bin/python -m examples.demo
 
-# One test at a time to each of two processes: xdist's own first share would give one of them all the engine tests.
+# Tests that share engines are in a group, which one process runs; all others go one at a time to whichever is free.
 test: $(READY) ## Run the tests; ARGS="tests/unit -k walk" picks some
-	$(VENV)/bin/python -m pytest -n 2 --maxschedchunk 1 $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(READY) ## Check style, formatting and types
 	$(VENV)/bin/ruff check

@@ -83,7 +83,7 @@ def record(report: dict[str, Any], name: str, part: dict[str, Any], out: Path) -
 
 
 def run_tests(workers: int, *tests: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--maxschedchunk", "1", "--durations", "12"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "--durations", "12"]
     finished = subprocess.run(
         [*command, "-p", "no:cacheprovider", *tests], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -6,6 +6,7 @@ not explain what a second one does.
 """
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -87,6 +88,8 @@ def _has_ended(process: psutil.Process) -> bool:
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, str], result: Path, log: Path
 ) -> None:
+    # What was imported before the fork is no garbage. A starting engine collects a dozen times, and would search it.
+    gc.freeze()
     os.environ.update(settings)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)

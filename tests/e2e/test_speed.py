@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# One process has the results of all tests.
+pytestmark = pytest.mark.xdist_group("speed")
+
 ROOT = Path(__file__).parents[2]
 
 

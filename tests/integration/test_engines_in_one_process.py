@@ -18,6 +18,9 @@ from tests.engine import CPU_SETTINGS, SETTINGS
 from tests.models import write_draft, write_target
 from tests.process import run_alone
 
+# One process has the engines of all tests.
+pytestmark = pytest.mark.xdist_group("engines_in_one_process")
+
 WINDOW = 16
 # One longer than the window of the target that has one, one that grows longer than that.
 PROMPTS = [[(7 * i + 3) % 60 for i in range(40)], [(5 * i + 1) % 60 for i in range(12)]]

@@ -16,6 +16,9 @@ from tests.integration.test_lossless import PAIR, speculative
 from tests.models import write_agreeing_pair
 from tests.stepping_engine import play
 
+# One process has the engines of all tests.
+pytestmark = pytest.mark.xdist_group("features")
+
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12}
 SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 12}
 # Text that strays from the likeliest path of a tree, where a node's row would not be its place in the text.

@@ -14,6 +14,9 @@ from tests.integration.test_lossless import PAIR, assert_lossless, batches, rand
 from tests.models import write_draft, write_target
 from tests.stepping_engine import play
 
+# One process has the engines of all tests.
+pytestmark = pytest.mark.xdist_group("requests")
+
 MAX_MODEL_LEN = 160
 VOCAB_SIZE = 4096
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}

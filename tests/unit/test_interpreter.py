@@ -76,6 +76,39 @@ def test_types_are_looked_up_once():
         assert found is interpreter._get_np_dtype(dtype)
 
 
+def triton_makes(cls: Any, *args: Any) -> Any:
+    made = object.__new__(cls)
+    cls.__init__.longspec_original(made, *args)
+    return made
+
+
+def attributes(made: Any) -> dict[str, str]:
+    return {name: repr(value) for name, value in vars(made).items()}
+
+
+@pytest.mark.parametrize(
+    "dtype", [tl.int1, tl.float32, tl.pointer_type(tl.int64), tl.pointer_type(tl.int64, const=True)]
+)
+@pytest.mark.parametrize("shape", [[4], [2, 8], [tl.constexpr(2), tl.constexpr(8)], None])
+def test_types_and_tensors_have_all_attributes(dtype, shape):
+    for _ in range(2):
+        type_ = dtype if shape is None else tl.block_type(dtype, shape)
+        if shape is not None:
+            assert type_.element_ty is dtype
+            assert attributes(type_) == attributes(triton_makes(tl.block_type, dtype, shape))
+        handle = object()
+        tensor = tl.tensor(handle, type_)
+        assert tensor.handle is handle and tensor.type is type_ and tensor.dtype is dtype
+        assert attributes(tensor) == attributes(triton_makes(tl.tensor, handle, type_))
+
+
+def test_a_shape_that_is_none_is_refused():
+    for shape in ([3], [4, 6]):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="power of 2"):
+                tl.block_type(tl.int32, shape)
+
+
 def test_nothing_is_left_out_twice():
     from triton.runtime import interpreter
 

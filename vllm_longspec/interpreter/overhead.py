@@ -4,7 +4,7 @@
 - Integer additions, subtractions and multiplications are done again in 64 bits, to find overflows. What is found is
   reported only with the option `debug`, which the interpreter does not set.
 - Every call of a device function replaces all functions of the language, although the launch has done so.
-- A table of all types is built for every operation.
+- A table of all types is built for every operation, and the shape of every result is validated, wrapped and printed.
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ def leave_out() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     interpreter._patch_lang = _once_a_launch(interpreter._patch_lang, interpreter._LangPatchScope, tl)
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    tl.block_type.__init__ = _block_types_by_shape(tl.block_type.__init__, tl.constexpr)
+    tl.tensor.__init__ = _tensors_by_shape(tl.tensor.__init__)
 
 
 def _once_a_launch(original: Callable[..., Any], nothing: Callable[[], Any], tl: Any) -> Callable[..., Any]:
@@ -62,3 +64,33 @@ def _by_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
     get.longspec_original = original  # type: ignore[attr-defined]
     return get
+
+
+def _block_types_by_shape(original: Callable[..., None], constexpr: Any) -> Callable[..., None]:
+    found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, tuple([each.value if isinstance(each, constexpr) else each for each in shape])
+        if key in found:
+            self.__dict__.update(found[key], element_ty=element_ty)
+            return
+        original(self, element_ty, shape)
+        found[key] = dict(self.__dict__)
+
+    init.longspec_original = original  # type: ignore[attr-defined]
+    return init
+
+
+def _tensors_by_shape(original: Callable[..., None]) -> Callable[..., None]:
+    found: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape in found:
+            self.__dict__.update(found[shape], handle=handle, type=type, dtype=type.scalar)
+            return
+        original(self, handle, type)
+        found[shape] = {name: value for name, value in self.__dict__.items() if name not in ("handle", "type", "dtype")}
+
+    init.longspec_original = original  # type: ignore[attr-defined]
+    return init
