@@ -117,11 +117,11 @@ def test_trained_draft(pairs, family, tree_shape, least):
 def test_noise_makes_drafts_of_sampled_requests_better(pairs):
     """Drafts ranked with the target's noise: the same tokens in fewer steps, greedy requests as without it."""
     target, draft = pairs["qwen2"]
-    prompts = source_code((100, 200, 300, 400))
+    prompts = source_code((100, 200, 300))
     # Greedy, sampled from the whole distribution, and from a part of it.
     requests = [
         [
-            request(prompt, **{**sampling, "seed": seed}, max_tokens=24, ignore_eos=True)
+            request(prompt, **{**sampling, "seed": seed}, max_tokens=20, ignore_eos=True)
             for seed, prompt in enumerate(prompts)
         ]
         for sampling in (GREEDY, {"temperature": 1.0}, SAMPLINGS[0])
@@ -129,26 +129,26 @@ def test_noise_makes_drafts_of_sampled_requests_better(pairs):
     plain = generate(target, requests)
     accepted = {}
     for couple_noise in (False, True):
-        options = speculative(draft, [4, 8, 8], couple_noise=couple_noise)
+        options = speculative(draft, [4, 8, 8], couple_noise=couple_noise, copy_length=0)
         result = generate(target, requests, **options, per_request_spec_decode_metrics="summary")
         assert_lossless(plain, result)
         accepted[couple_noise] = [mean(filter(None, lengths)) for lengths in result.acceptance_lengths]
     assert accepted[True][0] == accepted[False][0]
     assert accepted[True][1] > 1.2 * accepted[False][1]
-    assert accepted[True][2] > 0.95 * accepted[False][2]
+    assert accepted[True][2] > 0.9 * accepted[False][2]
 
 
 def test_unseeded_sampling_has_the_targets_distribution(pairs):
     """The draft sees the noise of each draw, and still every token is drawn as if there was none."""
     target, draft = pairs["qwen2"]
-    sampled = request(source_code((60,))[0], temperature=1.0, n=240, max_tokens=4, ignore_eos=True)
-    settings = {"max_num_seqs": 80, "max_num_batched_tokens": 1024}
+    sampled = request(source_code((60,))[0], temperature=1.0, n=120, max_tokens=3, ignore_eos=True)
+    settings = {"max_num_seqs": 40, "max_num_batched_tokens": 512}
     plain = generate(target, [[sampled]], **settings)
     # With another seed of the engine, from which those of unseeded requests come: otherwise the tokens are the same.
-    result = generate(target, [[sampled]], **settings, seed=1, **speculative(draft, [2, 2, 2]))
+    result = generate(target, [[sampled]], **settings, seed=1, **speculative(draft, [2, 2], copy_length=0))
     # The first token comes with the prompt; the others are mostly nodes.
-    assert result.acceptance_length > 2
-    for length in (2, 3, 4):
+    assert result.acceptance_length > 1.5
+    for length in (2, 3):
         counts = [Counter(tuple(tokens[:length]) for tokens in each.tokens[0]) for each in (plain, result)]
         total = counts[0] + counts[1]
         rare = {text for text, count in total.items() if count < 6}
