@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,10 @@ from benchmarks.training.target import Target, load_target, load_weights
 
 # Nodes per level. The second is the sequential method with gamma = 4.
 SHAPES = ([1], [1, 1, 1, 1], [2, 4, 4], [4, 16, 16, 16, 16])
+
+
+# (logits [batch, nodes, vocabulary], positions of the nodes [batch]) -> the same, by which their children are ranked
+Rescore = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def accepted_nodes(
     roots: Tensor,
     shape: list[int],
     drafted: Tensor | None = None,
+    rescore: Rescore | None = None,
 ) -> Tensor:
     """Grow one tree a request and count the nodes on the continuation's path.
 
@@ -95,6 +101,7 @@ def accepted_nodes(
         roots: int64 [batch], index of the root token in `passage.ids`
         shape: nodes per level
         drafted: int64 [tokens], the only tokens that the draft draws; None for all
+        rescore: makes the logits that rank tokens of the draft's; None ranks by the draft's own
 
     Returns:
         int64 [batch]
@@ -128,6 +135,8 @@ def accepted_nodes(
         logits = target.head(hidden)
         if drafted is not None:
             logits = logits.index_select(-1, drafted)
+        if rescore is not None:
+            logits = rescore(logits, roots + depth)
         vocab_size = logits.shape[-1]
         scores, best = (scores[..., None] + logits.log_softmax(-1)).flatten(1).topk(width)
         parents, tokens = best // vocab_size, best % vocab_size
@@ -142,7 +151,12 @@ def accepted_nodes(
 
 
 def walk(
-    target: Target, glide: GlideLayer, passage: Passage, shape: list[int], drafted: Tensor | None = None
+    target: Target,
+    glide: GlideLayer,
+    passage: Passage,
+    shape: list[int],
+    drafted: Tensor | None = None,
+    rescore: Rescore | None = None,
 ) -> list[tuple[int, int, int]]:
     """All steps of all requests as (request, index of the root in the continuation, tokens emitted).
 
@@ -156,7 +170,7 @@ def walk(
             return steps
         # Finished requests stay in the batch, at a root from where a whole tree still fits.
         emitted = 1 + accepted_nodes(
-            target, glide, passage, roots.clamp(max=passage.ids.shape[1] - len(shape) - 1), shape, drafted
+            target, glide, passage, roots.clamp(max=passage.ids.shape[1] - len(shape) - 1), shape, drafted, rescore
         )
         columns = (active, roots - passage.prompt_length, emitted)
         for request, (counts, root, count) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):

@@ -100,7 +100,7 @@ def test_the_order_and_scores_of_children(choose, dtype, cutoff: float, monkeypa
         rows = slice(request * width, (request + 1) * width)
         drawn = noised[rows] / temperature
         above = drawn - drawn.amax(dim=1, keepdim=True) - cutoff
-        noised[rows] = drawn + gumbel[rows] - torch.log1p(torch.exp(-above / CUTOFF_WIDTH.value))
+        noised[rows] = drawn + gumbel[rows] - torch.log1p(torch.exp(-above / CUTOFF_WIDTH))
     parents, tokens, log_probs = choose(logits.to(DEVICE), parent_log_probs.to(DEVICE), 12, level)
     # Noise on bfloat16 logits is cut to twelve significant bits.
     is_cut = dtype == torch.bfloat16 and choose is best_children

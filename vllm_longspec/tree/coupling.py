@@ -24,7 +24,9 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-CUTOFF_WIDTH = tl.constexpr(0.3)
+CUTOFF_WIDTH = 0.3
+# As kernels read it.
+_WIDTH = tl.constexpr(CUTOFF_WIDTH)
 
 
 def log_cutoff(params: "SamplingParams") -> float:
@@ -89,7 +91,7 @@ def add_noise(
         noised = scaled + _noise(tokens, seed, position, USE_FP64)
         log_cutoff = tl.load(log_cutoffs_ptr + req_state_idx, mask=is_request, other=float("-inf"))
         if log_cutoff > float("-inf"):
-            above = (scaled - row_max / temperature - log_cutoff) / CUTOFF_WIDTH
+            above = (scaled - row_max / temperature - log_cutoff) / _WIDTH
             # The logarithm of the sigmoid, finite for any finite logit.
             noised += tl.minimum(above, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(above)))
         logits = tl.where(mask, noised, float("-inf"))
@@ -147,7 +149,7 @@ def noised_logits(
     drawn_logits = noised[drawn] / temperature[drawn, None, None]
     above = drawn_logits - drawn_logits.amax(dim=-1, keepdim=True)
     above -= level.noise.log_cutoffs[level.idx_mapping[drawn]][:, None, None]
-    noised[drawn] = drawn_logits + noise + nn.functional.logsigmoid(above / CUTOFF_WIDTH.value)
+    noised[drawn] = drawn_logits + noise + nn.functional.logsigmoid(above / CUTOFF_WIDTH)
     return noised.flatten(0, 1)
 
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How drafts that know the target's noise are best ranked, in plain PyTorch: tokens per step by sampling and by rule.
+
+    python -m benchmarks.training.calibration [--prompts 8] [--length 2048] [--tokens 96]
+
+The noise is drawn here, not vLLM's. Rules: not coupled; coupled, which ranks by logits / T + g; the same with the
+draft's logits masked by top-k, top-p and min-p as the target's are; and lowered past the cutoff, which is what the
+plugin does (`vllm_longspec/tree/coupling.py`). Only steps before a text starts to loop are counted.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import PAIR
+from benchmarks.repetition import loop_start
+from benchmarks.training.acceptance import load_pair, load_prompts, make_passage, mean, walk
+from benchmarks.training.glide import GlideLayer
+from benchmarks.training.target import Target
+from vllm_longspec.options import DEFAULT_LEVELS
+
+
+class Sampling(NamedTuple):
+    temperature: float
+    top_k: int  # 0 for none
+    top_p: float
+    min_p: float
+
+
+SAMPLINGS = [
+    Sampling(1.0, 0, 1.0, 0.0),
+    Sampling(0.6, 0, 1.0, 0.0),
+    Sampling(0.7, 20, 0.8, 0.0),
+    Sampling(0.6, 20, 0.95, 0.0),
+    Sampling(1.0, 0, 0.8, 0.0),
+    Sampling(1.0, 0, 0.9, 0.0),
+    Sampling(1.0, 0, 0.95, 0.0),
+    Sampling(1.0, 5, 1.0, 0.0),
+    Sampling(1.0, 20, 1.0, 0.0),
+    Sampling(1.0, 50, 1.0, 0.0),
+    Sampling(1.0, 0, 1.0, 0.1),
+    Sampling(0.8, 0, 0.95, 0.05),
+]
+FORBIDDEN = -1e9
+
+
+def mask(scaled: Tensor, sampling: Sampling) -> Tensor:
+    """Takes improbable tokens out of logits / T, [..., vocabulary]."""
+    if sampling.top_k:
+        scaled = scaled.masked_fill(scaled < scaled.topk(sampling.top_k, -1).values[..., -1:], FORBIDDEN)
+    if sampling.top_p < 1.0:
+        probabilities, tokens = scaled.softmax(-1).sort(-1, descending=True)
+        is_kept = probabilities.cumsum(-1) - probabilities < sampling.top_p
+        is_kept = torch.zeros_like(is_kept).scatter(-1, tokens, is_kept)
+        scaled = scaled.masked_fill(~is_kept, FORBIDDEN)
+    if sampling.min_p:
+        cutoff = scaled.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        scaled = scaled.masked_fill(scaled < cutoff, FORBIDDEN)
+    return scaled
+
+
+def lower(scaled: Tensor, sampling: Sampling) -> Tensor:
+    """The plugin's rule for logits / T, [..., vocabulary]."""
+    from vllm import SamplingParams
+
+    from vllm_longspec.tree.coupling import CUTOFF_WIDTH, log_cutoff
+
+    cutoff = log_cutoff(SamplingParams(**sampling._asdict()))
+    above = scaled - scaled.amax(-1, keepdim=True) - cutoff
+    return scaled + nn.functional.logsigmoid(above / CUTOFF_WIDTH)
+
+
+def generate(target: Target, prompts: Tensor, num_tokens: int, sampling: Sampling) -> tuple[Tensor, dict[int, Tensor]]:
+    """Continuations of prompts, int64 [batch, prompt and tokens], and the noise [batch, vocabulary] by position."""
+    generator = torch.Generator().manual_seed(0)
+    noise: dict[int, Tensor] = {}
+    ids, past = prompts, None
+    for _ in range(num_tokens):
+        new = ids if past is None else ids[:, -1:]
+        hidden, past = target(new, torch.arange(ids.shape[1] - new.shape[1], ids.shape[1]), past)
+        logits = target.head(hidden[:, -1])
+        gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log()
+        noise[ids.shape[1] - 1] = gumbel
+        drawn = (mask(logits / sampling.temperature, sampling) + gumbel).argmax(-1, keepdim=True)
+        ids = torch.cat((ids, drawn), dim=1)
+    return ids, noise
+
+
+@torch.inference_mode()
+def measure(
+    target: Target, glide: GlideLayer, prompts: Tensor, num_tokens: int, sampling: Sampling
+) -> dict[str, float | None]:
+    """Tokens per step of the default tree by rule."""
+    length = prompts.shape[1]
+    ids, noise = generate(target, prompts, num_tokens, sampling)
+    passage = make_passage(target, glide, ids, length, target.config["eos_token_id"])
+    loops = [loop_start(row[length : end + 1]) for row, end in zip(ids.tolist(), passage.ends.tolist(), strict=True)]
+
+    def coupled(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def rescore(logits: Tensor, positions: Tensor) -> Tensor:
+            gumbel = torch.stack([noise[int(position)][row] for row, position in enumerate(positions)])
+            return change(logits / sampling.temperature) + gumbel[:, None]
+
+        return rescore
+
+    rules: dict[str, Any] = {
+        "not coupled": None,
+        "coupled": coupled(lambda scaled: scaled),
+        "coupled, masked": coupled(lambda scaled: mask(scaled, sampling)),
+        "coupled, lowered past the cutoff": coupled(lambda scaled: lower(scaled, sampling)),
+    }
+    found = {}
+    for name, rescore in rules.items():
+        steps = walk(target, glide, passage, list(DEFAULT_LEVELS), rescore=rescore)
+        found[name] = mean([count for request, root, count in steps if root < loops[request]])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048, help="of the prompts, one of prompts.jsonl's")
+    parser.add_argument("--tokens", type=int, default=96)
+    arguments = parser.parse_args()
+    target, glide = load_pair(PAIR, "cpu")
+    by_length = load_prompts(PAIR / "prompts.jsonl", PAIR / "target" / "tokenizer.json", arguments.prompts, "cpu")
+    for sampling in SAMPLINGS:
+        result = measure(target, glide, by_length[arguments.length], arguments.tokens, sampling)
+        print(json.dumps(sampling._asdict() | result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
