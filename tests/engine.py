@@ -151,8 +151,8 @@ def running(settings: dict[str, Any]) -> Iterator[Any]:
     """vLLM's LLM with these settings on top of those of all tests, for as long as the context lasts."""
     from vllm import LLM
 
-    if settings.get("async_scheduling"):
-        # vLLM's CPU platform turns it off whatever the user says.
+    if "async_scheduling" in settings:
+        # vLLM's CPU platform turns it off whatever the user says, and spawns ranks instead of forking them.
         importlib.import_module("benchmarks.cpu_async")
     defaults = SETTINGS if torch.cuda.is_available() else SETTINGS | CPU_SETTINGS
     llm = LLM(**(defaults | settings))

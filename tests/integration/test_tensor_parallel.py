@@ -21,7 +21,7 @@ from tests.models import write_draft, write_target
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs a second GPU, or none")
 
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "async_scheduling": True}
 
 
 def requests(prompts: list[list[int]], max_tokens: int) -> list[list]:
@@ -67,7 +67,7 @@ def test_one_kv_head_and_an_odd_vocabulary(tmp_path):
     frequent_tokens.write_text(json.dumps(random.Random(0).sample(range(71), 40)))
     drafting = speculative(draft, [2, 4], frequent_tokens=str(frequent_tokens))
     batch = requests(random_prompts(71, (3, 33, 100)), 16)
-    alone = generate(target, batch, **drafting)
+    alone = generate(target, batch, **drafting, async_scheduling=True)
     result = generate(target, batch, **TWO_RANKS, **drafting)
     assert result.tokens == alone.tokens
     # The very trees that one rank drafts and walks.
