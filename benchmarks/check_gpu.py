@@ -37,11 +37,17 @@ KERNEL_TESTS = [
     "verify",
     "best_children",
     "coupling",
+    "copying",
+    "merge",
+    "history",
     "order",
     "walk",
     "compact",
+    "window_attention",
+    "growing_trees",
+    "tree",
+    "sample",
 ]
-KERNEL_TESTS += ["compact", "window_attention", "growing_trees", "tree", "sample"]
 # The last one where there are two GPUs; elsewhere it skips itself.
 ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised", "tensor_parallel"]
 

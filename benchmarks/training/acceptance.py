@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,13 +48,21 @@ class Passage:
 
 
 def generate(
-    target: Target, prompts: Tensor, num_tokens: int, temperature: float, generator: torch.Generator
+    target: Target,
+    prompts: Tensor,
+    num_tokens: int,
+    temperature: float,
+    generator: torch.Generator,
+    truncate: Callable[[Tensor], Tensor] = lambda scaled: scaled,
+    noises: list[Tensor] | None = None,
 ) -> Tensor:
     """Continue every prompt by exactly num_tokens tokens.
 
     Args:
         prompts: int64 [batch, prompt_length]
         generator: on the CPU; draws the noise when temperature > 0
+        truncate: takes improbable tokens out of logits / temperature, [batch, vocabulary], when temperature > 0
+        noises: gets the Gumbel noise that drew each token, float32 [batch, vocabulary], when temperature > 0
 
     Returns:
         int64 [batch, prompt_length + num_tokens]
@@ -66,8 +74,11 @@ def generate(
         hidden, past = target(new, positions, past)
         logits = target.head(hidden[:, -1])
         if temperature > 0:
-            noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
-            logits = logits / temperature - noise.log()
+            exponential = torch.empty(logits.shape).exponential_(generator=generator)
+            noise = -exponential.to(logits.device).log()
+            logits = truncate(logits / temperature) + noise
+            if noises is not None:
+                noises.append(noise)
         ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
     return ids
 
@@ -83,16 +94,32 @@ def make_passage(target: Target, glide: GlideLayer, ids: Tensor, prompt_length: 
     return Passage(ids, prompt_length, ends, (keys, values), (window_keys, window_values))
 
 
-def accepted_nodes(
+def coupled(noises: list[Tensor], prompt_length: int, change: Callable[[Tensor], Tensor]) -> Rescore:
+    """Ranks a draft's tokens with the noise of the target's draws (Gumbel coupling).
+
+    Args:
+        noises: of `generate`
+        change: makes of the draft's logits what the noise is added to
+    """
+
+    def rescore(logits: Tensor, positions: Tensor) -> Tensor:
+        # The first noise is that at the prompt's last position.
+        rows = [noises[position + 1 - prompt_length][row] for row, position in enumerate(positions.tolist())]
+        return change(logits) + torch.stack(rows)[:, None]
+
+    return rescore
+
+
+def grow_levels(
     target: Target,
     glide: GlideLayer,
     passage: Passage,
     roots: Tensor,
-    shape: list[int],
+    shape: Sequence[int],
     drafted: Tensor | None = None,
     rescore: Rescore | None = None,
-) -> Tensor:
-    """Grow one tree a request and count the nodes on the continuation's path.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Grow one tree a request, level by level.
 
     Level 1 is the root's most probable tokens; every further level the most probable (parent, token) pairs of the whole
     level by cumulative log-probability. Rows of the tree are numbered level by level, the root first.
@@ -103,8 +130,9 @@ def accepted_nodes(
         drafted: int64 [tokens], the only tokens that the draft draws; None for all
         rescore: makes the logits that rank tokens of the draft's; None ranks by the draft's own
 
-    Returns:
-        int64 [batch]
+    Yields:
+        of each level, [batch, width]: cumulative log-probabilities, float32, and whether a node is on the
+        continuation's path, bool
     """
     ids, device = passage.ids, passage.ids.device
     batch, num_tokens = ids.shape
@@ -118,7 +146,6 @@ def accepted_nodes(
     scores = torch.zeros(batch, 1, device=device)
     ancestors = torch.ones(batch, 1, 1, dtype=torch.bool, device=device)  # [batch, nodes, rows so far], with itself
     on_path = torch.ones(batch, 1, dtype=torch.bool, device=device)
-    accepted = torch.zeros(batch, dtype=torch.int64, device=device)
     for depth, width in enumerate(shape):
         nodes = tokens.shape[1]
         in_window = (window_indices >= 0) & (window_indices >= (roots + depth)[:, None] - SELF_ATTENTION_WINDOW)
@@ -146,8 +173,21 @@ def accepted_nodes(
         ancestors = ancestors.gather(1, parents[..., None].expand(-1, -1, ancestors.shape[-1]))
         ancestors = torch.cat((ancestors, own), dim=-1)
         on_path = on_path.gather(1, parents) & (tokens == ids.gather(1, (roots + depth + 1)[:, None]))
-        accepted += on_path.any(1)
-    return accepted
+        yield scores, on_path
+
+
+def accepted_nodes(
+    target: Target,
+    glide: GlideLayer,
+    passage: Passage,
+    roots: Tensor,
+    shape: Sequence[int],
+    drafted: Tensor | None = None,
+    rescore: Rescore | None = None,
+) -> Tensor:
+    """Count the nodes of each request's tree that are on the continuation's path, int64 [batch]; see `grow_levels`."""
+    levels = grow_levels(target, glide, passage, roots, shape, drafted, rescore)
+    return torch.stack([on_path.any(1) for _, on_path in levels]).sum(0)
 
 
 def walk(

@@ -11,14 +11,23 @@ plugin does (`vllm_longspec/tree/coupling.py`). Only steps before a text starts 
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import PAIR
 from benchmarks.repetition import loop_start
-from benchmarks.training.acceptance import load_pair, load_prompts, make_passage, mean, walk
+from benchmarks.training.acceptance import (
+    Rescore,
+    coupled,
+    generate,
+    load_pair,
+    load_prompts,
+    make_passage,
+    mean,
+    walk,
+)
 from benchmarks.training.glide import GlideLayer
 from benchmarks.training.target import Target
 from vllm_longspec.options import DEFAULT_LEVELS
@@ -74,44 +83,33 @@ def lower(scaled: Tensor, sampling: Sampling) -> Tensor:
     return scaled + nn.functional.logsigmoid(above / CUTOFF_WIDTH)
 
 
-def generate(target: Target, prompts: Tensor, num_tokens: int, sampling: Sampling) -> tuple[Tensor, dict[int, Tensor]]:
-    """Continuations of prompts, int64 [batch, prompt and tokens], and the noise [batch, vocabulary] by position."""
-    generator = torch.Generator().manual_seed(0)
-    noise: dict[int, Tensor] = {}
-    ids, past = prompts, None
-    for _ in range(num_tokens):
-        new = ids if past is None else ids[:, -1:]
-        hidden, past = target(new, torch.arange(ids.shape[1] - new.shape[1], ids.shape[1]), past)
-        logits = target.head(hidden[:, -1])
-        gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log()
-        noise[ids.shape[1] - 1] = gumbel
-        drawn = (mask(logits / sampling.temperature, sampling) + gumbel).argmax(-1, keepdim=True)
-        ids = torch.cat((ids, drawn), dim=1)
-    return ids, noise
-
-
 @torch.inference_mode()
 def measure(
     target: Target, glide: GlideLayer, prompts: Tensor, num_tokens: int, sampling: Sampling
 ) -> dict[str, float | None]:
     """Tokens per step of the default tree by rule."""
     length = prompts.shape[1]
-    ids, noise = generate(target, prompts, num_tokens, sampling)
+    noises: list[Tensor] = []
+    ids = generate(
+        target,
+        prompts,
+        num_tokens,
+        sampling.temperature,
+        torch.Generator().manual_seed(0),
+        lambda scaled: mask(scaled, sampling),
+        noises,
+    )
     passage = make_passage(target, glide, ids, length, target.config["eos_token_id"])
     loops = [loop_start(row[length : end + 1]) for row, end in zip(ids.tolist(), passage.ends.tolist(), strict=True)]
 
-    def coupled(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def rescore(logits: Tensor, positions: Tensor) -> Tensor:
-            gumbel = torch.stack([noise[int(position)][row] for row, position in enumerate(positions)])
-            return change(logits / sampling.temperature) + gumbel[:, None]
+    def with_noise(change: Callable[[Tensor], Tensor]) -> Rescore:
+        return coupled(noises, length, lambda logits: change(logits / sampling.temperature))
 
-        return rescore
-
-    rules: dict[str, Any] = {
+    rules: dict[str, Rescore | None] = {
         "not coupled": None,
-        "coupled": coupled(lambda scaled: scaled),
-        "coupled, masked": coupled(lambda scaled: mask(scaled, sampling)),
-        "coupled, lowered past the cutoff": coupled(lambda scaled: lower(scaled, sampling)),
+        "coupled": with_noise(lambda scaled: scaled),
+        "coupled, masked": with_noise(lambda scaled: mask(scaled, sampling)),
+        "coupled, lowered past the cutoff": with_noise(lambda scaled: lower(scaled, sampling)),
     }
     found = {}
     for name, rescore in rules.items():

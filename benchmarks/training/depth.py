@@ -26,8 +26,17 @@ from benchmarks import PAIR
 from benchmarks.repetition import loop_start
 from benchmarks.reporting import markdown
 from benchmarks.shapes import SHAPES
-from benchmarks.training.acceptance import Passage, generate, load_pair, load_prompts, make_passage
-from benchmarks.training.glide import SELF_ATTENTION_WINDOW, GlideLayer
+from benchmarks.training.acceptance import (
+    Passage,
+    Rescore,
+    coupled,
+    generate,
+    grow_levels,
+    load_pair,
+    load_prompts,
+    make_passage,
+)
+from benchmarks.training.glide import GlideLayer
 from benchmarks.training.realsize import SIZES
 from benchmarks.training.target import Target
 from vllm_longspec.proposers.glide.cost import LEVEL, GlideCost
@@ -49,59 +58,25 @@ NOT_DRAFTED = 1 << 16
 
 
 def path_ranks(
-    target: Target, glide: GlideLayer, passage: Passage, roots: Tensor, noise: Tensor | None, temperature: float
+    target: Target, glide: GlideLayer, passage: Passage, roots: Tensor, rescore: Rescore | None = None
 ) -> Tensor:
     """Grows a tree of `SHAPE` for each request and looks up the continuation's nodes in it.
 
     Args:
         roots: int64 [batch], index of the root token in `passage.ids`
-        noise: float32 [tokens, batch, vocab_size], the Gumbel noise that drew token i of `passage.ids`: children are
-            ranked by what the target draws by (Gumbel coupling); None to rank them by probability
-        temperature: of the target, more than 0 if there is noise
+        rescore: as in `grow_levels`
 
     Returns:
         int64 [batch, levels, depths]: by the number of levels of the tree, from one on, the place of the continuation's
         node at each depth, from one on, in the list of the tree's nodes; `NOT_DRAFTED` if the tree has no such node
     """
-    ids, device = passage.ids, passage.ids.device
-    batch, num_tokens = ids.shape
-    window_indices = roots[:, None] + torch.arange(-SELF_ATTENTION_WINDOW, 0, device=device)
-    gather = window_indices.clamp(min=0)[:, :, None, None].expand(-1, -1, *passage.window[0].shape[2:])
-    past = tuple(part.gather(1, gather) for part in passage.window)
-    cross_mask = (torch.arange(num_tokens, device=device) < roots[:, None])[:, None]
-
-    tokens = ids.gather(1, roots[:, None])
-    scores = torch.zeros(batch, 1, device=device)
-    ancestors = torch.ones(batch, 1, 1, dtype=torch.bool, device=device)  # [batch, nodes, rows so far], with itself
-    on_path = torch.ones(batch, 1, dtype=torch.bool, device=device)
     all_scores: list[Tensor] = []  # of each level, [batch, width]
     path_scores: list[Tensor] = []  # of the continuation's node at each depth, [batch]; -inf if there is none
-    for depth, width in enumerate(SHAPE):
-        nodes = tokens.shape[1]
-        in_window = (window_indices >= 0) & (window_indices >= (roots + depth)[:, None] - SELF_ATTENTION_WINDOW)
-        hidden, new = glide(
-            target.embed(tokens),
-            (roots + depth)[:, None].expand(-1, nodes),
-            torch.cat((in_window[:, None].expand(-1, nodes, -1), ancestors), dim=-1),
-            *passage.cross,
-            cross_mask.expand(-1, nodes, -1),
-            past,
-        )
-        past = tuple(torch.cat(parts, dim=1) for parts in zip(past, new, strict=True))
-        logits = target.head(hidden)
-        if noise is not None:
-            logits = logits / temperature + noise[roots + depth + 1, torch.arange(batch)][:, None]
-        vocab_size = logits.shape[-1]
-        scores, best = (scores[..., None] + logits.log_softmax(-1)).flatten(1).topk(width)
-        parents, tokens = best // vocab_size, best % vocab_size
-        own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
-        ancestors = ancestors.gather(1, parents[..., None].expand(-1, -1, ancestors.shape[-1]))
-        ancestors = torch.cat((ancestors, own), dim=-1)
-        on_path = on_path.gather(1, parents) & (tokens == ids.gather(1, (roots + depth + 1)[:, None]))
+    for scores, on_path in grow_levels(target, glide, passage, roots, SHAPE, rescore=rescore):
         all_scores.append(scores)
         path_scores.append(scores.masked_fill(~on_path, -math.inf).amax(1))
 
-    ranks = torch.full((batch, len(SHAPE), len(SHAPE)), NOT_DRAFTED)
+    ranks = torch.full((len(roots), len(SHAPE), len(SHAPE)), NOT_DRAFTED)
     for depth, score in enumerate(path_scores):
         above = torch.stack([(level > score[:, None]).sum(1) for level in all_scores], dim=1).cumsum(1)
         ranks[:, depth:, depth] = torch.where(score[:, None] > -math.inf, above[:, depth:], NOT_DRAFTED)
@@ -131,24 +106,20 @@ def walk(emitted: list[int]) -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def measure(
-    target: Target, glide: GlideLayer, prompts: dict[int, Tensor], num_tokens: int, temperature: float, coupled: bool
+    target: Target, glide: GlideLayer, prompts: dict[int, Tensor], num_tokens: int, temperature: float, is_coupled: bool
 ) -> list[dict]:
     """For every prompt: `ranks`, int64 [roots, levels, depths], and `loop`, the root where the text starts to loop."""
     results = []
     for length, ids in sorted(prompts.items()):
         # Room below the last root for the deepest tree.
         total = num_tokens + len(SHAPE)
-        full = generate(target, ids, total, temperature, torch.Generator().manual_seed(length))
-        noise = None
-        if coupled:
-            generator = torch.Generator().manual_seed(length)
-            drawn = [torch.empty(len(ids), target.config["vocab_size"]) for _ in range(total)]
-            noise = torch.zeros(full.shape[1], *drawn[0].shape)
-            noise[length:] = -torch.stack([each.exponential_(generator=generator) for each in drawn]).log()
-            noise = noise.to(ids.device)
+        noises: list[Tensor] | None = [] if is_coupled else None
+        generator = torch.Generator().manual_seed(length)
+        full = generate(target, ids, total, temperature, generator, noises=noises)
+        rescore = None if noises is None else coupled(noises, length, lambda logits: logits / temperature)
         passage = make_passage(target, glide, full, length, target.config["eos_token_id"])
         roots = [
-            path_ranks(target, glide, passage, torch.full_like(passage.ends, length + index), noise, temperature)
+            path_ranks(target, glide, passage, torch.full_like(passage.ends, length + index), rescore)
             for index in range(num_tokens - 1)
         ]
         for row, end, ranks in zip(full.tolist(), passage.ends.tolist(), torch.stack(roots, dim=1), strict=True):

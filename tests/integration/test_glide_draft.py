@@ -735,8 +735,7 @@ def test_a_new_request_in_a_slot_has_no_nodes_until_it_is_drafted_for(tmp_path):
     batch = Batch([41, 62, 34], speculator.model)
     # vLLM's runner tells this class of new requests.
     model_state = TreeModelState.__new__(TreeModelState)
-    log_cutoffs = np.zeros(NUM_SLOTS, dtype=np.float32)
-    model_state.__dict__.update(tree_state=tree, device=DEVICE, log_cutoffs=log_cutoffs, added_requests=[])
+    model_state.__dict__.update(tree_state=tree, device=DEVICE, added_log_cutoffs={})
     model_state.rope_state = model_state.prompt_embeds_state = None
 
     def start(*requests: int) -> None:

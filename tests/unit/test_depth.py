@@ -21,7 +21,7 @@ def test_smaller_trees_accept_what_is_read_off_a_deep_one():
     counts = set()
     for root in (PROMPT_LENGTH, PROMPT_LENGTH + 7):
         roots = torch.full_like(passage.ends, root)
-        ranks = depth.path_ranks(target, glide, passage, roots, None, 0.0)
+        ranks = depth.path_ranks(target, glide, passage, roots)
         for levels in (2, 6):
             found = depth.accepted(ranks, levels, ALL_NODES)
             expected = accepted_nodes(target, glide, passage, roots, list(depth.SHAPE[:levels]))

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -52,8 +51,7 @@ class TreeModelState(DefaultModelState):
         # Copied paths are not listed with synthetic acceptance, so no path is longer than the drafted tree is deep.
         rates = conditional_rates(vllm_config.speculative_config, options.tree_shape.max_depth)
         self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
-        self.log_cutoffs = np.zeros(self.max_num_reqs, dtype=np.float32)  # host copy of TreeState.log_cutoffs
-        self.added_requests: list[int] = []
+        self.added_log_cutoffs: dict[int, float] = {}  # by req_state_idx of the requests that are added
         # Of the current step.
         self.num_tree_reqs = 0
         self.block_table: torch.Tensor | None = None
@@ -68,17 +66,16 @@ class TreeModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         assert new_req_data.sampling_params is not None
-        self.log_cutoffs[req_index] = log_cutoff(new_req_data.sampling_params)
-        self.added_requests.append(req_index)
+        self.added_log_cutoffs[req_index] = log_cutoff(new_req_data.sampling_params)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
-        if self.added_requests:
+        if self.added_log_cutoffs:
             self.tree_state.add_requests(
-                async_tensor_h2d(self.added_requests, device=self.device, dtype=torch.int64),
-                async_tensor_h2d(self.log_cutoffs[self.added_requests], device=self.device),
+                async_tensor_h2d(list(self.added_log_cutoffs), device=self.device, dtype=torch.int64),
+                async_tensor_h2d(list(self.added_log_cutoffs.values()), device=self.device, dtype=torch.float32),
             )
-            self.added_requests.clear()
+            self.added_log_cutoffs.clear()
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
         if self.couple_noise:

@@ -6,18 +6,10 @@ from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 
-from vllm_longspec.tree.history.paths import Paths, gather_paths, token_at
-from vllm_longspec.tree.state import TreeState
+from vllm_longspec.tree.history.paths import FollowsPaths, Paths, token_at
 
 
-class PathBadWordsState(BadWordsState):
-    """Takes the place of `replaced`, with its tensors."""
-
-    def __init__(self, replaced: BadWordsState, tree_state: TreeState, max_depth: int):
-        vars(self).update(vars(replaced))
-        self.tree_state = tree_state
-        self.max_depth = max_depth
-
+class PathBadWordsState(FollowsPaths, BadWordsState):
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         """Sets the last tokens of bad words to -inf in `logits`, float32 [num_logits, vocab_size], in place."""
         max_num_bad_words = int(self.num_bad_words.np[ctx.idx_mapping_np].max())
@@ -25,7 +17,7 @@ class PathBadWordsState(BadWordsState):
             apply_bad_words(
                 logits,
                 ctx.expanded_idx_mapping,
-                gather_paths(ctx, self.tree_state, self.max_depth),
+                self.paths(ctx),
                 self.bad_word_token_ids.gpu,
                 self.bad_word_offsets.gpu,
                 self.num_bad_words.gpu,

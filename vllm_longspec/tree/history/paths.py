@@ -52,6 +52,18 @@ def gather_paths(ctx: LogitsContext, state: TreeState, max_depth: int) -> Paths:
     return Paths(tokens, depths)
 
 
+class FollowsPaths:
+    """For a subclass of one of vLLM's sampling states: takes the place of `replaced`, with its tensors."""
+
+    def __init__(self, replaced: object, tree_state: TreeState, max_depth: int):
+        vars(self).update(vars(replaced))
+        self.tree_state = tree_state
+        self.max_depth = max_depth
+
+    def paths(self, ctx: LogitsContext) -> Paths:
+        return gather_paths(ctx, self.tree_state, self.max_depth)
+
+
 @triton.jit(do_not_specialize=["num_logits"])
 def _gather_paths_kernel(
     expanded_idx_mapping_ptr,

@@ -7,27 +7,19 @@ from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 
-from vllm_longspec.tree.history.paths import Paths, gather_paths
-from vllm_longspec.tree.state import TreeState
+from vllm_longspec.tree.history.paths import FollowsPaths, Paths
 
 BLOCK_SIZE = 8192
 
 
-class PathPenaltiesState(PenaltiesState):
-    """Takes the place of `replaced`, with its tensors."""
-
-    def __init__(self, replaced: PenaltiesState, tree_state: TreeState, max_depth: int):
-        vars(self).update(vars(replaced))
-        self.tree_state = tree_state
-        self.max_depth = max_depth
-
+class PathPenaltiesState(FollowsPaths, PenaltiesState):
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         """Penalises `logits`, float32 [num_logits, vocab_size], in place."""
         if np.any(self.use_penalty[ctx.idx_mapping_np]):
             apply_penalties(
                 logits,
                 ctx.expanded_idx_mapping,
-                gather_paths(ctx, self.tree_state, self.max_depth),
+                self.paths(ctx),
                 self.repetition_penalty.gpu,
                 self.frequency_penalty.gpu,
                 self.presence_penalty.gpu,

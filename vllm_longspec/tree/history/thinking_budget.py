@@ -11,18 +11,10 @@ from vllm.v1.worker.gpu.sample.thinking_budget import (
     _update_committed_marker_cache_kernel,
 )
 
-from vllm_longspec.tree.history.paths import Paths, gather_paths, token_at
-from vllm_longspec.tree.state import TreeState
+from vllm_longspec.tree.history.paths import FollowsPaths, Paths, token_at
 
 
-class PathThinkingBudgetState(ThinkingBudgetState):
-    """Takes the place of `replaced`, with its tensors."""
-
-    def __init__(self, replaced: ThinkingBudgetState, tree_state: TreeState, max_depth: int):
-        vars(self).update(vars(replaced))
-        self.tree_state = tree_state
-        self.max_depth = max_depth
-
+class PathThinkingBudgetState(FollowsPaths, ThinkingBudgetState):
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
         """Forces the end of reasoning in `logits`, float32 [num_logits, vocab_size], in place."""
         if not self.enabled or not np.any(self.use_thinking_budget[ctx.idx_mapping_np]):
@@ -31,7 +23,7 @@ class PathThinkingBudgetState(ThinkingBudgetState):
         apply_thinking_budget(
             logits,
             ctx.expanded_idx_mapping,
-            gather_paths(ctx, self.tree_state, self.max_depth),
+            self.paths(ctx),
             self.thinking_token_budget.gpu,
             self.req_states.all_token_ids.gpu,
             self.req_states.total_len.gpu,
