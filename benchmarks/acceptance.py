@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import PAIR, RESULTS
 from benchmarks.repetition import loop_start
 from benchmarks.reporting import environment
+from vllm_longspec.options import DEFAULT_LEVELS
 
 SAMPLINGS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 0.6}, {"temperature": 1.0}]
 OPTIONS: list[dict[str, Any]] = [{"couple_noise": False}, {}]
@@ -56,8 +57,11 @@ class Engine:
             **arguments.engine,
         }
         if options is not None:
-            # All nodes of every tree are verified, so that acceptance does not depend on the machine's speed.
-            settings["speculative_config"] = {"model": str(pair / "draft"), "adaptive_verification": False, **options}
+            settings["speculative_config"] = {
+                "model": str(pair / "draft"),
+                **all_nodes(options, arguments.batch),
+                **options,
+            }
         self.llm = LLM(**settings)
 
     def generate(
@@ -83,6 +87,17 @@ class Engine:
             values[metric.name] += getattr(metric, "value", 0.0)
         prefix = "vllm:spec_decode_num_"
         return values[f"{prefix}drafts"], values[f"{prefix}accepted_tokens"]
+
+
+def all_nodes(options: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Options with which all nodes of every tree are verified: acceptance does not depend on the machine's speed.
+
+    None if these options ask for nodes that follow what is accepted.
+    """
+    shape = options.get("tree_shape", DEFAULT_LEVELS)
+    if options.get("adaptive_verification") or shape == "auto":
+        return {}
+    return {"num_speculative_tokens_per_batch_size": [[1, batch, options.get("gamma") or sum(shape)]]}
 
 
 def main() -> None:

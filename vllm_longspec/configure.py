@@ -12,7 +12,6 @@ from vllm_longspec.attention.registry import choose_attention_backend
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.options import (
     AUTO,
-    AUTO_BY_DEFAULT,
     OPTION_NAMES,
     LongSpecOptions,
     attach_options,
@@ -120,9 +119,6 @@ def configure(
     copy_length = parse_copy_length(own)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
-    is_given = own.get("tree_shape") is not None or own.get("gamma") is not None
-    if AUTO_BY_DEFAULT and adaptive_verification and needs_schedule and not is_given:
-        own["tree_shape"] = AUTO
     tree_shape = parse_tree_shape(own, draft_vocab_size)
     num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     options = dict(given)

@@ -16,8 +16,6 @@ DEFAULT_LEVELS = (4, 16, 16, 16, 16)
 # and the bound of all trees that may be chosen.
 AUTO = "auto"
 AUTO_LEVELS = (4, *[16] * 11)
-# Whether that is the default where adaptive verification is.
-AUTO_BY_DEFAULT = False
 DEFAULT_COPY_LENGTH = 16
 
 OPTION_NAMES = (

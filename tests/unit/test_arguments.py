@@ -394,27 +394,6 @@ def test_levels_are_not_chosen_where_nothing_is_followed(monkeypatch, tmp_path, 
         assert said in refused(error)
 
 
-@pytest.mark.parametrize(
-    ("on_gpu", "options", "chooses"),
-    [
-        (True, {}, True),
-        (True, {"gamma": 3}, False),
-        (True, {"tree_shape": [2, 4]}, False),
-        # Where there is no adaptive verification.
-        (True, {"adaptive_verification": False}, False),
-        (True, SYNTHETIC, False),
-        (False, {}, False),
-        # The user's own numbers are kept to.
-        (True, {"num_speculative_tokens_per_batch_size": SCHEDULE, "adaptive_verification": True}, False),
-    ],
-)
-def test_one_constant_makes_it_the_default(monkeypatch, target, draft, on_gpu, options, chooses):
-    options = {"tree_shape": None, **options}
-    assert not find_draft(monkeypatch, on_gpu, target, draft, **options).options.tree_shape.plans
-    monkeypatch.setattr("vllm_longspec.configure.AUTO_BY_DEFAULT", True)
-    assert bool(find_draft(monkeypatch, on_gpu, target, draft, **options).options.tree_shape.plans) is chooses
-
-
 def test_a_quantised_target_has_no_cost_to_adapt_to(monkeypatch, tmp_path, target, draft):
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
     found = find_draft(monkeypatch, True, quantised, draft)
