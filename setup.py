@@ -35,6 +35,7 @@ setup(
         "dev": ["hypothesis", "matplotlib", "mypy", "pytest>=9", "pytest-xdist", "ruff"],
     },
     entry_points={
+        "console_scripts": ["vllm-longspec = vllm_longspec.commands:main"],
         "vllm.general_plugins": ["longspec = vllm_longspec.plugin:register"],
         "vllm.platform_plugins": ["longspec_interpreter = vllm_longspec.interpreter:enable"],
     },

@@ -46,7 +46,7 @@ def add_cli_args(
         "--speculative-frequent-tokens",
         metavar="FILE",
         help="The tokens that a GLIDE draft may draw, as --speculative-config '{\"frequent_tokens\": FILE}'; see "
-        "python -m vllm_longspec.frequent_tokens --help. A smaller head drafts faster; the output does not change.",
+        "vllm-longspec frequent-tokens --help. A smaller head drafts faster; the output does not change.",
     )
     group.add_argument(
         "--speculative-copy-length",

@@ -6,7 +6,7 @@ hardly ever come up. A draft that only ever proposes the frequent ones reads as 
 al., "FR-Spec", arXiv:2502.14856). The target still scores its whole vocabulary, so the output does not change; a token
 that is not on the list is just never drafted.
 
-    python -m vllm_longspec.frequent_tokens --model Qwen/QwQ-32B-Preview --size 32768 --out frequent_tokens.json TEXT...
+    vllm-longspec frequent-tokens --model Qwen/QwQ-32B-Preview --size 32768 --out frequent_tokens.json TEXT...
 
 The file is a JSON list of token ids. It is given to vLLM as `--speculative-frequent-tokens FILE`, or saved beside the
 draft's weights under the name `frequent_tokens.json`.
@@ -29,7 +29,7 @@ def read_frequent_tokens(path: str | Path, vocab_size: int) -> list[int]:
     Raises:
         ValueError: the file cannot be read, or is not a list of distinct token ids below `vocab_size`.
     """
-    remedy = "make it with python -m vllm_longspec.frequent_tokens"
+    remedy = "make it with vllm-longspec frequent-tokens"
     try:
         token_ids: Any = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -60,15 +60,16 @@ def _tokens_of(tokenizer: Any, paths: Iterable[Path]) -> Iterator[int]:
                 yield from tokenizer.encode(chunk, add_special_tokens=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the target, or a folder with its tokenizer")
     parser.add_argument("--size", type=int, default=32768, help="tokens to keep")
     parser.add_argument("--out", type=Path, default=Path(FILE_NAME))
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help="files of what the target usually writes")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     if arguments.size < 1:
-        parser.error(f"--size must be positive, got {arguments.size}")
+        raise ValueError(f"--size must be positive, got {arguments.size}")
 
     from transformers import AutoTokenizer
 
@@ -84,4 +85,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # The command's name of version 0.1.0.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    run(parser.parse_args())

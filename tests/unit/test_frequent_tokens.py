@@ -52,7 +52,7 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, content, said):
     with pytest.raises(ValueError, match=said) as error:
         read_frequent_tokens(path, 64)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
-    assert "vllm_longspec.frequent_tokens" in str(error.value)
+    assert "vllm-longspec frequent-tokens" in str(error.value)
 
 
 def test_missing_file_is_refused(tmp_path):

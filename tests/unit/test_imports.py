@@ -37,6 +37,9 @@ ALLOWED = {
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
     "cli": {"configure", "options"},
+    # It names the modules of its commands, which are imported when they are called.
+    "commands": {"version"},
+    "__main__": {"commands"},
     "patches": {
         "attention",
         "cli",

@@ -43,6 +43,9 @@ _MARKERS = ("self_attn.q_proj.weight", "cross_attn.q_proj.weight")
 
 _NAMES_SHOWN = 3
 
+# What LongSpec's training code writes, a format that vLLM does not load.
+PICKLED_NAME = "draft_model_weights.pth"
+
 # vLLM can download models from these, but parameter names cannot be read without a download.
 _OBJECT_STORAGE = ("s3://", "gs://", "az://")
 
@@ -97,19 +100,24 @@ def read_draft(model: str, revision: str | None = None, *, expected: bool = Fals
     Raises:
         NoGlideDraftError: `model` is not recognised as a GLIDE draft.
         ValueError: a GLIDE draft is of an unknown family, has missing or unexpected parameters, or files that cannot be
-            read or are unsafe (pickled code, an index that names other files).
+            read or are unsafe (pickled code, an index that names other files), or must be converted first.
     """
     if revision is not None and not isinstance(revision, str):
         raise NoGlideDraftError(f"revision must be a string, got {revision!r}: give it in quotes")
+    if (pickled := _pickled_draft(model)) is not None:
+        raise ValueError(
+            f"draft {pickled} is what LongSpec's training code writes: make a draft of it with vllm-longspec convert "
+            f"{pickled} --target TARGET --out FOLDER, and give that folder"
+        )
     repository = _Repository(model, revision)
     try:
         config = repository.read_json("config.json")
     except _UnreadableError as error:
-        if _prefix(repository.readable_shapes()) is not None:
+        if prefix_of(repository.readable_shapes()) is not None:
             raise ValueError(f"draft {model} is a GLIDE draft, but {error}") from None
         raise NoGlideDraftError(f"{model} is not known to be one, {error}") from None
     if config is None:
-        if _prefix(repository.readable_shapes()) is not None:
+        if prefix_of(repository.readable_shapes()) is not None:
             raise ValueError(
                 f"draft {model} has the parameters of a GLIDE draft, but no config.json: copy its target's there"
             )
@@ -125,7 +133,7 @@ def read_draft(model: str, revision: str | None = None, *, expected: bool = Fals
         if named:
             raise ValueError(f"draft {model} is a GLIDE draft, but {error}") from None
         raise NoGlideDraftError(f"{model} is not known to be one, {error}") from None
-    prefix = _prefix(shapes)
+    prefix = prefix_of(shapes)
     if not named and prefix is None:
         if shapes or repository.obstacle is None:
             raise NoGlideDraftError(f"{model} is not one")
@@ -139,7 +147,7 @@ def read_draft(model: str, revision: str | None = None, *, expected: bool = Fals
         )
     # Without shapes, names are checked when weights are loaded.
     if shapes:
-        _check_names(model, shapes, prefix or "")
+        check_names(model, shapes, prefix or "")
     shapes = {name.removeprefix(prefix or ""): shape for name, shape in shapes.items()}
     return DraftCheckpoint(model, FAMILIES[model_type], config, shapes)
 
@@ -167,12 +175,22 @@ def weight_files(folder: str) -> list[Path]:
     return []
 
 
-def _prefix(names: Iterable[str]) -> str | None:
+def _pickled_draft(model: str) -> str | None:
+    """The path of a draft that must be converted first, if `model` is one or the folder of one and has nothing else."""
+    if os.path.isfile(model) and model.endswith(".pth"):
+        return model
+    path = os.path.join(model, PICKLED_NAME)
+    return path if os.path.isfile(path) and not weight_files(model) else None
+
+
+def prefix_of(names: Iterable[str]) -> str | None:
+    """What a GLIDE draft's parameter names begin with in this checkpoint; None if it has no such parameters."""
     known = set(names)
     return next((prefix for prefix in _PREFIXES if all(prefix + marker in known for marker in _MARKERS)), None)
 
 
-def _check_names(model: str, names: Iterable[str], prefix: str) -> None:
+def check_names(model: str, names: Iterable[str], prefix: str) -> None:
+    """Raises ValueError if parameters of a GLIDE draft are missing, or others are there."""
     names = set(names)
     expected = {prefix + name for name in _REQUIRED}
     for kind, wrong in (

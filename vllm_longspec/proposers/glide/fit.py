@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks that a draft has its target's sizes, since it shares the target's cache, embeddings and head."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint
 from vllm_longspec.targets.families import layer_sizes, size_of
-
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig
 
 # What must be equal, in the order of comparison.
 _SIZES = (
@@ -24,7 +21,16 @@ _SIZES = (
 _MAX_LAYERS = 10_000
 
 
-def check_fit(draft: DraftCheckpoint, target: "ModelConfig") -> None:
+class Target(Protocol):
+    """The part of vLLM's `ModelConfig` that is read."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def hf_text_config(self) -> Any: ...
+
+
+def check_fit(draft: DraftCheckpoint, target: Target) -> None:
     """Checks sizes in config.json and shapes of parameters, before anything is built from config.json.
 
     Raises:
@@ -63,7 +69,7 @@ def check_fit(draft: DraftCheckpoint, target: "ModelConfig") -> None:
     _check_shapes(draft, target)
 
 
-def _compare(draft: DraftCheckpoint, target: "ModelConfig", name: str, in_draft: Any) -> None:
+def _compare(draft: DraftCheckpoint, target: Target, name: str, in_draft: Any) -> None:
     in_target = size_of(target.hf_text_config, name)
     if in_draft != in_target:
         raise ValueError(
@@ -72,7 +78,7 @@ def _compare(draft: DraftCheckpoint, target: "ModelConfig", name: str, in_draft:
         )
 
 
-def _check_shapes(draft: DraftCheckpoint, target: "ModelConfig") -> None:
+def _check_shapes(draft: DraftCheckpoint, target: Target) -> None:
     hidden, intermediate, heads, kv_heads, head_size = layer_sizes(target.hf_text_config)
     # (output features, input features)
     projections = {

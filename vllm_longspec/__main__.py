@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+from vllm_longspec.commands import main
+
+main()

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console command `vllm-longspec`, also `python -m vllm_longspec`: what the package offers beside serving.
+
+A command is a module with `add_arguments(parser)` and `run(arguments)`, which is imported only when it is called.
+Both raise ValueErrors of one line with the way out.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from vllm_longspec.version import __version__
+
+# Command -> module, what it does.
+COMMANDS = {
+    "convert": (
+        "vllm_longspec.proposers.glide.convert",
+        "make a draft that vLLM loads of what LongSpec's training code wrote",
+    ),
+    "frequent-tokens": (
+        "vllm_longspec.frequent_tokens",
+        "count the tokens that texts consist of most, for a smaller head of the draft",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="vllm-longspec", description="Tools for LongSpec drafts.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if list(argv[:1]) == [name]:
+            module = import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        sys.exit(f"vllm-longspec {arguments.command}: {error}")
