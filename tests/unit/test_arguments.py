@@ -652,7 +652,6 @@ def test_sliding_window_of_the_target_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"enable_lora": True}, "LoRA is not supported with a GLIDE draft"),
         ({"model_impl": "transformers"}, "model_impl='transformers'"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "a KV cache of fp8_e5m2 with a model of float32 is not supported"),
         (

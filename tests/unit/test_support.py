@@ -106,7 +106,6 @@ def test_unsupported_target_is_refused_by_name(settings, said):
 def arguments(**settings):
     """What is read of vLLM's EngineArgs and ParallelConfig, of an engine that is served."""
     engine_args = {
-        "enable_lora": False,
         "scheduler_cls": None,
         "watermark_config": None,
         "weight_transfer_config": None,
@@ -136,7 +135,6 @@ def test_supported_arguments():
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"use_ubatching": True}, "dual batch overlap"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
-        ({"enable_lora": True}, "LoRA"),
         ({"scheduler_cls": "mine.Scheduler"}, "scheduler_cls='mine.Scheduler'"),
         ({"watermark_config": {}}, "watermarking"),
         ({"weight_transfer_config": object()}, "weight transfer from a trainer"),

@@ -87,7 +87,9 @@ REQUIRED = {
     "drafts with pickled code": "pickle",
     "a scheduler class of the user's": "scheduler_cls",
     "attention backends other than the plugin's": "cannot verify the tree",
-    "LoRA": "enable_lora",
+    "LoRA adapters of the target": "enable_lora",
+    "requests with different adapters, or none, in a batch": "lora_request",
+    "LoRA adapters of the target's head": "lora-target-modules",
     "pipeline parallelism": "pipeline_parallel_size",
     "KV connectors and disaggregated prefill": "kv_transfer_config",
     "multimodal targets": "is_multimodal_model",
@@ -176,7 +178,10 @@ ROW = ["min-p", "works with trees", "`tests/integration/test_lossless.py::test_t
         ([*ROW[:2], "by hand"], "'by hand' names no test"),
         ([*ROW[:2], "`tests/integration/test_lossless.py::test_nothing`"], "there is no"),
         ([*ROW[:2], "`tests/unit/test_nothing.py::test_nothing`"], "there is no"),
-        (["LoRA", "refused", "`tests/unit/test_options.py::test_gamma_is_a_chain`"], "says nothing of enable_lora"),
+        (
+            ["watermarking", "refused", "`tests/unit/test_options.py::test_gamma_is_a_chain`"],
+            "says nothing of watermark",
+        ),
     ],
 )
 def test_a_wrong_row_is_named(row, said):

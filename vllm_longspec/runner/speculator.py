@@ -10,6 +10,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.mem_utils import format_gib
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -66,6 +67,12 @@ class TreeSpeculator(DraftModelSpeculator):
         self.proposer: Proposer = cls(vllm_config, options.tree_shape, device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        if isinstance(target_model.logits_processor, LogitsProcessorWithLoRA):
+            # vLLM gives it the adapter of each request, as if each had one row.
+            raise ValueError(
+                "LoRA adapters of the head are not supported with trees: give --lora-target-modules without lm_head, "
+                "such as q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+            )
         model = self.proposer.load(target_model, target_attn_layer_names)
         # vLLM asks the target for its model state class.
         target_model.get_model_state_cls = lambda: partial(

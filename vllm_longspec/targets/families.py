@@ -4,6 +4,7 @@
 from typing import Any, NamedTuple
 
 from torch import nn
+from vllm.lora.layers import BaseLayerWithLoRA
 
 # `model_type` of a target's config.json -> architecture of its GLIDE drafts
 FAMILIES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
@@ -19,9 +20,18 @@ class TargetModules(NamedTuple):
 
 
 def modules_of(target: nn.Module) -> TargetModules:
+    """Those of the base model: with LoRA, vLLM's wrappers apply the adapters of the target's batch."""
     model = target.model
-    rotary_emb = model.layers[-1].self_attn.rotary_emb
-    return TargetModules(model.embed_tokens, rotary_emb, target.lm_head, target.logits_processor)
+    return TargetModules(
+        _of_base(model.embed_tokens),
+        model.layers[-1].self_attn.rotary_emb,
+        _of_base(target.lm_head),
+        _of_base(target.logits_processor),
+    )
+
+
+def _of_base(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
 
 def layer_sizes(config: Any) -> list[int]:

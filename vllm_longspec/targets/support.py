@@ -104,7 +104,6 @@ def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig"
             "serve without --decode-context-parallel-size",
         ),
         (parallel_config.use_ubatching, "dual batch overlap", "serve without --enable-dbo"),
-        (engine_args.enable_lora, "LoRA", "serve without --enable-lora"),
         # `TreeScheduler` takes its place.
         (scheduler_cls is not None, f"scheduler_cls={scheduler_cls!r}", "serve without --scheduler-cls"),
         (
