@@ -8,7 +8,8 @@ tokens) take the concrete backend's causal path.
 The mixins precede a vLLM backend's builder and implementation in the bases of flash.py, triton.py and cpu.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class TreesToAttend(ModelSpecificAttnMetadata):
     prefix_lens: torch.Tensor  # int32 [max_num_reqs]
     max_prefix_len: int  # upper bound; when captured in a CUDA graph, for all batches that it will run
     in_graph: bool  # attention is part of a CUDA graph of the whole forward pass
+    idx_mapping: torch.Tensor  # int64 [max_num_reqs] req_state_idx, -1 for padding
+    observers: Mapping[str, "Observer"] = field(default_factory=dict)  # by layer name
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
         return {"to_attend": self}
@@ -48,7 +51,25 @@ class TreeRequests:
     slot_mapping: torch.Tensor  # int64 [num_tokens]
     ancestor_masks: torch.Tensor  # int32 [num_reqs, num_rows, num_words]
     in_graph: bool  # a CUDA graph keeps the addresses of all of these tensors
+    idx_mapping: torch.Tensor  # int64 [num_reqs] req_state_idx, -1 for padding
+    observers: Mapping[str, "Observer"] = field(default_factory=dict)  # by layer name
     prefix_schedule: torch.Tensor | None = None  # of `schedule_prefix`
+
+
+@dataclass(frozen=True)
+class PrefixAttention:
+    """The attention of the rows of trees to their cached prefixes in one layer, as it was computed."""
+
+    trees: TreeRequests
+    query: torch.Tensor  # [num_tokens, num_heads, head_size]
+    kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    scale: float  # factor of the scores
+    lse: torch.Tensor  # float32 [num_heads, num_tokens] log-sum-exp
+    scales: CacheScales | None
+
+
+# Called right after the attention, also in CUDA graphs. It must not change what it is given, nor wait for the host.
+Observer = Callable[[PrefixAttention], None]
 
 
 @dataclass
@@ -111,6 +132,8 @@ def _tree_requests(common: CommonAttentionMetadata, to_attend: TreesToAttend) ->
         slot_mapping=common.slot_mapping[:num_tokens],
         ancestor_masks=to_attend.ancestor_masks[:num_reqs],
         in_graph=to_attend.in_graph,
+        idx_mapping=to_attend.idx_mapping[:num_reqs],
+        observers=to_attend.observers,
     )
 
 
@@ -199,6 +222,9 @@ class TreeAttentionImplMixin:
                 scales,
                 trees.prefix_schedule,
             )
+            observe = trees.observers.get(layer.layer_name)
+            if observe is not None:
+                observe(PrefixAttention(trees, query[:num_tree_tokens], kv_cache, self.scale, prefix_lse, scales))
             tree_attention(
                 query[:num_tree_tokens],
                 kv_cache,

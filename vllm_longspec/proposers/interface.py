@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_longspec.attention.backend import Observer
+
     HfOverrides = Callable[[PretrainedConfig], PretrainedConfig]
 
 # (nodes per request, K and V of all cached tokens in weights) -> time of drafting, in weights that could be read
@@ -152,6 +154,13 @@ class Proposer(ABC):
         Also called for resumed requests and prefix-cache hits. Never part of a CUDA graph.
         """
         return None
+
+    def observers(self) -> "Mapping[str, Observer]":
+        """What sees the target's attention of the rows of trees to their prefixes, by name of the layer.
+
+        Asked for when the KV cache is there; observers run in the CUDA graphs of the target.
+        """
+        return {}
 
     def profile(self, num_reqs: int) -> None:
         """Allocates what the largest draft does, for vLLM's memory profiling. There is no KV cache yet."""

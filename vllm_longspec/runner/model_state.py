@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's per-step hooks (vLLM's `ModelState`): layout before its forward pass, compaction after the walk."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_longspec.attention.backend import TreesToAttend
+from vllm_longspec.attention.backend import Observer, TreesToAttend
 from vllm_longspec.options import options_of
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
@@ -52,6 +53,8 @@ class TreeModelState(DefaultModelState):
         rates = conditional_rates(vllm_config.speculative_config, options.tree_shape.max_depth)
         self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
         self.added_log_cutoffs: dict[int, float] = {}  # by req_state_idx of the requests that are added
+        # Of the attention of trees, by layer name; a proposer's.
+        self.observers: Mapping[str, Observer] = {}
         # Of the current step.
         self.num_tree_reqs = 0
         self.block_table: torch.Tensor | None = None
@@ -123,6 +126,8 @@ class TreeModelState(DefaultModelState):
             self.tree_batch.prefix_lens,
             max_prefix_len=self.max_model_len if in_graph else int(input_batch.seq_lens_cpu_upper_bound.max()),
             in_graph=in_graph,
+            idx_mapping=self.tree_batch.idx_mapping,
+            observers=self.observers,
         )
         return super().prepare_attn(
             input_batch,
