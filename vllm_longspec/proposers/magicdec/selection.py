@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from vllm.utils.math_utils import cdiv
 
-from vllm_longspec.attention.backend import PrefixAttention
+from vllm_longspec.attention.backend import PrefixAttention, TreeRequests
 from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
 from vllm_longspec.proposers.magicdec.choose_blocks import blocks_per_unit, choose_blocks, shortened_tables
 
@@ -94,20 +94,16 @@ class BlockSelection:
 
     def observer(self, layer: int) -> Callable[[PrefixAttention], None]:
         """What chooses the blocks of the layer with this index after its attention to the prefix."""
-        return lambda attention: self._choose(layer, attention)
 
-    def _choose(self, layer: int, attention: PrefixAttention) -> None:
+        def observe(attention: PrefixAttention) -> None:
+            self.score(layer, attention)
+            self.choose(layer, attention.trees)
+
+        return observe
+
+    def score(self, layer: int, attention: PrefixAttention) -> None:
+        """Writes `scores` of the requests whose choice is due in this layer."""
         trees = attention.trees
-        num_layers = len(self.blocks)
-        refresh = Refresh(
-            trees.idx_mapping,
-            self.num_verified,
-            self.interval,
-            phase=layer,
-            # Shorter ones are attended as a whole.
-            min_prefix_len=self.num_sinks * self.block_size + self.budget,
-        )
-        scores = self.scores[: trees.num_reqs]
         block_scores(
             attention.query,
             attention.kv_cache,
@@ -117,23 +113,31 @@ class BlockSelection:
             trees.max_query_len,
             attention.scale,
             attention.lse,
-            refresh,
+            self._refresh(layer, trees),
             self.unit_blocks * self.block_size,
-            scores,
+            self.scores[: trees.num_reqs],
             attention.scales,
         )
+
+    def choose(self, layer: int, trees: TreeRequests) -> None:
+        """Renews what is due in this layer, by `scores`. The last layer counts the verification."""
         choose_blocks(
-            scores,
+            self.scores[: trees.num_reqs],
             trees.prefix_lens,
-            refresh,
+            self._refresh(layer, trees),
             self.num_sinks,
             self.num_recent,
             self.block_size,
             self.unit_blocks,
             self.blocks[layer],
             self.num_blocks[layer],
-            counts=layer == num_layers - 1,
+            counts=layer == len(self.blocks) - 1,
         )
+
+    def _refresh(self, layer: int, trees: TreeRequests) -> Refresh:
+        # Shorter prefixes are attended as a whole.
+        min_prefix_len = self.num_sinks * self.block_size + self.budget
+        return Refresh(trees.idx_mapping, self.num_verified, self.interval, layer, min_prefix_len)
 
     def write_tables(
         self,
