@@ -37,7 +37,7 @@ SINKS = 32
 # What is chosen unless a sweep varies it.
 RECENT = 64
 UNIT = 32
-INTERVAL = 4
+INTERVAL = 8
 BUDGETS = (128, 256, 512)
 SWEEPS = ("budget", "unit", "recent", "interval", "rows", "heads", "share")
 

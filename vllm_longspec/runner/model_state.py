@@ -41,10 +41,12 @@ class TreeModelState(DefaultModelState):
         *,
         tree_state: TreeState,
         tree_batch: TreeBatch,
+        observers: Mapping[str, Observer],
     ):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.tree_state = tree_state
         self.tree_batch = tree_batch
+        self.observers = observers
         options = options_of(vllm_config.speculative_config)
         assert options is not None and vllm_config.speculative_config is not None
         self.couple_noise = options.couple_noise
@@ -53,8 +55,6 @@ class TreeModelState(DefaultModelState):
         rates = conditional_rates(vllm_config.speculative_config, options.tree_shape.max_depth)
         self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
         self.added_log_cutoffs: dict[int, float] = {}  # by req_state_idx of the requests that are added
-        # Of the attention of trees, by layer name; a proposer's.
-        self.observers: Mapping[str, Observer] = {}
         # Of the current step.
         self.num_tree_reqs = 0
         self.block_table: torch.Tensor | None = None

@@ -19,7 +19,7 @@ RECENT = 64
 # Tokens that are chosen together, if blocks are not larger.
 UNIT = 32
 # Verifications from one choice of a layer to the next.
-INTERVAL = 4
+INTERVAL = 8
 
 
 @dataclass(frozen=True)
