@@ -35,7 +35,7 @@ def run_registered(settings: dict[str, Any], batches: list[Any]) -> dict[str, An
         selections.append(BlockSelection.allocate(32, 96, len(names), 8, 1024, 32, self.device))
         return {name: selections[0].observer(layer) for layer, name in enumerate(names)}
 
-    RepeatProposer.observers = observers  # type: ignore[method-assign]
+    setattr(RepeatProposer, "observers", observers)  # noqa: B010
     result = run_batches(settings, batches)
     [selection] = selections
     return {**result, "verified": selection.num_verified.tolist(), "chosen": selection.num_blocks.tolist()}

@@ -21,7 +21,7 @@ from tests.oracles.attention import (
 )
 from vllm_longspec.attention import prefix
 from vllm_longspec.attention.backend import PrefixAttention, TreeAttentionMetadata, TreeRequests
-from vllm_longspec.attention.cpu import TreeCpuAttentionImpl
+from vllm_longspec.attention.cpu import CausalRequests, TreeCpuAttentionImpl
 from vllm_longspec.proposers.magicdec import block_scores as module
 from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
 from vllm_longspec.proposers.magicdec.choose_blocks import MAX_UNITS, blocks_per_unit, choose_blocks, shortened_tables
@@ -460,6 +460,15 @@ def test_a_draft_step_attends_what_was_chosen() -> None:
         assert table[:2] == [0, 1] and table[-4:] == list(range(last - 3, last + 1))
         assert torch.equal(tables[0, request], tables[1, request])
     assert bool((tables[:, 2] == 0).all())
+
+
+def test_layers_may_attend_different_blocks() -> None:
+    table = torch.zeros(2, 5, dtype=torch.int32)
+    shared = CausalRequests([0, 1, 2], [70, 3], table)
+    own: Any = TreeAttentionMetadata(None, shared).with_block_table(table + 1).causal
+    assert (own.query_start_loc, own.seq_lens) == ([0, 1, 2], [70, 3])
+    assert torch.equal(own.block_table, table + 1)
+    assert shared.block_table is table
 
 
 def test_an_observer_sees_the_attention_of_its_layer() -> None:

@@ -9,7 +9,7 @@ The mixins precede a vLLM backend's builder and implementation in the bases of f
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ Observer = Callable[[PrefixAttention], None]
 class TreeAttentionMetadata:
     trees: TreeRequests | None
     causal: Any | None  # the concrete backend's metadata for the requests without a tree, if there are any
+
+    def with_block_table(self, block_table: torch.Tensor) -> "TreeAttentionMetadata":
+        """The same batch, which has no trees, over other blocks of as many tokens; int32 [num_reqs, max_num_blocks]."""
+        assert self.trees is None and self.causal is not None
+        return replace(self, causal=replace(self.causal, block_table=block_table))
 
 
 class TreeMetadataBuilderMixin:

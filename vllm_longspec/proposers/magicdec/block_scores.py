@@ -37,6 +37,8 @@ from vllm_longspec.interpreter import interpreting
 # Keys of a tile on a GPU. A tile's K is read head after head, the next while the last is multiplied.
 KEYS = 128
 PROGRAMS_PER_COMPUTE_UNIT = 2
+# Lanes that deal out the work, one for each request. Smaller batches do not compile kernels of their own.
+MIN_LANES = 256
 
 
 class Refresh(NamedTuple):
@@ -245,7 +247,7 @@ def block_scores(
         UNITS=max(1, keys // padded_unit_size),
         DOT_DTYPE=dot_dtype(dtype),
         ROWS=tiles.rows,
-        ROW_TILES=triton.cdiv(max_query_len * group, tiles.rows),
-        REQS=triton.next_power_of_2(num_reqs),
+        ROW_TILES=triton.next_power_of_2(triton.cdiv(max_query_len * group, tiles.rows)),
+        REQS=triton.next_power_of_2(max(num_reqs, MIN_LANES)),
         num_warps=tiles.num_warps,
     )
