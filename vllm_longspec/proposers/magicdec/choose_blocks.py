@@ -194,7 +194,7 @@ def shortened_tables(
     With s = max(0, max(0, position + 1 - budget) // block_size - num_sinks) blocks left out, whatever was chosen, a row
     attends position + 1 - s * block_size tokens. Without a choice the table is that of the last `budget` tokens, from
     the block on in which they begin. `block_table`, `blocks` and `tables` are contiguous in their last dimension;
-    `width` is at least num_sinks + ceil(budget / block_size) + 1, or max_num_blocks.
+    `width` is at least num_sinks + ceil((budget - 1) / block_size) + 1, or max_num_blocks.
     """
     num_layers, num_reqs, width = tables.shape
     _shortened_tables_kernel[(num_reqs, num_layers)](
