@@ -39,7 +39,7 @@ from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.tree import tree_attention
 from vllm_longspec.copying.lookup import find_copies
 from vllm_longspec.copying.trust import CopyTrust
-from vllm_longspec.proposers.glide.best_children import best_children
+from vllm_longspec.tree.best_children import best_children
 from vllm_longspec.proposers.glide.fp8_inputs import activate
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.window import DraftWindow

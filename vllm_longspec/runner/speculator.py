@@ -108,6 +108,7 @@ class TreeSpeculator(DraftModelSpeculator):
     ) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
         self.block_table = torch.zeros_like(block_tables.input_block_tables[0])
+        self.proposer.set_cache(kv_cache_config)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         use_graphs = cudagraph_mode.has_full_cudagraphs() and not self.speculative_config.enforce_eager
