@@ -19,6 +19,8 @@ AUTO_LEVELS = (4, *[16] * 11)
 # Whether that is the default where adaptive verification is.
 AUTO_BY_DEFAULT = False
 DEFAULT_COPY_LENGTH = 16
+# Tokens that the target drafts for itself.
+DEFAULT_GAMMA = 4
 
 # Which cached blocks the target attends while it drafts for itself (docs/design.md#the-target-drafts-for-itself).
 SELECTIONS = ("recent", "scores")
@@ -136,8 +138,8 @@ def parse_partial_attention(options: Mapping[str, Any]) -> PartialAttention:
         budget = default.budget
     if not _is_positive_int(sinks) and (sinks != 0 or isinstance(sinks, bool)):
         raise ValueError(
-            f"sinks must be an integer of 0 or more, got {sinks!r}: give the number of first tokens to attend, or leave "
-            f"it out for {default.sinks}"
+            f"sinks must be an integer of 0 or more, got {sinks!r}: give the number of first tokens to attend, or "
+            f"leave it out for {default.sinks}"
         )
     if not _is_positive_int(budget):
         raise ValueError(

@@ -125,12 +125,12 @@ def test_a_refusal_names_the_draft_at_hand():
     with pytest.raises(ValueError, match="is not supported with the method magicdec"):
         support.check_engine(engine(use_v2_model_runner=False), draft)
     with pytest.raises(ValueError, match="is not supported with the method magicdec"):
-        support.check_arguments(*arguments(enable_lora=True), draft)
+        support.check_arguments(*arguments(enable_lora=True), draft=draft)
     with pytest.raises(ValueError, match="is not supported with the method magicdec"):
         support.check_options({"parallel_drafting": True}, PARALLEL, draft)
 
 
-def arguments(**settings):
+def arguments(**settings: Any) -> tuple[Any, Any]:
     """What is read of vLLM's EngineArgs and ParallelConfig, of an engine that is served."""
     engine_args = {
         "enable_lora": False,

@@ -105,7 +105,7 @@ class DraftSetup(ABC):
         return None
 
     def num_lookahead_tokens(self, num_nodes: int) -> int:
-        """How many cache slots from the root's on a draft for `num_nodes` nodes writes at most; the core reserves them."""
+        """Cache slots, from the root's on, that a draft for `num_nodes` nodes may write; the core reserves them."""
         return 0
 
     @abstractmethod

@@ -73,7 +73,7 @@ class DraftInputs:
         """
         num_reqs = idx_mapping.shape[0]
         assert tokens.is_contiguous() and tokens.numel() == num_reqs
-        _write_kernel[(num_reqs,)](
+        _write_draft_inputs_kernel[(num_reqs,)](
             tokens,
             idx_mapping,
             roots.positions,
@@ -97,7 +97,7 @@ class DraftInputs:
 
 
 @triton.jit(do_not_specialize=["step", "max_position", "num_sink_blocks", "budget"])
-def _write_kernel(
+def _write_draft_inputs_kernel(
     tokens_ptr,  # int64 [num_reqs]
     idx_mapping_ptr,  # int64 [num_reqs]
     root_positions_ptr,  # int64 [num_reqs]

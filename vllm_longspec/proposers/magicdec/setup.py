@@ -4,14 +4,13 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_longspec.options import DEFAULT_GAMMA
 from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup
 from vllm_longspec.proposers.magicdec.cost import MagicDecCost
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-
-DEFAULT_GAMMA = 4
 
 # Options of vLLM's that are about a draft with weights.
 _DRAFT_OPTIONS = ("model", "revision", "code_revision", "draft_load_config", "quantization")
@@ -22,7 +21,7 @@ _NAMES_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 class MagicDecSetup(DraftSetup):
     proposer = "vllm_longspec.proposers.magicdec.proposer.MagicDecProposer"
     option_names = (SHARED_OPTIONS - {"tree_shape", "frequent_tokens"}) | {"sinks", "budget", "selection"}
-    ways_out = {  # noqa: RUF012
+    ways_out = {
         "tree_shape": "it drafts a chain, give the number of tokens as gamma",
         "frequent_tokens": "it drafts with the target's own head, leave it out",
     }
@@ -33,8 +32,8 @@ class MagicDecSetup(DraftSetup):
         for name in _DRAFT_OPTIONS:
             if options.get(name) is not None:
                 raise ValueError(
-                    f"{name}={options[name]!r} is not supported with the method magicdec: the target drafts for itself, "
-                    "leave it out"
+                    f"{name}={options[name]!r} is not supported with the method magicdec: the target drafts for "
+                    "itself, leave it out"
                 )
         return cls()
 
