@@ -276,7 +276,7 @@ def attention() -> Iterator[Row]:
 
 
 def children() -> Iterator[Row]:
-    from vllm_longspec.proposers.glide.best_children import best_children
+    from vllm_longspec.tree.best_children import best_children
     from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 
     vocab_size, width = QWQ_32B["vocab_size"], LEVEL_WIDTH

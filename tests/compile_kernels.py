@@ -39,16 +39,19 @@ from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.tree import tree_attention
 from vllm_longspec.copying.lookup import find_copies
 from vllm_longspec.copying.trust import CopyTrust
-from vllm_longspec.proposers.glide.best_children import best_children
+from vllm_longspec.options import PartialAttention
 from vllm_longspec.proposers.glide.fp8_inputs import activate
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.window import DraftWindow
 from vllm_longspec.proposers.glide.window_attention import window_attention, write_nodes, write_window
+from vllm_longspec.proposers.interface import Roots
 from vllm_longspec.proposers.magicdec import block_scores as scores_module
 from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
 from vllm_longspec.proposers.magicdec.choose_blocks import choose_blocks, shortened_tables
+from vllm_longspec.proposers.magicdec.inputs import DraftInputs
 from vllm_longspec.runner.roots import read_roots
 from vllm_longspec.tree.batch import TreeBatch
+from vllm_longspec.tree.best_children import best_children
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.history.bad_words import apply_bad_words
@@ -282,6 +285,14 @@ def compile_level_kernel(levels: tuple[int, ...]) -> None:
     list_a_path_early(trees.log_probs, trees.parents, levels)
 
 
+def compile_magicdec_kernels(part: PartialAttention, block_size: int, max_model_len: int) -> None:
+    slots = torch.zeros(2, dtype=torch.int64)
+    inputs = DraftInputs.allocate(part, block_size, 4, max_model_len, torch.device("cpu"))
+    whole = torch.zeros(2, max_model_len // block_size, dtype=torch.int32)
+    for step in (0, 1, 3):
+        inputs.write(step, slots, slots, Roots(slots, slots, slots.int()), whole)
+
+
 def main() -> None:
     JITFunction.run = compile_launch
     scores_module.num_programs = lambda device: 264
@@ -297,6 +308,11 @@ def main() -> None:
         compile_selection_kernels(max_num_units, unit_blocks, num_chosen)
     for max_new in (1, 6, 512):
         compile_window_kernels(max_new)
+    for part, block_size, max_model_len in (
+        (PartialAttention(), 16, 131072),
+        (PartialAttention(sinks=0, budget=1), 32, 96),
+    ):
+        compile_magicdec_kernels(part, block_size, max_model_len)
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
         compile_attention_kernels(dtype, head_size)
         compile_draft_kernels(dtype)

@@ -33,7 +33,7 @@ ALLOWED = {
         "targets",
         "tree",
     },
-    "proposers.magicdec": {"attention", "interpreter"},
+    "proposers.magicdec": {"attention", "interpreter", "options", "proposers", "targets", "tree"},
     "scheduling": {"options", "proposers", "targets", "tree"},
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from vllm_longspec.attention.cache_scales import CacheScales, cache_scales
@@ -176,6 +176,49 @@ class TreeAttentionImplMixin:
     # Set by vLLM's implementations.
     num_heads: int
     scale: float
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **kwargs: Any,
+    ):
+        """Raises ValueError for a layer that attends in a way which trees do not, whatever start-up knew of it."""
+        unsupported = {
+            "ALiBi": alibi_slopes is not None,
+            "a sliding window": sliding_window is not None,
+            "a soft cap of attention logits": bool(logits_soft_cap),
+            "KV sharing between layers": kv_sharing_target_layer_name is not None,
+            "attention sinks": sinks is not None,
+            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
+        }
+        for feature, applies in unsupported.items():
+            if applies:
+                raise ValueError(
+                    f"a target that has {feature} is not supported with trees: serve without speculative decoding"
+                )
+        super().__init__(  # type: ignore[call-arg]
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            **kwargs,
+        )
 
     def prefix_attention(
         self,

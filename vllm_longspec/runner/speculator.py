@@ -110,6 +110,7 @@ class TreeSpeculator(DraftModelSpeculator):
     ) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
         self.block_table = torch.zeros_like(block_tables.input_block_tables[0])
+        self.proposer.set_cache(kv_cache_config)
         self.observers.clear()
         self.observers.update(self.proposer.observers())
 
