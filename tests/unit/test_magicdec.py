@@ -173,6 +173,16 @@ def test_a_step_of_drafting_reads_the_weights_and_its_part_of_the_cache():
     # No more than there is.
     assert cost.drafting(16, 1, 100 * cost.token) == STEP + cost.target + 100 * cost.token
     assert cost.drafting(16, 0, cache) == 0
+    # Blocks by scores: a sixteenth of the cache once a verification.
+    scored = replace(cost.drafting, rescored=1 / 16)
+    assert scored(16, 3, cache) == cost.drafting(16, 3, cache) + cache / 16
+    assert scored(16, 0, cache) == 0
+
+
+@pytest.mark.parametrize(("selection", "rescored"), [("recent", 0.0), ("scores", 1 / 16)])
+def test_the_cost_knows_how_blocks_are_chosen(target, selection, rescored):
+    config = engine_config(target, {"method": "magicdec", "selection": selection})
+    assert MagicDecCost.of(config).rescored == rescored
 
 
 @pytest.mark.parametrize(("batch_size", "context", "most"), [(16, 32768, 0.28), (4, 131072, 0.26)])

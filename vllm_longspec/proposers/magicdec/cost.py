@@ -20,10 +20,13 @@ class MagicDecCost:
     target: float  # weights of all layers and the head that each GPU reads
     token: float  # K and V of a cached token in all layers, in weights
     num_attended: int  # most tokens of a request that a step attends
+    rescored: float = 0.0  # share of cached K and V that a verification reads once more, to choose blocks
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "MagicDecCost":
         from vllm.utils.torch_utils import is_quantized_kv_cache
+
+        from vllm_longspec.proposers.magicdec.selection import INTERVAL
 
         options = options_of(vllm_config.speculative_config)
         assert options is not None and options.partial_attention is not None
@@ -35,8 +38,12 @@ class MagicDecCost:
             target_weights(config, model_config.get_vocab_size(), num_ranks),
             cached_token_weights(config, num_ranks, is_quantised),
             options.partial_attention.sinks + options.partial_attention.budget,
+            # K is half of both.
+            0.5 / INTERVAL if options.partial_attention.selection == "scores" else 0.0,
         )
 
     def __call__(self, batch_size: int, num_nodes: int, cache: float) -> float:
+        if num_nodes == 0:
+            return 0.0
         attended = min(cache, batch_size * self.num_attended * self.token)
-        return num_nodes * (STEP + self.target + attended)
+        return num_nodes * (STEP + self.target + attended) + self.rescored * cache
