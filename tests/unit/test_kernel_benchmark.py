@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CONTEXTS", (64, 1 << 20))
     monkeypatch.setattr(kernels, "BATCHES", (1, 2))
     monkeypatch.setattr(kernels, "COPIES", ((64, 1), (100, 2)))
-    monkeypatch.setattr(kernels, "LLAMA_3_8B_262K", SMALL | {"num_hidden_layers": 5})
+    monkeypatch.setattr(kernels, "LLAMA_3_8B_262K", SMALL | {"num_hidden_layers": 9})
     monkeypatch.setattr(kernels, "SELECTIONS", ((1500, 1), (64, 2)))
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
     monkeypatch.setattr(kernels, "LEVEL_WIDTH", 3)
