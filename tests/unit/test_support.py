@@ -7,6 +7,7 @@ import torch
 import vllm.platforms
 import vllm.triton_utils
 
+from vllm_longspec.attention.cpu import TreeCpuAttentionImpl
 from vllm_longspec.targets import support
 
 
@@ -128,6 +129,25 @@ def test_a_refusal_names_the_draft_at_hand():
         support.check_arguments(*arguments(enable_lora=True), draft=draft)
     with pytest.raises(ValueError, match="is not supported with the method magicdec"):
         support.check_options({"parallel_drafting": True}, PARALLEL, draft)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"alibi_slopes": [1.0, 0.5]}, "ALiBi"),
+        ({"sliding_window": 64}, "a sliding window"),
+        ({"logits_soft_cap": 50.0}, "a soft cap of attention logits"),
+        ({"kv_sharing_target_layer_name": "layers.0"}, "KV sharing between layers"),
+        ({"sinks": torch.zeros(2)}, "attention sinks"),
+        ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
+    ],
+)
+def test_what_only_layers_show_is_refused_when_they_are_built(settings, said):
+    """A target may attend in a way that its configuration does not tell under any name that is known."""
+    TreeCpuAttentionImpl(2, 32, 0.1, 1, logits_soft_cap=None, sliding_window=None)
+    with pytest.raises(ValueError, match=f"a target that has {said} is not supported with trees: serve ") as error:
+        TreeCpuAttentionImpl(2, 32, 0.1, 1, **settings)
+    refused(error)
 
 
 def arguments(**settings: Any) -> tuple[Any, Any]:

@@ -61,7 +61,11 @@ class TreeModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         # All layers of a supported target have full attention and share one block table.
-        assert len(kv_cache_config.kv_cache_groups) == 1
+        if (num_groups := len(kv_cache_config.kv_cache_groups)) != 1:
+            raise ValueError(
+                f"a target with KV caches of {num_groups} kinds is not supported with trees: serve without speculative "
+                "decoding"
+            )
         layers = self.vllm_config.compilation_config.static_forward_context
         layer_names = kv_cache_config.kv_cache_groups[0].layer_names
         self.kv_caches = KVCacheTable([layers[name].kv_cache for name in layer_names])
