@@ -47,9 +47,10 @@ KERNEL_TESTS = [
     "growing_trees",
     "tree",
     "sample",
+    "draft_inputs",
 ]
 # The last one where there are two GPUs; elsewhere it skips itself.
-ENGINE_TESTS = ["cuda_graphs", "lossless", "quantised", "tensor_parallel"]
+ENGINE_TESTS = ["cuda_graphs", "lossless", "magicdec", "quantised", "tensor_parallel"]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python -m benchmarks.kernels [attention children sample compact copy] [--out benchmarks/results/kernels.json]
+    python -m benchmarks.kernels [attention children sample compact copy scores] [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
@@ -9,7 +9,9 @@
   sampled ones, and for those with top-p;
 - sample: vLLM's sampler over all rows of a tree, and the walk;
 - compact: moving accepted K and V in all layers;
-- copy: what copied paths add to a draft.
+- copy: what copied paths add to a draft;
+- scores: what choosing blocks by scores adds to a verification, of one layer, if all requests are due, if they take
+  turns, and if none is, beside FlashAttention 3 for the same rows; and the tables that a draft step makes of it.
 
 Every time is that of one call within a CUDA graph of many, which use inputs in turn that the L2 cache cannot hold all
 of; the median of some replays. What no graph can hold is the sum of its kernels. Random numbers in bfloat16, heads of
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +34,9 @@ import torch
 from benchmarks import RESULTS
 from benchmarks.reporting import environment, markdown
 from benchmarks.shapes import LLAMA_3_8B_262K, QWQ_32B
+
+if TYPE_CHECKING:
+    from vllm_longspec.attention.backend import PrefixAttention
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -46,6 +51,9 @@ CONTEXTS = (4096, 16384, 65536, 131072)
 BATCHES = (1, 4, 16)
 # (context, batch) of lookups
 COPIES = ((16384, 1), (16384, 16), (131072, 1), (131072, 64))
+# (context, batch) of selections by scores, and the rows of their verifications
+SELECTIONS = ((32768, 16), (131072, 4))
+CHAIN_ROWS = 5
 # The bound on splits that vLLM gives FlashAttention for plain decoding within CUDA graphs.
 GRAPH_SPLITS = 32
 # Rows of a tile of FlashAttention 3.
@@ -162,6 +170,25 @@ class Batch:
         )
         return lse
 
+    def seen(self, indices: torch.Tensor) -> "PrefixAttention":
+        """The attention of the rows to their prefix, as an observer sees it in an engine."""
+        from vllm_longspec.attention.backend import PrefixAttention, TreeRequests
+
+        trees = TreeRequests(
+            self.prefix_lens.shape[0],
+            self.query.shape[0],
+            self.query_starts,
+            self.width,
+            self.prefix_lens,
+            self.context,
+            self.block_table,
+            self.slots,
+            self.masks,
+            in_graph=True,
+            idx_mapping=indices,
+        )
+        return PrefixAttention(trees, self.query, self.kv_cache, HEAD_SIZE**-0.5, self.prefix_attention()(), None)
+
     def attend_tree(self, prefix_lse: torch.Tensor) -> None:
         from vllm_longspec.attention.tree import tree_attention
 
@@ -249,7 +276,7 @@ def attention() -> Iterator[Row]:
 
 
 def children() -> Iterator[Row]:
-    from vllm_longspec.proposers.glide.best_children import best_children
+    from vllm_longspec.tree.best_children import best_children
     from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 
     vocab_size, width = QWQ_32B["vocab_size"], LEVEL_WIDTH
@@ -385,12 +412,53 @@ def copied_path(context: int, num_reqs: int, vocab_size: int) -> Callable[[], ob
     return call
 
 
+def scores() -> Iterator[Row]:
+    from vllm_longspec.proposers.magicdec.selection import BlockSelection
+
+    config = LLAMA_3_8B_262K
+    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    num_layers = config["num_hidden_layers"]
+    num_blocks = CACHE_BYTES // (BLOCK_SIZE * num_kv_heads * 4 * HEAD_SIZE)
+    memory = torch.empty(num_blocks, BLOCK_SIZE, num_kv_heads, 2 * HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+    for chunk in memory.split(1 << 14):
+        chunk.normal_()
+    for context, num_reqs in SELECTIONS:
+        batches = make_batches(memory.transpose(1, 2), num_heads, context, num_reqs, CHAIN_ROWS)
+        sinks, budget = 32, 1024
+        selection = BlockSelection.allocate(sinks, budget, num_layers, num_reqs, context, BLOCK_SIZE, DEVICE)
+        indices = torch.arange(num_reqs, device=DEVICE)
+        seen = [batch.seen(indices) for batch in batches]
+        row: Row = {"context": context, "batch": num_reqs}
+        row["FA3"] = measure([batch.prefix_attention() for batch in batches])
+        count = torch.zeros_like(selection.num_verified)
+        # Before its first verification all is due; then it depends on layer, place and count.
+        for name, num_verified, layers in (
+            ("all", count, [0]),
+            ("in turn", count + selection.interval, range(selection.interval)),
+            ("none", 1 + selection.interval - indices.int() % selection.interval, [0]),
+        ):
+            selection.num_verified.copy_(num_verified)
+            pairs = [(layer, attention) for layer in layers for attention in seen]
+            row[f"scores, {name}"] = measure([partial(selection.score, *pair) for pair in pairs])
+            row[f"choice, {name}"] = measure([partial(selection.choose, layer, seen.trees) for layer, seen in pairs])
+        width = selection.num_sinks + budget // BLOCK_SIZE + 1
+        tables = torch.zeros(num_layers, num_reqs, width, device=DEVICE, dtype=torch.int32)
+        row["tables, all layers"] = measure(
+            [
+                partial(selection.write_tables, batch.block_table, indices, batch.prefix_lens.long(), tables)
+                for batch in batches
+            ]
+        )
+        yield row
+
+
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "attention": attention,
     "children": children,
     "sample": sample,
     "compact": compact,
     "copy": copy,
+    "scores": scores,
 }
 
 

@@ -39,13 +39,19 @@ from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.tree import tree_attention
 from vllm_longspec.copying.lookup import find_copies
 from vllm_longspec.copying.trust import CopyTrust
-from vllm_longspec.proposers.glide.best_children import best_children
+from vllm_longspec.options import PartialAttention
 from vllm_longspec.proposers.glide.fp8_inputs import activate
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.window import DraftWindow
 from vllm_longspec.proposers.glide.window_attention import window_attention, write_nodes, write_window
+from vllm_longspec.proposers.interface import Roots
+from vllm_longspec.proposers.magicdec import block_scores as scores_module
+from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
+from vllm_longspec.proposers.magicdec.choose_blocks import choose_blocks, shortened_tables
+from vllm_longspec.proposers.magicdec.inputs import DraftInputs
 from vllm_longspec.runner.roots import read_roots
 from vllm_longspec.tree.batch import TreeBatch
+from vllm_longspec.tree.best_children import best_children
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.history.bad_words import apply_bad_words
@@ -178,6 +184,8 @@ def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
     for rows, scales in ((query.to(torch.float8_e4m3fn), CacheScales(one, one, one)), (query, CacheScales(each, each))):
         prefix_attention(rows, stored, block_table, lengths, starts, width, 0.1, output, lse, scales)
         tree_attention(rows, stored, slots, starts, masks, width, 0.1, lse, output, scales)
+        compile_score_kernel(rows, stored, block_table, lengths, starts, lse, scales)
+    compile_score_kernel(query, kv_cache, block_table, lengths, starts, lse, None)
 
     window_kv = torch.zeros(num_reqs, 512, 2, num_kv_heads, head_size, dtype=dtype)
     node_kv = torch.zeros(num_reqs, width, 2, num_kv_heads, head_size, dtype=dtype)
@@ -185,6 +193,49 @@ def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
     window_attention(levels, window_kv, slots[:num_reqs], slots[:num_reqs], node_kv, masks, 0, 0, 0.1)
     write_window(window_kv, query[:, :num_kv_heads], query[:, :num_kv_heads], slots, slots)
     write_nodes(node_kv, query[:, :num_kv_heads], query[:, :num_kv_heads])
+
+
+def compile_score_kernel(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    lse: torch.Tensor,
+    scales: CacheScales | None,
+) -> None:
+    refresh = Refresh(torch.zeros(len(lengths), dtype=torch.int64), lengths, 4, 1, 100)
+    block_size, scores = kv_cache.shape[2], torch.zeros(len(lengths), 4)
+    # One row tile and several; a block and more blocks a unit.
+    for max_query_len, unit_blocks in ((5, 1), (69, 2)):
+        block_scores(
+            query,
+            kv_cache,
+            block_table,
+            lengths,
+            starts,
+            max_query_len,
+            0.1,
+            lse,
+            refresh,
+            unit_blocks * block_size,
+            scores,
+            scales,
+        )
+
+
+def compile_selection_kernels(max_num_units: int, unit_blocks: int, num_chosen: int) -> None:
+    num_reqs, num_layers = 2, 3
+    lengths = torch.zeros(num_reqs, dtype=torch.int32)
+    indices = torch.zeros(num_reqs, dtype=torch.int64)
+    scores = torch.zeros(num_reqs, max_num_units)
+    blocks = torch.zeros(num_layers, num_reqs, num_chosen, dtype=torch.int32)
+    counts = blocks[:, :, 0].contiguous()
+    for phase, is_last in ((0, False), (1, True)):
+        refresh = Refresh(indices, lengths, 4, phase, 100)
+        choose_blocks(scores, lengths, refresh, 2, 64, 16, unit_blocks, blocks[phase], counts[phase], is_last)
+    tables = torch.zeros(num_layers, num_reqs, num_chosen + 7, dtype=torch.int32)
+    shortened_tables(blocks[0], indices, indices, 2, 16 * num_chosen + 64, 16, blocks, counts, tables)
 
 
 def compile_draft_kernels(dtype: torch.dtype) -> None:
@@ -234,8 +285,17 @@ def compile_level_kernel(levels: tuple[int, ...]) -> None:
     list_a_path_early(trees.log_probs, trees.parents, levels)
 
 
+def compile_magicdec_kernels(part: PartialAttention, block_size: int, max_model_len: int) -> None:
+    slots = torch.zeros(2, dtype=torch.int64)
+    inputs = DraftInputs.allocate(part, block_size, 4, max_model_len, torch.device("cpu"))
+    whole = torch.zeros(2, max_model_len // block_size, dtype=torch.int32)
+    for step in (0, 1, 3):
+        inputs.write(step, slots, slots, Roots(slots, slots, slots.int()), whole)
+
+
 def main() -> None:
     JITFunction.run = compile_launch
+    scores_module.num_programs = lambda device: 264
     for num_nodes in (1, 68):
         compile_tree_kernels(num_nodes)
     for vocab_size, max_depth, mark_lens in ((152064, 5, (1, 1, 1)), (32000, 16, (1, 2, 5)), (50257, 1, (3, 1, 2))):
@@ -244,8 +304,15 @@ def main() -> None:
         compile_level_kernel(levels)
     for copy_length, max_model_len, num_nodes in ((1, 1000, 1), (16, 131072, 68), (16, 4096, 4)):
         compile_copy_kernels(copy_length, max_model_len, num_nodes)
+    for max_num_units, unit_blocks, num_chosen in ((20, 1, 1), (4096, 2, 60), (16384, 4, 252)):
+        compile_selection_kernels(max_num_units, unit_blocks, num_chosen)
     for max_new in (1, 6, 512):
         compile_window_kernels(max_new)
+    for part, block_size, max_model_len in (
+        (PartialAttention(), 16, 131072),
+        (PartialAttention(sinks=0, budget=1), 32, 96),
+    ):
+        compile_magicdec_kernels(part, block_size, max_model_len)
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
         compile_attention_kernels(dtype, head_size)
         compile_draft_kernels(dtype)

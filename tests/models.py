@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 GLIDE_ARCHITECTURES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
 
@@ -31,10 +31,7 @@ def write_target(
     """A target with random weights. A small vocabulary lets even a random draft be right now and then."""
     torch.manual_seed(seed)
     settings = {**SIZES, "vocab_size": vocab_size, "tie_word_embeddings": tied, "initializer_range": 0.3, **overrides}
-    model: torch.nn.Module
-    model = (
-        LlamaForCausalLM(LlamaConfig(**settings)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**settings))
-    )
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
     if family == "qwen2":
         # transformers starts biases at zero, which would not notice one that is not loaded.
         for name, parameter in model.named_parameters():

@@ -4,19 +4,28 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_longspec.configure import given_config
-from vllm_longspec.options import AUTO, DEFAULT_COPY_LENGTH, DEFAULT_LEVELS
+from vllm_longspec.options import AUTO, DEFAULT_COPY_LENGTH, DEFAULT_GAMMA, DEFAULT_LEVELS, PartialAttention
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
+# With its defaults.
+_MAGICDEC = {
+    "method": "magicdec",
+    "gamma": DEFAULT_GAMMA,
+    "sinks": PartialAttention.sinks,
+    "budget": PartialAttention.budget,
+}
 _HELP_SUMMARY = (
     "Speculative decoding with a LongSpec GLIDE draft: --speculative-model MODEL "
     "[--speculative-tree-shape N [N ...]] [--speculative-copy-length N] [--speculative-frequent-tokens FILE]. "
-    "See --help=LongSpec."
+    "Without a draft the target can draft for itself over a part of its own cache: "
+    f"--speculative-config '{json.dumps(_MAGICDEC)}'. See --help=LongSpec."
 )
 
 

@@ -12,16 +12,18 @@ from vllm_longspec.attention.registry import choose_attention_backend
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.options import (
     AUTO,
+    DEFAULT_LEVELS,
     OPTION_NAMES,
     LongSpecOptions,
     attach_options,
     count_verified_nodes,
     options_of,
     parse_copy_length,
+    parse_partial_attention,
     parse_tree_shape,
     read_flag,
 )
-from vllm_longspec.proposers.interface import DraftSetup
+from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup
 from vllm_longspec.scheduling.schedule import default_schedule, numbers_of, plan_levels
 from vllm_longspec.targets import support
 from vllm_longspec.tree.synthetic_rates import rates_by_depth
@@ -97,6 +99,7 @@ def configure(
     own = {name: given.pop(name) for name in OPTION_NAMES if name in given}
     method = given.get("method")
     name = method if isinstance(method, str) and method in proposers.names() else proposers.GLIDE
+    _check_option_names(name, own)
     setup = proposers.setup_of(name).find(given, own)
     if setup is None:
         return None
@@ -107,10 +110,11 @@ def configure(
     if method == name:
         # vLLM does not know the names of proposers.
         del given["method"]
-    support.check_platform()
-    support.check_options(given, parallel_config)
-    support.check_arguments(engine_args, parallel_config)
-    support.check_target(target)
+    draft = draft_of(name)
+    support.check_platform(draft)
+    support.check_options(given, parallel_config, draft)
+    support.check_arguments(engine_args, parallel_config, draft)
+    support.check_target(target, draft)
     setup.check(target)
     draft_vocab_size = target.get_vocab_size()
     frequent_tokens = setup.frequent_tokens(own.get("frequent_tokens"))
@@ -119,7 +123,7 @@ def configure(
     copy_length = parse_copy_length(own)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
-    tree_shape = parse_tree_shape(own, draft_vocab_size)
+    tree_shape = parse_tree_shape(own, draft_vocab_size, setup.default_levels or DEFAULT_LEVELS)
     num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     options = dict(given)
     # In Triton's interpreter, which is for tests, all nodes are verified by default.
@@ -145,9 +149,30 @@ def configure(
             couple_noise=couple_noise is not False,
             adaptive_verification=adaptive_verification,
             copy_length=copy_length,
+            num_lookahead_tokens=setup.num_lookahead_tokens(num_nodes),
+            partial_attention=parse_partial_attention(own) if "budget" in setup.option_names else None,
         ),
         options,
     )
+
+
+def draft_of(name: str) -> support.Draft:
+    """How messages name the draft of a proposer."""
+    setup = proposers.setup_of(name)
+    return support.Draft(setup.noun or f"the method {name}", setup.without)
+
+
+def _check_option_names(name: str, own: dict[str, Any]) -> None:
+    """Refuses options that the proposer of this name lacks, and says who has them."""
+    setup = proposers.setup_of(name)
+    for option in own:
+        if option in setup.option_names:
+            continue
+        way_out = setup.ways_out.get(option, "leave it out")
+        if option not in SHARED_OPTIONS:
+            others = sorted(other for other in proposers.names() if option in proposers.setup_of(other).option_names)
+            way_out = f"it is an option of the method {', '.join(others)}; {way_out}"
+        raise ValueError(f"{option} is not supported with {draft_of(name).noun}: {way_out}")
 
 
 def _use_adaptive_verification(
@@ -215,7 +240,7 @@ def create_speculative_config(
         for name in proposers.names():
             proposers.setup_of(name).check_other(config)
         return config
-    choose_attention_backend(self, target_model_config)
+    choose_attention_backend(self, target_model_config, draft_of(speculation.options.proposer).noun)
     with _building(speculation, self):
         config = original(self, target_model_config, target_parallel_config)
     assert config is not None
@@ -238,8 +263,8 @@ def create_engine_config(
     finally:
         # `create_speculative_config` chose a backend for this engine; `self` may be used again, with another draft.
         self.attention_backend = given_backend
-    if options_of(vllm_config.speculative_config) is not None:
-        support.check_engine(vllm_config)
+    if (options := options_of(vllm_config.speculative_config)) is not None:
+        support.check_engine(vllm_config, draft_of(options.proposer))
         from vllm_longspec.scheduling.scheduler import scheduler_name
 
         # The class depends on `async_scheduling`, which vLLM resolves in `original`.

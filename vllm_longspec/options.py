@@ -17,6 +17,11 @@ DEFAULT_LEVELS = (4, 16, 16, 16, 16)
 AUTO = "auto"
 AUTO_LEVELS = (4, *[16] * 11)
 DEFAULT_COPY_LENGTH = 16
+# Tokens that the target drafts for itself.
+DEFAULT_GAMMA = 4
+
+# Which cached blocks the target attends while it drafts for itself (docs/design.md#the-target-drafts-for-itself).
+SELECTIONS = ("recent", "scores")
 
 OPTION_NAMES = (
     "tree_shape",
@@ -26,10 +31,22 @@ OPTION_NAMES = (
     "couple_noise",
     "adaptive_verification",
     "adapt_nodes",
+    "sinks",
+    "budget",
+    "selection",
 )
 
 # Attribute of vLLM's SpeculativeConfig, which is pickled to every process.
 _ATTRIBUTE = "longspec"
+
+
+@dataclass(frozen=True)
+class PartialAttention:
+    """The part of a request's cache that a draft attends, rounded up to whole blocks."""
+
+    sinks: int = 32  # first tokens
+    budget: int = 1024  # last tokens
+    selection: str = "recent"  # one of `SELECTIONS`
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class LongSpecOptions:
     couple_noise: bool = True  # whether drafts are ranked with the noise of the target's draws
     adaptive_verification: bool = False  # whether the number of verified nodes follows the acceptance length
     copy_length: int = 0  # tokens that are copied from the request's own text beside the drafted tree; 0 for none
+    num_lookahead_tokens: int = 0  # cache slots from the root's on that a draft writes at most, which are reserved
+    partial_attention: PartialAttention | None = None  # None for a draft that attends all or nothing
 
     @property
     def max_depth(self) -> int:
@@ -60,7 +79,9 @@ def options_of(config: "SpeculativeConfig | None") -> LongSpecOptions | None:
     return getattr(config, _ATTRIBUTE, None)
 
 
-def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
+def parse_tree_shape(
+    options: Mapping[str, Any], vocab_size: int, default_levels: tuple[int, ...] = DEFAULT_LEVELS
+) -> TreeShape:
     """Reads `tree_shape` or `gamma` for a draft that draws from `vocab_size` tokens; the bound of all trees if "auto".
 
     Raises:
@@ -78,7 +99,7 @@ def parse_tree_shape(options: Mapping[str, Any], vocab_size: int) -> TreeShape:
     if tree_shape == AUTO:
         levels: tuple[int, ...] = AUTO_LEVELS
     else:
-        levels = DEFAULT_LEVELS if tree_shape is None else _checked_levels(tree_shape)
+        levels = default_levels if tree_shape is None else _checked_levels(tree_shape)
     _check_widths(levels, vocab_size)
     return TreeShape(levels)
 
@@ -99,6 +120,36 @@ def parse_copy_length(options: Mapping[str, Any]) -> int:
             f"copy, 0 to copy none, or leave it out for {DEFAULT_COPY_LENGTH}"
         )
     return copy_length
+
+
+def parse_partial_attention(options: Mapping[str, Any]) -> PartialAttention:
+    """Reads `sinks`, `budget` and `selection`.
+
+    Raises:
+        ValueError: one of them has a value that is not supported.
+    """
+    default = PartialAttention()
+    sinks, budget = _read_int(options.get("sinks")), _read_int(options.get("budget"))
+    if sinks is None:
+        sinks = default.sinks
+    if budget is None:
+        budget = default.budget
+    if not _is_positive_int(sinks) and (sinks != 0 or isinstance(sinks, bool)):
+        raise ValueError(
+            f"sinks must be an integer of 0 or more, got {sinks!r}: give the number of first tokens to attend, or "
+            f"leave it out for {default.sinks}"
+        )
+    if not _is_positive_int(budget):
+        raise ValueError(
+            f"budget must be a positive integer, got {budget!r}: give the number of last tokens to attend, or leave it "
+            f"out for {default.budget}"
+        )
+    selection = options.get("selection")
+    if selection is None:
+        selection = default.selection
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}: leave it out")
+    return PartialAttention(sinks, budget, selection)
 
 
 def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:

@@ -46,7 +46,8 @@ def apply() -> None:
     _replace(EngineArgs, "create_engine_config", configure.create_engine_config)
     # vLLM refuses min_p and logit_bias with any draft. Sampling every node of the tree makes both exact.
     _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
-    # Method `draft_model` reserves slots and rows for a KV cache of the draft; proposers have none.
+    # Method `draft_model` reserves rows, and slots for as many tokens as are drafted. Proposers need no rows, and say
+    # themselves how many slots they write.
     _replace(SpeculativeConfig, "max_num_new_slots_for_drafting", _max_num_new_slots_for_drafting)
     _replace(VllmConfig, "num_lookahead_tokens", _num_lookahead_tokens)
     # And with any draft vLLM warns that its reservations may slow it down.
@@ -128,7 +129,8 @@ def _max_num_new_slots_for_drafting(original: Callable[..., int], self: Speculat
 
 
 def _num_lookahead_tokens(original: Callable[..., int], self: VllmConfig) -> int:
-    return original(self) if options_of(self.speculative_config) is None else 0
+    options = options_of(self.speculative_config)
+    return original(self) if options is None else options.num_lookahead_tokens
 
 
 def _set_max_num_scheduled_tokens(original: Callable[..., None], self: VllmConfig) -> None:

@@ -94,7 +94,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", type=listed(str), default=MODELS, help="qwq-32b, llama-3-8b-262k, pair, folders")
-    add("--systems", type=listed(check_system), default=list(SYSTEMS), help=f"{', '.join(SYSTEMS)}, default@K, gammaN")
+    add(
+        "--systems",
+        type=listed(check_system),
+        default=list(SYSTEMS),
+        help=f"{', '.join(SYSTEMS)}, default@K, gammaN, magicdecN",
+    )
     add("--contexts", type=listed(int), default=CONTEXTS, help="tokens of a prompt")
     add("--batches", type=listed(int), default=BATCHES, help="requests that decode together")
     add("--acceptances", type=listed(float), default=ACCEPTANCES, help="tokens a step, for random weights")

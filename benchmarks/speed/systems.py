@@ -8,6 +8,8 @@
 - `default@K`: the same tree, of which the K likeliest nodes are verified
 - `unquantised`: this plugin as it comes, but for a draft in the precision that it is stored in
 - `gammaN`: this plugin's sequential method
+- `magicdec`: the target drafts 4 tokens for itself, or as many as pay (adaptive verification)
+- `magicdecN`: the same with N tokens, whatever is accepted
 - `tuned`: this plugin with settings for the model (`TUNED`, or `--tuned`)
 """
 
@@ -20,8 +22,8 @@ from typing import Any
 from benchmarks import PAIR
 from benchmarks.shapes import SHAPES, write_eagle3_head, write_frequent_tokens, write_glide_draft, write_target
 
-SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "unquantised", "tuned")
-_PLUGIN_SYSTEM = re.compile(r"tuned|unquantised|default(@[1-9]\d*)?|gamma[1-9]\d*")
+SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "unquantised", "magicdec", "tuned")
+_PLUGIN_SYSTEM = re.compile(r"tuned|unquantised|default(@[1-9]\d*)?|gamma[1-9]\d*|magicdec([1-9]\d*)?")
 OTHERS_TOKENS = 5
 # More than a batch ever has.
 MOST_REQUESTS = 1024
@@ -58,7 +60,9 @@ def is_plugin_system(system: str) -> bool:
 def check_system(system: str) -> str:
     """Raises NotMeasurable if there is no such system."""
     if system not in SYSTEMS and not is_plugin_system(system):
-        raise NotMeasurable(f"there is no system {system}: give one of {', '.join(SYSTEMS)}, default@K, gammaN")
+        raise NotMeasurable(
+            f"there is no system {system}: give one of {', '.join(SYSTEMS)}, default@K, gammaN, magicdecN"
+        )
     return system
 
 
@@ -124,7 +128,7 @@ def prepare(
         if not head.exists():
             write_eagle3_head(head, model.config)
         speculative_config |= {"model": str(head), "draft_load_config": {"load_format": "safetensors"}}
-    elif is_plugin_system(system):
+    elif is_plugin_system(system) and not system.startswith("magicdec"):
         draft = model.trained / "draft" if model.trained else folder / f"{model.name}-glide"
         if model.trained is None:
             write_glide_draft(draft, model.config)
@@ -151,6 +155,11 @@ def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[st
         if model.trained and "frequent_tokens" in options:
             raise NotMeasurable(f"{model.name} is trained: random frequent tokens would change its acceptance")
         return dict(options)
+    if system == "magicdec":
+        # By default it is off with acceptance that is set, which for a tree does not depend on the number of nodes.
+        return {"method": "magicdec", "adaptive_verification": True}
+    if system.startswith("magicdec"):
+        return {"method": "magicdec", "gamma": int(system.removeprefix("magicdec")), "adaptive_verification": False}
     if system == "unquantised":
         return {"quantization": None}
     if system.startswith("gamma"):

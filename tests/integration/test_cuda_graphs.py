@@ -11,6 +11,7 @@ import torch
 
 from tests.engine import generate, request, running
 from tests.integration.test_lossless import DEFAULT_SHAPE, LENGTHS, PAIR, assert_lossless, source_code, speculative
+from tests.integration.test_magicdec import magicdec
 from tests.models import write_draft
 from tests.process import run_alone
 
@@ -37,6 +38,10 @@ def test_graph_mode(mode):
     result = generate(PAIR / "target", REQUESTS, **settings_of(mode), **speculative(PAIR / "draft", DEFAULT_SHAPE))
     assert_lossless(plain, result)
     assert result.acceptance_length > 2
+    # Each step of drafting is a step of the target, in the draft's graph.
+    drafted_by_itself = generate(PAIR / "target", REQUESTS, **settings_of(mode), **magicdec(sinks=32, budget=64))
+    assert_lossless(plain, drafted_by_itself)
+    assert drafted_by_itself.acceptance_length > 2
 
 
 def test_nodes_follow_what_is_accepted(tmp_path):
@@ -51,9 +56,12 @@ def test_nodes_follow_what_is_accepted(tmp_path):
     assert drafted < sum(len(tokens) for batch in plain.tokens for tokens in batch) / 2
 
 
-def test_steps_are_replayed():
+@pytest.mark.parametrize(
+    "drafting", [speculative(PAIR / "draft", DEFAULT_SHAPE), magicdec()], ids=["glide", "magicdec"]
+)
+def test_steps_are_replayed(drafting):
     """Of the target and of the draft, whatever the size of the batch; what no graph was found for would run eagerly."""
-    options = {**settings_of("FULL_AND_PIECEWISE"), **speculative(PAIR / "draft", DEFAULT_SHAPE)}
+    options = {**settings_of("FULL_AND_PIECEWISE"), **drafting}
     replayed, _ = run_alone(_count_replays, {"model": str(PAIR / "target"), **options})
     decoding = replayed.pop("steps")
     assert decoding > 10

@@ -10,8 +10,11 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.engine import request, run_batches
 from tests.models import write_target
 from tests.process import run_alone
+from tests.proposers.repeat import RepeatProposer
 from vllm_longspec import plugin, proposers
+from vllm_longspec.attention.backend import Observer
 from vllm_longspec.options import options_of
+from vllm_longspec.proposers.magicdec.selection import BlockSelection
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 REPEAT = ("repeat", "tests.proposers.repeat.RepeatSetup")
@@ -23,13 +26,24 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 
 def run_registered(settings: dict[str, Any], batches: list[Any]) -> dict[str, Any]:
+    """The proposer also chooses blocks by what verifications attend, though it does not use them."""
     proposers.register(*REPEAT)
-    return run_batches(settings, batches)
+    selections = []
+
+    def observers(self: RepeatProposer) -> dict[str, Observer]:
+        names = list(self.vllm_config.compilation_config.static_forward_context)
+        selections.append(BlockSelection.allocate(32, 96, len(names), 8, 1024, 32, self.device))
+        return {name: selections[0].observer(layer) for layer, name in enumerate(names)}
+
+    setattr(RepeatProposer, "observers", observers)  # noqa: B010
+    result = run_batches(settings, batches)
+    [selection] = selections
+    return {**result, "verified": selection.num_verified.tolist(), "chosen": selection.num_blocks.tolist()}
 
 
 def test_an_engine_with_a_proposer_of_somebody_elses() -> None:
     """Prompts that repeat four tokens, which the target goes on with for a while."""
-    prompts = [[476, 260, 325, 258] * length for length in (4, 12)]
+    prompts = [[476, 260, 325, 258] * length for length in (4, 48)]
     batches = [
         [request(prompt, max_tokens=24, ignore_eos=True, **sampling) for prompt in prompts for sampling in SAMPLINGS]
     ]
@@ -39,6 +53,11 @@ def test_an_engine_with_a_proposer_of_somebody_elses() -> None:
     result, printed = run_alone(run_registered, speculative, batches)
     assert result["tokens"] == plain["tokens"]
     assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 20
+    # Every verification of every request was seen in every layer; the long prompt has one block to choose.
+    assert sum(result["verified"]) == result["metrics"]["vllm:spec_decode_num_drafts"]
+    long = [index for index, count in enumerate(result["chosen"][0]) if count]
+    assert len(long) == len(SAMPLINGS) and all(result["verified"][index] for index in long)
+    assert result["chosen"] == [[int(index in long) for index in range(8)]] * 6
     assert "Proposer repeat: tree shape [1, 1, 1, 1], 4 of 4 nodes verified" in printed
 
 

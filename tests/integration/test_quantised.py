@@ -12,6 +12,7 @@ from vllm import _custom_ops  # noqa: F401  # registers torch.ops._C
 
 from tests.engine import Result, generate, request
 from tests.integration.test_lossless import PAIR, source_code, speculative
+from tests.integration.test_magicdec import magicdec
 from tests.models import untied
 from tests.quantised_models import write_awq, write_cache_scales, write_gptq, write_int8
 
@@ -67,15 +68,19 @@ def test_quantised_head(tmp_path):
 def test_fp8_cache(tmp_path):
     """A cache of fp8 with scales of its own in every layer, because the checkpoint says so."""
     target = write_cache_scales(tmp_path / "target", PAIR / "target", key=0.03, value=0.02)
-    result = generate(target, REQUESTS, **speculative(PAIR / "draft", [2, 4, 4]))
+    results = [
+        generate(target, REQUESTS, **drafting)
+        for drafting in (speculative(PAIR / "draft", [2, 4, 4]), magicdec(sinks=32, budget=64))
+    ]
     if torch.cuda.is_available() or torch.cpu._is_avx512_supported():
         plain = generate(target, REQUESTS, kv_cache_dtype="fp8")
     else:
         # vLLM's own CPU backend has no fp8 on such a machine; this one verifies no node and so decodes plainly.
         none = {"num_speculative_tokens_per_batch_size": [(1, 8, 0)]}
         plain = generate(target, REQUESTS, kv_cache_dtype="fp8", **speculative(PAIR / "draft", [1], **none))
-    # On a GPU the two have more different kernels: log-probabilities were 0.1 apart there.
-    assert_lossless_up_to_ties(plain, result, 0.2 if torch.cuda.is_available() else 0.05)
+    for result in results:
+        # On a GPU the two have more different kernels: log-probabilities were 0.1 apart there.
+        assert_lossless_up_to_ties(plain, result, 0.2 if torch.cuda.is_available() else 0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no fp8 layers for CPUs")

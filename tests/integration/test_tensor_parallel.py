@@ -17,6 +17,7 @@ from tests.integration.test_lossless import (
     source_code,
     speculative,
 )
+from tests.integration.test_magicdec import magicdec
 from tests.models import write_draft, write_target
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs a second GPU, or none")
@@ -45,6 +46,15 @@ def test_trained_draft(enforce_eager):
     settings = {**TWO_RANKS, "enforce_eager": enforce_eager}
     plain = generate(PAIR / "target", batch, **settings)
     result = generate(PAIR / "target", batch, **settings, **speculative(PAIR / "draft", [2, 4, 4]))
+    assert_lossless(plain, result)
+    assert result.acceptance_length >= 2.0
+
+
+def test_a_target_that_drafts_for_itself():
+    """Ranks that drafted other tokens than their neighbours would verify other trees than these."""
+    batch = requests(source_code((300, 33, 100)), 20)
+    plain = generate(PAIR / "target", batch, **TWO_RANKS, enforce_eager=True)
+    result = generate(PAIR / "target", batch, **TWO_RANKS, enforce_eager=True, **magicdec(sinks=32, budget=64))
     assert_lossless(plain, result)
     assert result.acceptance_length >= 2.0
 

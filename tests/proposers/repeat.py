@@ -27,7 +27,7 @@ class RepeatSetup(DraftSetup):
 
     @staticmethod
     def drafting_cost(vllm_config: Any) -> DraftingCost:
-        return lambda num_nodes, cached_weights: 0.0
+        return lambda batch_size, num_nodes, cached_weights: 0.0
 
 
 class RepeatProposer(Proposer):

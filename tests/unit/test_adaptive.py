@@ -249,7 +249,7 @@ def test_trials_change_the_nodes_or_the_levels():
     budget = AdaptiveVerification(
         # Of all that can be chosen 14 nodes are by far the cheapest.
         [[], [0, *dict(shape.plans)]],
-        lambda _, nodes, __: 1 if nodes == 14 else 10,
+        lambda _, nodes, __: 1 if nodes == 14 else 1.4,
         lambda: 0,
         shape,
     )
@@ -258,6 +258,19 @@ def test_trials_change_the_nodes_or_the_levels():
     # The next ones, which have other levels, and the next ones of 5 levels.
     assert {number: shape.num_levels(number) for number in tried} == {13: 12, 15: 8, 6: 5, 23: 5}
     assert len(numbers) - numbers.count(14) == 4
+
+
+def test_numbers_that_cannot_pay_are_not_tried():
+    """Of nodes that cost more than a step of plain decoding each there is nothing to learn."""
+
+    def tried(cost_of_node: float) -> set[int]:
+        budget = AdaptiveVerification(
+            [[], [0, 1, 4]], lambda _, nodes, __: 1 + nodes * cost_of_node, lambda: 0, TreeShape((1,) * 4)
+        )
+        return set(play(budget, Draft(0.1), 1, 8 * TRIAL_INTERVAL))
+
+    assert tried(1.01) == {0}
+    assert tried(0.9) > {0}
 
 
 def test_the_same_steps_get_the_same_levels():

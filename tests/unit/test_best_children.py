@@ -9,8 +9,8 @@ import torch
 
 from tests.oracles.children import best_children as sorted_pairs
 from tests.oracles.children import token_log_probs
-from vllm_longspec.proposers.glide import best_children as module
-from vllm_longspec.proposers.glide.best_children import best_children, best_children_in_pytorch
+from vllm_longspec.tree import best_children as module
+from vllm_longspec.tree.best_children import best_children, best_children_in_pytorch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Chosen = list[list[tuple[int, int, float]]]

@@ -10,8 +10,8 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 from tests.oracles.children import best_children as sorted_pairs
-from vllm_longspec.proposers.glide import best_children as module
-from vllm_longspec.proposers.glide.best_children import best_children, best_children_in_pytorch
+from vllm_longspec.tree import best_children as module
+from vllm_longspec.tree.best_children import best_children, best_children_in_pytorch
 from vllm_longspec.tree.coupling import CUTOFF_WIDTH, LevelNoise, TargetNoise, log_cutoff, noised_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,7 +22,7 @@ ALLOWED = {
     "targets": {"interpreter"},
     "frequent_tokens": set(),
     "options": {"tree"},
-    "proposers": {"tree"},
+    "proposers": {"attention", "tree"},
     "proposers.glide": {
         "attention",
         "compat",
@@ -33,6 +33,7 @@ ALLOWED = {
         "targets",
         "tree",
     },
+    "proposers.magicdec": {"attention", "interpreter", "options", "proposers", "targets", "tree"},
     "scheduling": {"options", "proposers", "targets", "tree"},
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},

@@ -31,6 +31,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CONTEXTS", (64, 1 << 20))
     monkeypatch.setattr(kernels, "BATCHES", (1, 2))
     monkeypatch.setattr(kernels, "COPIES", ((64, 1), (100, 2)))
+    monkeypatch.setattr(kernels, "LLAMA_3_8B_262K", SMALL | {"num_hidden_layers": 9})
+    monkeypatch.setattr(kernels, "SELECTIONS", ((1500, 1), (64, 2)))
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
     monkeypatch.setattr(kernels, "LEVEL_WIDTH", 3)
     monkeypatch.setattr(kernels, "measure", measure)
@@ -67,3 +69,12 @@ def test_compact() -> None:
 
 def test_copy() -> None:
     assert [tuple(row.values()) for row in kernels.copy()] == [(64, 1, 2.0, 2.0), (100, 2, 2.0, 2.0)]
+
+
+def test_scores() -> None:
+    rows = list(kernels.scores())
+    assert [(row["context"], row["batch"]) for row in rows] == [(1500, 1), (64, 2)]
+    assert kernels.table(rows).splitlines()[0] == (
+        "| context | batch | FA3 | scores, all | choice, all | scores, in turn | choice, in turn | scores, none | "
+        "choice, none | tables, all layers |"
+    )

@@ -7,6 +7,7 @@ tests/integration/test_scheduling.py.
 
 import copy
 import functools
+import json
 import pickle
 import random
 from collections import deque
@@ -44,12 +45,16 @@ MAX_MODEL_LEN = 512
 NUM_NODES = 68
 
 
+GLIDE = f'{{"model": "{PAIR / "draft"}"}}'
+MAGICDEC = '{"method": "magicdec", "gamma": 6}'
+
+
 @functools.cache
-def engine_config() -> Any:
+def engine_config(speculative_config: str) -> Any:
     plugin.register()
     return EngineArgs(
         model=str(PAIR / "target"),
-        speculative_config={"model": str(PAIR / "draft")},
+        speculative_config=json.loads(speculative_config),
         dtype="float32",
         block_size=BLOCK_SIZE,
         max_model_len=MAX_MODEL_LEN,
@@ -65,8 +70,9 @@ def make_scheduler(
     num_blocks: int = 1000,
     is_async: bool = False,
     schedule: list[tuple[int, int, int]] | None = None,
+    speculative_config: str = GLIDE,
 ) -> Any:
-    config = copy.deepcopy(engine_config())
+    config = copy.deepcopy(engine_config(speculative_config))
     scheduler_config = config.scheduler_config
     scheduler_config.max_num_seqs = max_num_seqs
     scheduler_config.max_num_batched_tokens = max_num_batched_tokens
@@ -325,6 +331,24 @@ def test_a_request_holds_no_more_blocks_than_its_rows_need(is_async):
     assert scheduler.vllm_config.speculative_config.max_num_new_slots_for_drafting == 0
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_slots_are_there_for_what_the_next_draft_writes(is_async):
+    """Step i of a draft writes i tokens after the root, which is as far as all rows of this step may be accepted."""
+    run = run_decoding(2, is_async=is_async, speculative_config=MAGICDEC)
+    assert run.scheduler.num_lookahead_tokens == 6
+    while run.scheduler.has_unfinished_requests():
+        for name, computed in run.steps[-1].computed.items():
+            assert run.steps[-1].held[name] * BLOCK_SIZE >= computed + 6
+        run.step()
+
+
+def test_nodes_leave_the_slots_of_the_next_draft():
+    """Two blocks hold a prompt of 24, its root and what a draft of six tokens writes: one slot is left for a node."""
+    run = run_decoding(2, num_blocks=1 + 2 * 2, speculative_config=MAGICDEC)
+    assert num_nodes_by_step(run)[1] == [1, 1]
+    assert len(run.scheduler.running) == 2
+
+
 def test_a_cached_prompt_is_not_padded():
     """One token is left of the second prompt; vLLM would give it a list of draft tokens that nobody has drawn."""
     run = Run(make_scheduler())
@@ -356,7 +380,7 @@ def test_other_drafts_keep_what_they_reserve():
 
 def test_start_up_does_not_advise_to_reserve_more(monkeypatch):
     """vLLM's advice is for drafts that take part of the token budget."""
-    config = copy.deepcopy(engine_config())
+    config = copy.deepcopy(engine_config(GLIDE))
     said: list[str] = []
     monkeypatch.setattr("vllm.config.vllm.logger.warning_once", lambda message, *_: said.append(message))
     config.scheduler_config.max_num_scheduled_tokens = None
@@ -380,7 +404,7 @@ def test_start_up_does_not_advise_to_reserve_more(monkeypatch):
     ids=["copy", "deepcopy", "pickle", "replace", "with_hf_config"],
 )
 def test_copies_of_a_configuration_have_the_options(copied):
-    config = engine_config()
+    config = engine_config(GLIDE)
     assert options_of(copied(config).speculative_config) == options_of(config.speculative_config) is not None
 
 
@@ -502,5 +526,5 @@ def test_prompts_and_requests_that_are_gone_have_no_masks_and_no_nodes():
 
 def test_ranks_with_schedulers_of_their_own_look_at_no_clock(monkeypatch):
     assert make_scheduler().grammars.budget is not None
-    monkeypatch.setattr(engine_config().parallel_config, "distributed_executor_backend", "external_launcher")
+    monkeypatch.setattr(engine_config(GLIDE).parallel_config, "distributed_executor_backend", "external_launcher")
     assert make_scheduler().grammars.budget is None

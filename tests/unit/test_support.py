@@ -7,6 +7,7 @@ import torch
 import vllm.platforms
 import vllm.triton_utils
 
+from vllm_longspec.attention.cpu import TreeCpuAttentionImpl
 from vllm_longspec.targets import support
 
 
@@ -81,7 +82,10 @@ def test_supported_target(settings):
         ({"hf_text_config": {"dual_chunk_attention_config": {}}}, "dual chunk attention"),
         ({"uses_alibi": True}, "ALiBi"),
         ({"uses_mrope": True}, "multi-dimensional RoPE"),
-        ({"hf_text_config": {"model_type": "mistral"}}, "a target of the mistral family"),
+        ({"hf_text_config": {"attention_chunk_size": 8192}}, "chunked attention"),
+        ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "a soft cap of attention logits"),
+        ({"hf_text_config": {"model_type": "gpt_oss"}}, "attention sinks"),
+        ({"hf_text_config": {"num_kv_shared_layers": 10}}, "layers share their KV cache"),
         ({"model_impl": "transformers"}, "model_impl='transformers'"),
         ({"model_impl": "terratorch"}, "model_impl='terratorch'"),
         # what vLLM does with an architecture that it does not know
@@ -103,7 +107,50 @@ def test_unsupported_target_is_refused_by_name(settings, said):
     assert said in refused(error)
 
 
-def arguments(**settings):
+def test_only_glide_drafts_need_a_family():
+    unknown: Any = target(hf_text_config={"model_type": "mistral"})
+    support.check_target(unknown)
+    with pytest.raises(ValueError, match=r"a target of the mistral family \(target TARGET\) is not .*llama") as error:
+        support.check_family(unknown)
+    refused(error)
+
+
+def test_a_refusal_names_the_draft_at_hand():
+    draft = support.Draft("the method magicdec", "serve without --speculative-config")
+    with pytest.raises(ValueError) as error:
+        support.check_target(target(uses_alibi=True), draft)
+    assert refused(error) == (
+        "a target with ALiBi (target TARGET) is not supported with the method magicdec: "
+        "serve without --speculative-config"
+    )
+    with pytest.raises(ValueError, match="is not supported with the method magicdec"):
+        support.check_engine(engine(use_v2_model_runner=False), draft)
+    with pytest.raises(ValueError, match="is not supported with the method magicdec"):
+        support.check_arguments(*arguments(enable_lora=True), draft=draft)
+    with pytest.raises(ValueError, match="is not supported with the method magicdec"):
+        support.check_options({"parallel_drafting": True}, PARALLEL, draft)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"alibi_slopes": [1.0, 0.5]}, "ALiBi"),
+        ({"sliding_window": 64}, "a sliding window"),
+        ({"logits_soft_cap": 50.0}, "a soft cap of attention logits"),
+        ({"kv_sharing_target_layer_name": "layers.0"}, "KV sharing between layers"),
+        ({"sinks": torch.zeros(2)}, "attention sinks"),
+        ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
+    ],
+)
+def test_what_only_layers_show_is_refused_when_they_are_built(settings, said):
+    """A target may attend in a way that its configuration does not tell under any name that is known."""
+    TreeCpuAttentionImpl(2, 32, 0.1, 1, logits_soft_cap=None, sliding_window=None)
+    with pytest.raises(ValueError, match=f"a target that has {said} is not supported with trees: serve ") as error:
+        TreeCpuAttentionImpl(2, 32, 0.1, 1, **settings)
+    refused(error)
+
+
+def arguments(**settings: Any) -> tuple[Any, Any]:
     """What is read of vLLM's EngineArgs and ParallelConfig, of an engine that is served."""
     engine_args = {
         "scheduler_cls": None,

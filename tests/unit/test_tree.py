@@ -29,6 +29,7 @@ class LaidOut:
         self.state.depths.copy_(torch.tensor([[len(path) - 1 for path in paths] for paths in self.paths]))
         self.state.ancestor_masks.copy_(pack_masks(self.paths, num_rows, DEVICE))
         self.batch.ancestor_masks.fill_(UNWRITTEN)
+        self.batch.idx_mapping.fill_(UNWRITTEN)
         self.before = [tensor.clone() for tensor in vars(self.state).values()]
 
         self.slots = source.sample(range(MAX_NUM_REQS), len(query_lens))
@@ -98,6 +99,9 @@ def test_every_request_of_the_batch_has_a_prefix_and_padding_has_none(num_tree_r
     laid_out = LaidOut(4, [5, 2, 5], num_tree_reqs, num_padding)
     prefix_lens = laid_out.batch.prefix_lens.tolist()
     assert prefix_lens[: 3 + num_padding] == laid_out.num_computed + [0] * num_padding
+    indices = laid_out.batch.idx_mapping.tolist()
+    assert indices[: 3 + num_padding] == laid_out.slots[:num_tree_reqs] + [-1] * (3 + num_padding - num_tree_reqs)
+    assert indices[3 + num_padding :] == [UNWRITTEN] * (MAX_NUM_REQS - 3 - num_padding)
 
 
 def test_rows_of_trees_without_a_token_get_one():

@@ -8,12 +8,13 @@ tokens) take the concrete backend's causal path.
 The mixins precede a vLLM backend's builder and implementation in the bases of flash.py, triton.py and cpu.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from vllm_longspec.attention.cache_scales import CacheScales, cache_scales
@@ -29,6 +30,8 @@ class TreesToAttend(ModelSpecificAttnMetadata):
     prefix_lens: torch.Tensor  # int32 [max_num_reqs]
     max_prefix_len: int  # upper bound; when captured in a CUDA graph, for all batches that it will run
     in_graph: bool  # attention is part of a CUDA graph of the whole forward pass
+    idx_mapping: torch.Tensor  # int64 [max_num_reqs] req_state_idx, -1 for padding
+    observers: Mapping[str, "Observer"] = field(default_factory=dict)  # by layer name
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
         return {"to_attend": self}
@@ -48,13 +51,36 @@ class TreeRequests:
     slot_mapping: torch.Tensor  # int64 [num_tokens]
     ancestor_masks: torch.Tensor  # int32 [num_reqs, num_rows, num_words]
     in_graph: bool  # a CUDA graph keeps the addresses of all of these tensors
+    idx_mapping: torch.Tensor  # int64 [num_reqs] req_state_idx, -1 for padding
+    observers: Mapping[str, "Observer"] = field(default_factory=dict)  # by layer name
     prefix_schedule: torch.Tensor | None = None  # of `schedule_prefix`
+
+
+@dataclass(frozen=True)
+class PrefixAttention:
+    """The attention of the rows of trees to their cached prefixes in one layer, as it was computed."""
+
+    trees: TreeRequests
+    query: torch.Tensor  # [num_tokens, num_heads, head_size]
+    kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    scale: float  # factor of the scores
+    lse: torch.Tensor  # float32 [num_heads, num_tokens] log-sum-exp
+    scales: CacheScales | None
+
+
+# Called right after the attention, also in CUDA graphs. It must not change what it is given, nor wait for the host.
+Observer = Callable[[PrefixAttention], None]
 
 
 @dataclass
 class TreeAttentionMetadata:
     trees: TreeRequests | None
     causal: Any | None  # the concrete backend's metadata for the requests without a tree, if there are any
+
+    def with_block_table(self, block_table: torch.Tensor) -> "TreeAttentionMetadata":
+        """The same batch, which has no trees, over other blocks of as many tokens; int32 [num_reqs, max_num_blocks]."""
+        assert self.trees is None and self.causal is not None
+        return replace(self, causal=replace(self.causal, block_table=block_table))
 
 
 class TreeMetadataBuilderMixin:
@@ -111,6 +137,8 @@ def _tree_requests(common: CommonAttentionMetadata, to_attend: TreesToAttend) ->
         slot_mapping=common.slot_mapping[:num_tokens],
         ancestor_masks=to_attend.ancestor_masks[:num_reqs],
         in_graph=to_attend.in_graph,
+        idx_mapping=to_attend.idx_mapping[:num_reqs],
+        observers=to_attend.observers,
     )
 
 
@@ -148,6 +176,49 @@ class TreeAttentionImplMixin:
     # Set by vLLM's implementations.
     num_heads: int
     scale: float
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **kwargs: Any,
+    ):
+        """Raises ValueError for a layer that attends in a way which trees do not, whatever start-up knew of it."""
+        unsupported = {
+            "ALiBi": alibi_slopes is not None,
+            "a sliding window": sliding_window is not None,
+            "a soft cap of attention logits": bool(logits_soft_cap),
+            "KV sharing between layers": kv_sharing_target_layer_name is not None,
+            "attention sinks": sinks is not None,
+            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
+        }
+        for feature, applies in unsupported.items():
+            if applies:
+                raise ValueError(
+                    f"a target that has {feature} is not supported with trees: serve without speculative decoding"
+                )
+        super().__init__(  # type: ignore[call-arg]
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            **kwargs,
+        )
 
     def prefix_attention(
         self,
@@ -199,6 +270,9 @@ class TreeAttentionImplMixin:
                 scales,
                 trees.prefix_schedule,
             )
+            observe = trees.observers.get(layer.layer_name)
+            if observe is not None:
+                observe(PrefixAttention(trees, query[:num_tree_tokens], kv_cache, self.scale, prefix_lse, scales))
             tree_attention(
                 query[:num_tree_tokens],
                 kv_cache,

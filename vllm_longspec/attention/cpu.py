@@ -63,15 +63,6 @@ class CausalImpl(AttentionImpl):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
-        unsupported = {
-            "ALiBi": alibi_slopes,
-            "a sliding window": sliding_window,
-            "a logits soft cap": logits_soft_cap,
-            "KV sharing between layers": kv_sharing_target_layer_name,
-        }
-        for feature, value in unsupported.items():
-            if value:
-                raise NotImplementedError(f"a GLIDE draft cannot be used with a target that has {feature}")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale

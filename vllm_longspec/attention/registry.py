@@ -33,11 +33,11 @@ def attention_backend(name: str) -> "AttentionBackendEnum":
     return AttentionBackendEnum[name]
 
 
-def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig") -> None:
+def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig", noun: str = "a GLIDE draft") -> None:
     """Selects the tree attention backend for the target in `engine_args`.
 
     Raises:
-        ValueError: the user asks for a backend that cannot verify a tree.
+        ValueError: the user asks for a backend that cannot verify a tree; the message calls the draft `noun`.
     """
     from vllm.platforms import current_platform
 
@@ -46,13 +46,11 @@ def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig") -
     given = engine_args.attention_backend or config.backend or "auto"
     name = (given if isinstance(given, str) else given.name).upper()
     if name not in ("AUTO", *supported):
-        raise ValueError(
-            f"attention backend {name} cannot verify the tree of a GLIDE draft: leave --attention-backend out"
-        )
+        raise ValueError(f"attention backend {name} cannot verify the tree of {noun}: leave --attention-backend out")
     for kind, backend in config.backend_per_kind.items():
         if backend.name not in supported:
             raise ValueError(
-                f"attention backend {backend.name} for {kind} cannot verify the tree of a GLIDE draft: leave "
+                f"attention backend {backend.name} for {kind} cannot verify the tree of {noun}: leave "
                 "backend_per_kind out of --attention-config"
             )
     if config.backend is not None:

@@ -9,9 +9,13 @@ if TYPE_CHECKING:
 
 # Recognised by its checkpoint; other proposers are named by `"method"` in the speculative configuration.
 GLIDE = "glide"
+MAGICDEC = "magicdec"
 
 # name -> qualified name of its `DraftSetup`
-_SETUPS = {GLIDE: "vllm_longspec.proposers.glide.setup.GlideSetup"}
+_SETUPS = {
+    GLIDE: "vllm_longspec.proposers.glide.setup.GlideSetup",
+    MAGICDEC: "vllm_longspec.proposers.magicdec.setup.MagicDecSetup",
+}
 
 
 def register(name: str, setup: str) -> None:

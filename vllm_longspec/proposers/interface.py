@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_longspec.attention.backend import Observer
 
     HfOverrides = Callable[[PretrainedConfig], PretrainedConfig]
 
-# (nodes per request, K and V of all cached tokens in weights) -> time of drafting, in weights that could be read
-# meanwhile (`vllm_longspec/scheduling/cost.py`)
-DraftingCost = Callable[[int, float], float]
+# (requests, nodes per request, K and V of all cached tokens in weights) -> time of drafting, in weights that could be
+# read meanwhile (`vllm_longspec/scheduling/cost.py`)
+DraftingCost = Callable[[int, int, float], float]
+# The plugin's options that every proposer has unless it says otherwise.
+SHARED_OPTIONS = frozenset(
+    {"tree_shape", "gamma", "copy_length", "frequent_tokens", "couple_noise", "adaptive_verification", "adapt_nodes"}
+)
 
 
 class Roots(NamedTuple):
@@ -63,6 +70,15 @@ class DraftSetup(ABC):
 
     # Qualified name of the `Proposer`.
     proposer: ClassVar[str]
+    # The draft in error messages, None for "the method NAME", and how to serve without it.
+    noun: ClassVar[str | None] = None
+    without: ClassVar[str] = "serve without --speculative-config"
+    # The plugin's options that this proposer has. One that it lacks is refused by name.
+    option_names: ClassVar[frozenset[str]] = SHARED_OPTIONS
+    # What to do instead of giving a shared option that it lacks, "leave it out" by default.
+    ways_out: ClassVar[Mapping[str, str]] = {}
+    # The tree shape if the user gives neither `tree_shape` nor `gamma`; None for the plugin's default.
+    default_levels: ClassVar[tuple[int, ...] | None] = None
 
     @classmethod
     @abstractmethod
@@ -89,6 +105,10 @@ class DraftSetup(ABC):
         if given not in (None, False):
             raise ValueError("frequent_tokens needs a draft with a head of its own: leave it out")
         return None
+
+    def num_lookahead_tokens(self, num_nodes: int) -> int:
+        """Cache slots, from the root's on, that a draft for `num_nodes` nodes may write; the core reserves them."""
+        return 0
 
     @abstractmethod
     def vllm_options(
@@ -132,6 +152,13 @@ class Proposer(ABC):
         """Loads weights and allocates state. Returns the draft model, or an empty module."""
         return nn.Module()
 
+    def set_cache(self, kv_cache_config: "KVCacheConfig") -> None:
+        """Learns how the target's KV cache is laid out, after `load` and before the cache is allocated.
+
+        Called again, before the next `propose`, when vLLM lays the cache out anew. All layers have one group.
+        """
+        return None
+
     @abstractmethod
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
         """Returns at least `num_nodes` candidates per request, of which the most probable `num_nodes` are verified."""
@@ -152,6 +179,13 @@ class Proposer(ABC):
         Also called for resumed requests and prefix-cache hits. Never part of a CUDA graph.
         """
         return None
+
+    def observers(self) -> "Mapping[str, Observer]":
+        """What sees the target's attention of the rows of trees to their prefixes, by name of the layer.
+
+        Asked for when the KV cache is there; observers run in the CUDA graphs of the target.
+        """
+        return {}
 
     def profile(self, num_reqs: int) -> None:
         """Allocates what the largest draft does, for vLLM's memory profiling. There is no KV cache yet."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's per-step hooks (vLLM's `ModelState`): layout before its forward pass, compaction after the walk."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_longspec.attention.backend import TreesToAttend
+from vllm_longspec.attention.backend import Observer, TreesToAttend
 from vllm_longspec.options import options_of
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
@@ -40,10 +41,12 @@ class TreeModelState(DefaultModelState):
         *,
         tree_state: TreeState,
         tree_batch: TreeBatch,
+        observers: Mapping[str, Observer],
     ):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.tree_state = tree_state
         self.tree_batch = tree_batch
+        self.observers = observers
         options = options_of(vllm_config.speculative_config)
         assert options is not None and vllm_config.speculative_config is not None
         self.couple_noise = options.couple_noise
@@ -58,7 +61,11 @@ class TreeModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         # All layers of a supported target have full attention and share one block table.
-        assert len(kv_cache_config.kv_cache_groups) == 1
+        if (num_groups := len(kv_cache_config.kv_cache_groups)) != 1:
+            raise ValueError(
+                f"a target with KV caches of {num_groups} kinds is not supported with trees: serve without speculative "
+                "decoding"
+            )
         layers = self.vllm_config.compilation_config.static_forward_context
         layer_names = kv_cache_config.kv_cache_groups[0].layer_names
         self.kv_caches = KVCacheTable([layers[name].kv_cache for name in layer_names])
@@ -123,6 +130,8 @@ class TreeModelState(DefaultModelState):
             self.tree_batch.prefix_lens,
             max_prefix_len=self.max_model_len if in_graph else int(input_batch.seq_lens_cpu_upper_bound.max()),
             in_graph=in_graph,
+            idx_mapping=self.tree_batch.idx_mapping,
+            observers=self.observers,
         )
         return super().prepare_attn(
             input_batch,

@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec import proposers
+from vllm_longspec.attention.backend import Observer
 from vllm_longspec.copying.lookup import find_copies
 from vllm_longspec.copying.trust import CopyTrust
 from vllm_longspec.options import options_of
@@ -54,6 +55,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.req_states = req_states
         self.tree_state = TreeState.allocate(self.max_num_reqs, self.num_speculative_steps, device)
         self.tree_batch = TreeBatch.allocate(self.tree_state, options.max_depth)
+        self.observers: dict[str, Observer] = {}  # the proposer's, by layer name
         # By position in the draft's batch.
         self.num_sampled = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.noise: TargetNoise | None = None
@@ -76,7 +78,7 @@ class TreeSpeculator(DraftModelSpeculator):
         model = self.proposer.load(target_model, target_attn_layer_names)
         # vLLM asks the target for its model state class.
         target_model.get_model_state_cls = lambda: partial(
-            TreeModelState, tree_state=self.tree_state, tree_batch=self.tree_batch
+            TreeModelState, tree_state=self.tree_state, tree_batch=self.tree_batch, observers=self.observers
         )
         # Called after vLLM has reloaded the target's weights.
         target_model.renew_proposer = self.proposer.renew
@@ -115,6 +117,9 @@ class TreeSpeculator(DraftModelSpeculator):
     ) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
         self.block_table = torch.zeros_like(block_tables.input_block_tables[0])
+        self.proposer.set_cache(kv_cache_config)
+        self.observers.clear()
+        self.observers.update(self.proposer.observers())
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         use_graphs = cudagraph_mode.has_full_cudagraphs() and not self.speculative_config.enforce_eager

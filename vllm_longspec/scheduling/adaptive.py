@@ -10,10 +10,12 @@ accepted(K) is estimated from counts that decay with every step and from a prior
 K nodes, times the draft's quality, its acceptance relative to the typical one over all K. Counts decay towards the
 prior, so a K that did badly is tried again. How many nodes a typical draft has accepted depends on K
 (`typical_acceptance`) and on the levels, by the probability that a path which has reached a depth goes on
-(`_PathLengths`). It is counted too, over all K, so that steps of one number of levels say what another would accept.
+(`_PathLengths`), which alone says what a chain accepts. It is counted too, over all K, so that steps of one number of
+levels say what another would accept.
 
 Every `TRIAL_INTERVAL`-th step tries a neighbour of the best K, since on some texts few nodes accept as much as many,
-and few levels as much as many. All is computed from counts, not from clocks, so runs are repeatable.
+and few levels as much as many. A K that would not pay if all of its nodes were accepted is not tried, and one that
+costs much more than the best is tried less often. All is computed from counts, not from clocks, so runs are repeatable.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,8 +38,10 @@ LEVELS_MEMORY = Memory(half_life=32, prior_weight=64.0)
 # paths.
 QUALITY_PRIOR_WEIGHT = 2.0
 PATH_PRIOR_WEIGHT = 8.0
-# Steps between trials.
+# Steps between trials, at least.
 TRIAL_INTERVAL = 32
+# Time that trials may take on top of what the same steps with the best K take, if nothing is accepted.
+MAX_TRIAL_TIME = 0.015
 # Levels of the trees that `typical_acceptance` was fitted to, and the probability that a path goes on at which their
 # best 24 nodes accept as much as it says.
 TYPICAL_LEVELS = 5
@@ -113,10 +117,13 @@ class AdaptiveVerification:
         self.accepted = dict.fromkeys(self.steps, 0.0)
         self.levels = {num_nodes: shape.num_levels(num_nodes) for num_nodes in self.steps}
         self.typical = {num_nodes: typical_acceptance(num_nodes) for num_nodes in self.steps}
+        self.is_chain = shape.max_width == 1
         self.paths = _PathLengths(max([TYPICAL_LEVELS, *self.levels.values()]))
-        self.memory = LEVELS_MEMORY if shape.plans else NODES_MEMORY
+        self.memory = LEVELS_MEMORY if shape.plans or self.is_chain else NODES_MEMORY
         self.decay = 0.5 ** (1 / self.memory.half_life)
         self.num_lookups = 0
+        self.num_trials = 1
+        self.last_trial = 0
 
     def __getitem__(self, batch_size: int) -> int:
         for num_nodes in self.steps:
@@ -128,14 +135,17 @@ class AdaptiveVerification:
         num_tokens = self.num_cached_tokens() if len(choices) > 1 else 0
         acceptance = self._acceptance()
 
+        def cost(num_nodes: int) -> float:
+            return self.cost(batch_size, num_nodes, num_tokens)
+
         def throughput(num_nodes: int) -> float:  # tokens per request in the time of a step of plain decoding
-            return (1 + acceptance[num_nodes]) / self.cost(batch_size, num_nodes, num_tokens)
+            return (1 + acceptance[num_nodes]) / cost(num_nodes)
 
         best = max(choices, key=throughput)
         self.num_lookups += 1
-        trial, is_due = divmod(self.num_lookups, TRIAL_INTERVAL)
-        if is_due == 0 and (neighbours := self._neighbours(best, choices)):
-            return neighbours[trial % len(neighbours)]
+        if self.num_lookups % TRIAL_INTERVAL == 0:
+            least = throughput(best)
+            return self._trial(best, [number for number in choices if (1 + number) / cost(number) > least], cost)
         return best
 
     def observe(self, num_nodes: int, num_accepted: int) -> None:
@@ -147,6 +157,18 @@ class AdaptiveVerification:
             self.steps[num_nodes] += 1
             self.accepted[num_nodes] += num_accepted
             self.paths.observe(num_accepted, self.levels[num_nodes])
+
+    def _trial(self, best: int, choices: Sequence[int], cost: Callable[[int], float]) -> int:
+        """A neighbour of the best K, or that itself if trials of the neighbour would take too much time."""
+        neighbours = self._neighbours(best, choices)
+        if not neighbours:
+            return best
+        number = neighbours[self.num_trials % len(neighbours)]
+        if (cost(number) / cost(best) - 1) / (self.num_lookups - self.last_trial) > MAX_TRIAL_TIME:
+            return best
+        self.num_trials += 1
+        self.last_trial = self.num_lookups
+        return number
 
     def _neighbours(self, best: int, choices: Sequence[int]) -> list[int]:
         """The next K of both sides, and those with as many levels; without K = 0, which has nothing to observe."""
@@ -161,10 +183,14 @@ class AdaptiveVerification:
     def _acceptance(self) -> dict[int, float]:
         """Expected accepted tokens of a request's step by its number of nodes."""
         means = self.paths.means()
-        typical = {
-            number: self.typical[number] * means[levels] / means[min(number, TYPICAL_LEVELS)]
-            for number, levels in self.levels.items()
-        }
+        if self.is_chain:
+            # Each node is a level, so its probability to be accepted is that of the path to reach it.
+            typical = {number: means[levels] for number, levels in self.levels.items()}
+        else:
+            typical = {
+                number: self.typical[number] * means[levels] / means[min(number, TYPICAL_LEVELS)]
+                for number, levels in self.levels.items()
+            }
         # Accepted tokens relative to those of a typical draft.
         quality = (QUALITY_PRIOR_WEIGHT + sum(self.accepted.values())) / (
             QUALITY_PRIOR_WEIGHT + sum(steps * typical[number] for number, steps in self.steps.items())

@@ -14,7 +14,7 @@ from vllm_longspec import proposers
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.interface import DraftingCost
 from vllm_longspec.scheduling.schedule import BATCH_ROWS
-from vllm_longspec.targets.families import layer_sizes, layer_weights
+from vllm_longspec.targets.families import cached_token_weights, target_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,12 +63,9 @@ class StepCost:
         num_ranks: int = 1,
     ) -> "StepCost":
         """As `of`, from sizes. Weights have two bytes, a quantised cache has one; both are split over `num_ranks`."""
-        hidden, _, _, kv_heads, head_size = layer_sizes(target)
-        num_layers = target.num_hidden_layers
         return cls(
-            target=(num_layers * layer_weights(target) + vocab_size * hidden) / num_ranks,
-            # Each rank has at least one KV head.
-            token=2 * head_size * num_layers * max(1, kv_heads / num_ranks) * (0.5 if cache_is_quantised else 1.0),
+            target=target_weights(target, vocab_size, num_ranks),
+            token=cached_token_weights(target, num_ranks, cache_is_quantised),
             drafting=drafting,
         )
 
@@ -79,4 +76,4 @@ class StepCost:
         num_rows = batch_size * (1 + num_nodes)
         further = max(0, num_rows - BATCH_ROWS)
         verifying = (ROW * (num_rows - further) + FURTHER_ROW * further) * self.target + NODE * num_nodes * cache
-        return 1 + (self.drafting(num_nodes, cache) + verifying) / (STEP + self.target + cache)
+        return 1 + (self.drafting(batch_size, num_nodes, cache) + verifying) / (STEP + self.target + cache)

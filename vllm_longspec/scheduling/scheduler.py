@@ -154,7 +154,7 @@ class TreeSchedulerMixin(_Base):
     def _fits_in_cache(self, chunk: Callable[[Request], int]) -> Callable[[int], bool]:
         """Whether a number of nodes per request has slots without a preemption."""
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        num_rows = self._token_budget() + len(self.running) * self.block_size
+        num_rows = self._token_budget() + len(self.running) * (self.block_size + self.num_lookahead_tokens)
         if free * self.block_size >= num_rows:
             return lambda nodes: True
         # (tokens after this step without nodes, nodes, allocated blocks)
@@ -167,9 +167,12 @@ class TreeSchedulerMixin(_Base):
             for request in self.running
         ]
 
+        # Slots that the next draft writes.
+        lookahead = self.num_lookahead_tokens
+
         def fits(nodes: int) -> bool:
             needed = (
-                cdiv(min(tokens + min(length, nodes), self.max_model_len), self.block_size) - held
+                cdiv(min(tokens + min(length, nodes) + lookahead, self.max_model_len), self.block_size) - held
                 for tokens, length, held in requests
             )
             return sum(max(0, num_blocks) for num_blocks in needed) <= free

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The supported families of targets. A new one is an entry in `FAMILIES`."""
+"""Sizes of targets, and the families that have GLIDE drafts. A new one is an entry in `FAMILIES`."""
 
 from typing import Any, NamedTuple
 
@@ -46,6 +46,18 @@ def layer_weights(target: Any) -> int:
     return 2 * hidden * heads * head_size + 2 * hidden * kv_heads * head_size + 3 * hidden * intermediate
 
 
+def target_weights(target: Any, vocab_size: int, num_ranks: int) -> float:
+    """Weights of all layers and of the head that each of `num_ranks` GPUs reads in a step."""
+    return (target.num_hidden_layers * layer_weights(target) + vocab_size * size_of(target, "hidden_size")) / num_ranks
+
+
+def cached_token_weights(target: Any, num_ranks: int, is_quantised: bool) -> float:
+    """K and V of a cached token in all layers on each GPU, as so many weights of two bytes."""
+    *_, kv_heads, head_size = layer_sizes(target)
+    # Each rank has at least one KV head.
+    return 2 * head_size * target.num_hidden_layers * max(1, kv_heads / num_ranks) * (0.5 if is_quantised else 1.0)
+
+
 def size_of(config: Any, name: str) -> Any:
     """A size in a Hugging Face config, or the default of one that is left out."""
     value = getattr(config, name, None)
@@ -53,4 +65,8 @@ def size_of(config: Any, name: str) -> Any:
         return config.num_attention_heads
     if value is None and name == "head_dim":
         return config.hidden_size // config.num_attention_heads
+    if value is None and name == "intermediate_size":
+        # OPT, GPT-2 and Falcon have names of their own; left out, it is four times the hidden size.
+        others = (getattr(config, other, None) for other in ("ffn_dim", "n_inner", "ffn_hidden_size"))
+        return next((size for size in others if size is not None), 4 * config.hidden_size)
     return value

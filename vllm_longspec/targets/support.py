@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses what a GLIDE draft does not work with: by name and with the way out, as early as it can be known.
+"""Refuses what trees do not work with, or a GLIDE draft: by name and with the way out, as early as it can be known.
 
 Options, arguments and target are checked before vLLM builds its SpeculativeConfig, `check_engine` sees the complete
 configuration. Every check raises ValueError, in one line.
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_longspec.targets.families import FAMILIES
 
@@ -20,27 +20,38 @@ if TYPE_CHECKING:
 # Head sizes that the attention kernels are tested for.
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
 
-# Options of vLLM's SpeculativeConfig that apply to a GLIDE draft.
+# Options of vLLM's SpeculativeConfig that apply to trees.
 _OPTIONS = frozenset(
     {"model", "method", "num_speculative_tokens", "revision", "code_revision", "draft_load_config", "enforce_eager"}
     | {"draft_tensor_parallel_size", "num_speculative_tokens_per_batch_size"}
     | {"rejection_sample_method", "synthetic_acceptance_length", "synthetic_acceptance_rates", "quantization"}
 )
+# `model_type` of targets with a learned sink in each attention head.
+_ATTENTION_SINKS = ("gpt_oss",)
 # vLLM's methods that quantise while loading.
 _DRAFT_QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel")
 
+
+class Draft(NamedTuple):
+    """The draft in messages, and how to serve without it."""
+
+    noun: str = "a GLIDE draft"
+    without: str = "serve without --speculative-model"
+
+
+GLIDE_DRAFT = Draft()
 
 # (whether it applies, what is refused, the way out)
 _Refusal = tuple[bool, str, str]
 
 
-def _refuse(*refusals: _Refusal) -> None:
+def _refuse(draft: Draft, *refusals: _Refusal) -> None:
     for applies, what, way_out in refusals:
         if applies:
-            raise ValueError(f"{what} is not supported with a GLIDE draft: {way_out}")
+            raise ValueError(f"{what} is not supported with {draft.noun}: {way_out}")
 
 
-def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig") -> None:
+def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig", draft: Draft = GLIDE_DRAFT) -> None:
     """Refuses options of the speculative configuration, by ValueError."""
     from vllm.config import SpeculativeConfig
     from vllm.platforms import current_platform
@@ -56,6 +67,7 @@ def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig")
     quantized = f"quantization={quantization!r} in the speculative configuration"
     leave_out = "leave it out"
     _refuse(
+        draft,
         (
             quantization not in (None, *_DRAFT_QUANTIZATIONS),
             quantized,
@@ -79,7 +91,7 @@ def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig")
         value = options.get(field.name)
         if field.name in _OPTIONS or value is None or value == _default(field):
             continue
-        _refuse((True, f"{field.name}={value!r} in the speculative configuration", leave_out))
+        _refuse(draft, (True, f"{field.name}={value!r} in the speculative configuration", leave_out))
 
 
 def _default(field: Any) -> Any:
@@ -87,7 +99,7 @@ def _default(field: Any) -> Any:
     return getattr(field.default, "default", field.default) if field.default is not MISSING else None
 
 
-def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig") -> None:
+def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig", draft: Draft = GLIDE_DRAFT) -> None:
     """Refuses features of the engine that an argument asks for, by ValueError."""
     logits_processors = entry_points(group="vllm.logits_processors")
     pipeline = parallel_config.pipeline_parallel_size
@@ -96,6 +108,7 @@ def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig"
     scheduler_cls = engine_args.scheduler_cls
     instead = "use --tensor-parallel-size instead"
     _refuse(
+        draft,
         (pipeline > 1, f"pipeline_parallel_size={pipeline}", instead),
         (prefill_context > 1, f"prefill_context_parallel_size={prefill_context}", instead),
         (
@@ -123,19 +136,22 @@ def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig"
             # They run for every request, and may read its history, which differs by node.
             bool(logits_processors),
             f"the installed logits processor {', '.join(plugin.name for plugin in logits_processors)}",
-            "uninstall it or serve without --speculative-model",
+            f"uninstall it or {draft.without}",
         ),
     )
 
 
-def check_target(target: "ModelConfig") -> None:
-    """Refuses targets that cannot be served with a draft, by ValueError."""
+def check_target(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
+    """Refuses targets whose trees cannot be verified, by ValueError.
+
+    What only the attention layers show is refused when they are built (`vllm_longspec/attention/backend.py`).
+    """
     config = target.hf_text_config
     head_size = target.get_head_size()
     # Without `layer_types` vLLM gives every layer the window.
     sliding_window = target.get_sliding_window()
     layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
-    without = "serve without --speculative-model"
+    without = draft.without
     refusals: tuple[_Refusal, ...] = (
         (target.runner_type != "generate", f"a {target.runner_type} target", without),
         (target.is_multimodal_model, "a multimodal target", without),
@@ -147,25 +163,28 @@ def check_target(target: "ModelConfig") -> None:
         (
             sliding_window is not None and "sliding_attention" in layer_types,
             f"a target with a sliding window of {sliding_window}",
-            "serve without --speculative-model, or with --disable-sliding-window",
+            f"{without}, or with --disable-sliding-window",
         ),
+        (getattr(config, "attention_chunk_size", None) is not None, "a target with chunked attention", without),
+        (
+            getattr(config, "attn_logit_softcapping", None) is not None,
+            "a target with a soft cap of attention logits",
+            without,
+        ),
+        (config.model_type in _ATTENTION_SINKS, "a target with attention sinks", without),
+        (bool(getattr(config, "num_kv_shared_layers", None)), "a target whose layers share their KV cache", without),
         (getattr(config, "dual_chunk_attention_config", None) is not None, "dual chunk attention", without),
         (target.uses_alibi, "a target with ALiBi", without),
         (target.uses_mrope, "a target with multi-dimensional RoPE", without),
         (
             target.model_impl not in ("auto", "vllm"),
             f"model_impl={target.model_impl!r}",
-            "serve with --model-impl auto or vllm: a draft shares the modules of vLLM's own implementation",
+            "serve with --model-impl auto or vllm: trees are tested with vLLM's own implementations",
         ),
         (
             target.using_transformers_backend(),
             f"the architecture {', '.join(target.architectures)}, which vLLM runs with the Transformers backend",
             without,
-        ),
-        (
-            config.model_type not in FAMILIES,
-            f"a target of the {config.model_type} family",
-            f"the families supported are {', '.join(FAMILIES)}; {without}",
         ),
         (
             not MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE,
@@ -178,10 +197,23 @@ def check_target(target: "ModelConfig") -> None:
         # Waking up from level 2 does not restore the draft's weights and its own head.
         (target.enable_sleep_mode, "sleep mode", "serve without --enable-sleep-mode"),
     )
-    _refuse(*((applies, f"{what} (target {target.model})", way_out) for applies, what, way_out in refusals))
+    _refuse(draft, *((applies, f"{what} (target {target.model})", way_out) for applies, what, way_out in refusals))
 
 
-def check_platform() -> None:
+def check_family(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
+    """Refuses targets of families that have no GLIDE drafts, by ValueError."""
+    model_type = target.hf_text_config.model_type
+    _refuse(
+        draft,
+        (
+            model_type not in FAMILIES,
+            f"a target of the {model_type} family (target {target.model})",
+            f"the families supported are {', '.join(FAMILIES)}; {draft.without}",
+        ),
+    )
+
+
+def check_platform(draft: Draft = GLIDE_DRAFT) -> None:
     """Refuses platforms without a Triton that works, by ValueError."""
     from vllm import envs
     from vllm.platforms import current_platform
@@ -189,16 +221,16 @@ def check_platform() -> None:
 
     from vllm_longspec.interpreter import INTERPRETER_PLUGIN, interpreting, left_out
 
+    noun = draft.noun[0].upper() + draft.noun[1:]
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         raise ValueError(
-            f"A GLIDE draft runs on NVIDIA GPUs and on CPUs, not on {current_platform.device_name}: "
-            "serve without --speculative-model"
+            f"{noun} runs on NVIDIA GPUs and on CPUs, not on {current_platform.device_name}: {draft.without}"
         )
     is_installed = find_spec("triton") is not None
     if current_platform.is_cpu() and not interpreting():
         install = "" if is_installed else "install triton and "
         raise ValueError(
-            f"A GLIDE draft needs Triton, on a CPU its interpreter: {install}set TRITON_INTERPRET=1 before vLLM starts"
+            f"{noun} needs Triton, on a CPU its interpreter: {install}set TRITON_INTERPRET=1 before vLLM starts"
         )
     if HAS_TRITON:
         return
@@ -214,15 +246,16 @@ def check_platform() -> None:
         )
     else:
         reason = "install triton again (pip install --force-reinstall triton), or see in vLLM's log why it is off"
-    raise ValueError(f"A GLIDE draft needs Triton and vLLM found none that works: {reason}")
+    raise ValueError(f"{noun} needs Triton and vLLM found none that works: {reason}")
 
 
-def check_engine(vllm_config: "VllmConfig") -> None:
+def check_engine(vllm_config: "VllmConfig", draft: Draft = GLIDE_DRAFT) -> None:
     """Refuses what only the complete configuration shows, by ValueError."""
     cache = vllm_config.cache_config
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     cache_dtypes = ("auto", model_dtype, "fp8", "fp8_e4m3")
     _refuse(
+        draft,
         (
             not vllm_config.use_v2_model_runner,
             "vLLM's model runner V1",

@@ -21,6 +21,7 @@ def _lay_out_trees_kernel(
     idx_mapping_ptr,  # [num_reqs]
     depths_ptr,  # [max_num_reqs, num_rows]
     ancestor_masks_ptr,  # [max_num_reqs, num_rows, num_words]
+    batch_idx_mapping_ptr,  # [max_num_reqs]
     batch_ancestor_masks_ptr,  # [max_num_reqs, num_rows, num_words]
     batch_prefix_lens_ptr,  # [max_num_reqs]
     num_tree_reqs,
@@ -35,9 +36,11 @@ def _lay_out_trees_kernel(
     prefix_len = tl.load(seq_lens_ptr + batch_idx) - query_len
     tl.store(batch_prefix_lens_ptr + batch_idx, prefix_len)
     if batch_idx >= num_tree_reqs:
+        tl.store(batch_idx_mapping_ptr + batch_idx, -1)
         return
 
     req_state_idx = tl.load(idx_mapping_ptr + batch_idx)
+    tl.store(batch_idx_mapping_ptr + batch_idx, req_state_idx)
     root_position = prefix_len.to(tl.int64)
     row = tl.arange(0, ROWS)
     depth = tl.load(depths_ptr + req_state_idx * num_rows + row, mask=row < query_len, other=0)
@@ -61,7 +64,7 @@ def lay_out_trees(
     input_ids: torch.Tensor,  # int32 [num_tokens], overwritten where a tree request's row has no token
     positions: torch.Tensor,  # int64 [num_tokens], overwritten in the tree requests' rows
 ) -> None:
-    """Writes the true positions and the batch's ancestor masks of the leading `num_tree_reqs` requests.
+    """Writes the true positions and the batch's indices and ancestor masks of the leading `num_tree_reqs` requests.
 
     Prefix lengths are written for every request, so that the prefix of a CUDA graph's padding requests is empty. A
     request may have fewer rows than its tree (cut by a token budget or `max_model_len`): a prefix of a tree is a tree.
@@ -75,6 +78,7 @@ def lay_out_trees(
         idx_mapping,
         state.depths,
         state.ancestor_masks,
+        batch.idx_mapping,
         batch.ancestor_masks,
         batch.prefix_lens,
         num_tree_reqs,

@@ -13,10 +13,10 @@ import torch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.proposers.glide.best_children import best_children, best_children_in_pytorch
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.window_attention import window_attention
+from vllm_longspec.tree.best_children import best_children, best_children_in_pytorch
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.shape import TreeShape
 

@@ -63,5 +63,5 @@ class GlideCost:
         level = layer / num_ranks + draft_vocab_size * hidden / head_ranks
         return cls(level * (0.5 if is_quantised else 1.0), target.num_hidden_layers, shape)
 
-    def __call__(self, num_nodes: int, cache: float) -> float:
+    def __call__(self, batch_size: int, num_nodes: int, cache: float) -> float:
         return self.shape.num_levels(num_nodes) * (LEVEL + self.level + cache / self.num_layers)

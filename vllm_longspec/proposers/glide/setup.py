@@ -23,6 +23,7 @@ from vllm_longspec.proposers.glide.loading import draft_load_config
 from vllm_longspec.proposers.glide.quantization import default_quantization
 from vllm_longspec.proposers.interface import DraftSetup
 from vllm_longspec.targets.families import FAMILIES
+from vllm_longspec.targets.support import check_family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,6 +42,8 @@ _NAMES_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 @dataclass(frozen=True)
 class GlideSetup(DraftSetup):
     proposer = "vllm_longspec.proposers.glide.proposer.GlideProposer"
+    noun = "a GLIDE draft"
+    without = "serve without --speculative-model"
 
     checkpoint: DraftCheckpoint
     revision: str | None
@@ -62,6 +65,7 @@ class GlideSetup(DraftSetup):
             return None
 
     def check(self, target: "ModelConfig") -> None:
+        check_family(target)
         check_fit(self.checkpoint, target)
         for word in _NAMES_OF_OTHER_METHODS:
             if word in self.checkpoint.model.lower():

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks a step of MagicDec's draft attends, and where it writes, against sets of positions."""
+
+import random
+
+import pytest
+import torch
+
+from vllm_longspec.options import PartialAttention
+from vllm_longspec.proposers.interface import Roots
+from vllm_longspec.proposers.magicdec.inputs import DraftInputs
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MAX_MODEL_LEN = 400
+# Slots of the last blocks need more than 32 bits.
+MAX_BLOCK = 2**31 - 1
+
+
+def attended_blocks(part: PartialAttention, block_size: int, position: int) -> list[int]:
+    """Places in a request's table of the blocks with one of the tokens to attend, by looking at each token."""
+    tokens = {*range(part.sinks), *range(position + 1 - part.budget, position + 1)}
+    return sorted({token // block_size for token in tokens if 0 <= token <= position})
+
+
+def write(inputs: DraftInputs, step: int, slots: list[int], roots: list[int], tables: torch.Tensor) -> torch.Tensor:
+    """Returns the tokens that were given."""
+    tokens = torch.arange(len(slots), device=DEVICE) + 7
+    positions = torch.tensor(roots, device=DEVICE)
+    root = Roots(tokens, positions, positions.int())
+    inputs.write(step, tokens, torch.tensor(slots, device=DEVICE), root, tables)
+    return tokens
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("sinks", [0, 1, 32, 33])
+@pytest.mark.parametrize("budget", [1, 16, 17, 100, 1000])
+def test_the_part_is_the_blocks_of_the_first_and_of_the_last_tokens(block_size, sinks, budget):
+    source = random.Random(sinks * 1000 + budget)
+    part = PartialAttention(sinks, budget)
+    # Whole blocks and one more or less, short requests, the last position, and two that only pad the batch.
+    roots = [0, 1, 15, 16, 31, 32, 33, 63, 64, 100, 127, 128, 129, 200, 0, 255, 256, 397, 398, 399, 0]
+    slots = [-1 if i in (14, 20) else i for i in range(len(roots))]
+    max_num_blocks = -(-MAX_MODEL_LEN // block_size)
+    ids = [[source.randrange(1, MAX_BLOCK) for _ in range(max_num_blocks)] for _ in roots]
+    inputs = DraftInputs.allocate(part, block_size, len(roots) + 1, MAX_MODEL_LEN, DEVICE)
+    # A table is a part of a wider tensor, as in an engine.
+    tables = torch.tensor(ids, dtype=torch.int32, device=DEVICE)
+    for step in range(3):
+        inputs.block_table.fill_(-5)
+        tokens = write(inputs, step, slots, roots, tables)
+        for request, (slot, root) in enumerate(zip(slots, roots, strict=True)):
+            table = inputs.block_table[request].tolist()
+            found = [tensor[request].item() for tensor in (inputs.input_ids, inputs.positions, inputs.seq_lens)]
+            if slot < 0:
+                assert found == [0, 0, 1] and table == [0] * len(table)
+                assert inputs.slot_mapping[0, request] == -1
+                continue
+            position = min(root + step, MAX_MODEL_LEN - 1)
+            blocks = attended_blocks(part, block_size, position)
+            num_attended = (len(blocks) - 1) * block_size + position % block_size + 1
+            assert found == [tokens[request].item(), position, num_attended]
+            assert table[: len(blocks)] == [ids[request][block] for block in blocks]
+            assert table[len(blocks) :] == [0] * (len(table) - len(blocks))
+            own = ids[request][position // block_size] * block_size + position % block_size
+            assert inputs.slot_mapping[0, request] == (own if root + step < MAX_MODEL_LEN else -1)
+            assert num_attended <= inputs.max_seq_len
+    # What stands after the batch is left alone.
+    assert (inputs.block_table[len(roots)] == -5).all() and inputs.slot_mapping[0, len(roots)] == -1
+
+
+def test_a_request_that_is_no_longer_than_the_part_attends_everything():
+    part = PartialAttention(32, 64)
+    inputs = DraftInputs.allocate(part, 16, 1, MAX_MODEL_LEN, DEVICE)
+    table = torch.arange(1, 26, dtype=torch.int32, device=DEVICE)[None]
+    for root in range(32 + 64):
+        write(inputs, 0, [0], [root], table)
+        assert inputs.seq_lens[0] == root + 1
+        assert inputs.block_table[0, : root // 16 + 1].tolist() == list(range(1, root // 16 + 2))
+
+
+def test_tables_have_room_for_the_part_and_no_more():
+    inputs = DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 131072, DEVICE)
+    # The last 1,024 tokens touch 65 blocks unless they begin with one.
+    assert inputs.block_table.shape == (4, 2 + 65)
+    assert inputs.num_bytes == 4 * (4 + 8 + 8 + 4 + 67 * 4)
+    # A short `max_model_len` needs fewer.
+    assert DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 100, DEVICE).block_table.shape == (4, 7)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MagicDec at start-up: its options, what it refuses, what it reserves and what it expects to cost."""
+
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from benchmarks.shapes import SHAPES
+from tests.models import write_draft, write_target
+from tests.unit.test_schedule import config
+from vllm_longspec import plugin
+from vllm_longspec.options import PartialAttention, options_of
+from vllm_longspec.proposers.magicdec.cost import STEP, MagicDecCost
+from vllm_longspec.proposers.magicdec.setup import MagicDecSetup
+from vllm_longspec.scheduling.adaptive import AdaptiveVerification
+from vllm_longspec.scheduling.cost import StepCost
+from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
+from vllm_longspec.targets.families import cached_token_weights, target_weights
+from vllm_longspec.tree.shape import TreeShape
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def target(folder):
+    return str(write_target(folder / "target", "qwen3"))
+
+
+@pytest.fixture(scope="module")
+def llama(folder):
+    """A target that has a GLIDE draft."""
+    target = write_target(folder / "llama", "llama")
+    return str(target), str(write_draft(folder / "draft", target))
+
+
+def engine_config(target: str, speculative_config: dict[str, Any], **settings: Any) -> Any:
+    plugin.register()
+    return EngineArgs(
+        model=target, speculative_config=speculative_config, dtype="float32", skip_tokenizer_init=True, **settings
+    ).create_engine_config()
+
+
+def refused(target: str, speculative_config: dict[str, Any], **settings: Any) -> str:
+    with pytest.raises(ValueError) as error:
+        engine_config(target, speculative_config, **settings)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_method_alone_is_enough(target):
+    vllm_config = engine_config(target, {"method": "magicdec"})
+    options = options_of(vllm_config.speculative_config)
+    assert options is not None
+    assert (options.proposer, options.tree_shape.levels) == ("magicdec", (1, 1, 1, 1))
+    assert options.partial_attention == PartialAttention(sinks=32, budget=1024, selection="recent")
+    assert vllm_config.speculative_config.num_speculative_tokens == 4
+    assert vllm_config.speculative_config.model == target
+
+
+def test_options_of_the_command_line(target):
+    plugin.register()
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = '{"method": "magicdec", "gamma": 3, "sinks": 0, "budget": "512", "copy-length": 0, "selection": "recent"}'
+    args = parser.parse_args(["--model", target, "--speculative-config", given])
+    found = options_of(EngineArgs.from_cli_args(args).create_engine_config().speculative_config)
+    assert found is not None
+    assert (found.tree_shape.levels, found.copy_length) == ((1, 1, 1), 0)
+    assert found.partial_attention == PartialAttention(sinks=0, budget=512)
+    assert "magicdec" in parser.format_help()
+
+
+def test_slots_are_reserved_for_what_a_draft_writes(target, llama):
+    assert engine_config(target, {"method": "magicdec", "gamma": 6}).num_lookahead_tokens == 6
+    # No more is ever drafted.
+    cut = engine_config(target, {"method": "magicdec", "gamma": 6, "num_speculative_tokens": 2})
+    assert cut.num_lookahead_tokens == 2
+    assert cut.speculative_config.max_num_new_slots_for_drafting == 0
+    assert engine_config(llama[0], {"model": llama[1]}).num_lookahead_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tree_shape": [2, 2]}, "tree_shape is not supported with the method magicdec: .* give .* as gamma"),
+        ({"frequent_tokens": "t.json"}, "frequent_tokens is not supported with the method magicdec: .* leave it out"),
+        ({"model": "DRAFT"}, "model='DRAFT' is not supported with the method magicdec: .* leave it out"),
+        ({"quantization": "fp8_per_channel"}, "quantization='fp8_per_channel' is not supported with the method magicd"),
+        ({"revision": "main"}, "revision='main' is not supported with the method magicdec"),
+        ({"parallel_drafting": True}, "parallel_drafting=True in .* is not supported with the method magicdec"),
+        ({"gamma": 0}, "gamma must be a positive integer, got 0"),
+        ({"sinks": -1}, "sinks must be an integer of 0 or more, got -1: .* or leave it out for 32"),
+        ({"sinks": True}, "sinks must be an integer of 0 or more, got True"),
+        ({"sinks": False}, "sinks must be an integer of 0 or more, got False"),
+        ({"budget": 0}, "budget must be a positive integer, got 0: .* or leave it out for 1024"),
+        ({"budget": 1.5}, "budget must be a positive integer, got 1.5"),
+        ({"selection": "best"}, "selection must be one of recent, scores, got 'best': leave it out"),
+    ],
+)
+def test_options_that_are_refused(target, given, said):
+
+    assert re.search(said, refused(target, {"method": "magicdec", **given}))
+
+
+@pytest.mark.parametrize("option", [{"sinks": 32}, {"budget": 512}, {"selection": "recent"}])
+def test_its_options_are_refused_with_another_draft(llama, option):
+    target, draft = llama
+    (name,) = option
+    said = f"{name} is not supported with a GLIDE draft: it is an option of the method magicdec; leave it out"
+    assert refused(target, {"model": draft, **option}) == said
+    # With a draft of vLLM's too, and without any.
+    assert refused(target, option) == said
+
+
+def test_what_trees_do_not_support_is_refused_by_its_name(target):
+    assert refused(target, {"method": "magicdec"}, enable_lora=True).startswith(
+        "LoRA is not supported with the method magicdec: "
+    )
+    said = "attention backend CPU_ATTN cannot verify the tree of the method magicdec: leave --attention-backend out"
+    assert refused(target, {"method": "magicdec"}, attention_backend="CPU_ATTN") == said
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"is_moe": True}, "a mixture of experts (target TARGET) is not supported with the method magicdec"),
+        ({"model": "someone/Eagle3-chat"}, "vLLM takes any path with 'eagle3' in it for a draft of another kind"),
+    ],
+)
+def test_targets_that_it_refuses(settings, said):
+    config: Any = SimpleNamespace(**{"model": "TARGET", "is_moe": False, **settings})
+    with pytest.raises(ValueError) as error:
+        MagicDecSetup().check(config)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+# What follows is in weights that a GPU reads.
+
+GAMMA = 4
+PART = 32 + 1024
+
+
+def cost_of(model: str, num_ranks: int = 1, cache_is_quantised: bool = False) -> StepCost:
+    shape = SimpleNamespace(**SHAPES[model])
+    weights = target_weights(shape, shape.vocab_size, num_ranks)
+    token = cached_token_weights(shape, num_ranks, cache_is_quantised)
+    drafting = MagicDecCost(weights, token, PART)
+    return StepCost.of_shape(
+        shape,
+        vocab_size=shape.vocab_size,
+        drafting=drafting,
+        cache_is_quantised=cache_is_quantised,
+        num_ranks=num_ranks,
+    )
+
+
+def test_a_step_of_drafting_reads_the_weights_and_its_part_of_the_cache():
+    cost = cost_of("llama-3-8b-262k")
+    assert isinstance(cost.drafting, MagicDecCost)
+    assert (cost.drafting.target, cost.drafting.token) == (cost.target, cost.token)
+    cache = 16 * 32768 * cost.token
+    assert cost.drafting(16, 1, cache) == STEP + cost.target + 16 * PART * cost.token
+    assert cost.drafting(16, 3, cache) == 3 * cost.drafting(16, 1, cache)
+    # No more than there is.
+    assert cost.drafting(16, 1, 100 * cost.token) == STEP + cost.target + 100 * cost.token
+    assert cost.drafting(16, 0, cache) == 0
+    # Blocks by scores: a sixteenth of the cache once a verification.
+    scored = replace(cost.drafting, rescored=1 / 16)
+    assert scored(16, 3, cache) == cost.drafting(16, 3, cache) + cache / 16
+    assert scored(16, 0, cache) == 0
+
+
+@pytest.mark.parametrize(("selection", "rescored"), [("recent", 0.0), ("scores", 1 / 16)])
+def test_the_cost_knows_how_blocks_are_chosen(target, selection, rescored):
+    config = engine_config(target, {"method": "magicdec", "selection": selection})
+    assert MagicDecCost.of(config).rescored == rescored
+
+
+@pytest.mark.parametrize(("batch_size", "context", "most"), [(16, 32768, 0.28), (4, 131072, 0.26)])
+def test_a_step_of_drafting_in_steps_of_plain_decoding(batch_size, context, most):
+    cost = cost_of("llama-3-8b-262k")
+    cache = batch_size * context * cost.token
+    plain = 1.5e9 + cost.target + cache
+    assert 0.5 * most < cost.drafting(batch_size, 1, cache) / plain <= most
+
+
+class Engine:
+    """Requests of one length, and drafts each of whose tokens is accepted with one probability after the one before."""
+
+    def __init__(self, batch_size: int, context: int):
+        queries_per_kv_head = 4
+        self.batch_size, self.num_tokens = batch_size, batch_size * context
+        shape = TreeShape((1,) * GAMMA)
+        schedule = default_schedule(GAMMA, queries_per_kv_head)
+        self.choices = nodes_by_batch_size(config(schedule[0][2], schedule), batch_size, adapt=True)
+        self.cost = cost_of("llama-3-8b-262k")
+        self.adaptive = AdaptiveVerification(self.choices, self.cost, lambda: self.num_tokens, shape)
+        self.debts = [0.0] * GAMMA
+
+    def serve(self, acceptance: float, num_steps: int) -> list[int]:
+        numbers = []
+        for _ in range(num_steps):
+            numbers.append(number := self.adaptive[self.batch_size])
+            for _ in range(self.batch_size if number else 0):
+                self.adaptive.observe(number, self._accept(acceptance, number))
+        return numbers
+
+    def _accept(self, acceptance: float, number: int) -> int:
+        """As often as it should be, without a random number."""
+        accepted = 0
+        for depth in range(number):
+            self.debts[depth] += acceptance ** (depth + 1)
+            if self.debts[depth] >= 1 and accepted == depth:
+                self.debts[depth] -= 1
+                accepted += 1
+        return accepted
+
+    def throughput(self, acceptance: float, numbers: list[int]) -> float:
+        tokens = sum(math.fsum(acceptance**depth for depth in range(number + 1)) for number in numbers)
+        return tokens / sum(self.cost(self.batch_size, number, self.num_tokens) for number in numbers)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16, 64])
+@pytest.mark.parametrize("context", [1024, 16384, 131072])
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.85, 1.0])
+def test_it_is_never_much_slower_than_plain_decoding(batch_size, context, acceptance):
+    engine = Engine(batch_size, context)
+    numbers = engine.serve(acceptance, 1500)
+    assert engine.throughput(acceptance, numbers[500:]) >= 0.97
+    if acceptance >= 0.85:
+        assert engine.throughput(acceptance, numbers) >= 0.99
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_next_to_nothing_is_drafted_where_a_step_of_drafting_costs_one_of_decoding(batch_size):
+    engine = Engine(batch_size, 512)
+    numbers = engine.serve(0.9, 500)
+    assert numbers.count(0) > 0.96 * len(numbers)
+    assert engine.throughput(0.9, numbers) >= 0.99
+
+
+def test_drafts_come_back_where_contexts_have_grown_and_where_they_are_accepted_again():
+    engine = Engine(4, 1024)
+    assert engine.serve(0.9, 100).count(0) >= 96
+    engine.num_tokens = 4 * 131072
+    assert sum(engine.serve(0.9, 100)[-50:]) > 50 * (GAMMA - 0.2)
+    assert sum(engine.serve(0.0, 200)[-50:]) < 10
+    assert sum(engine.serve(0.9, 150)[-50:]) > 50 * (GAMMA - 0.2)
+
+
+def test_ranks_and_quantised_caches_share_what_is_read():
+    one, two, fp8 = (cost_of("qwq-32b", **kind) for kind in ({}, {"num_ranks": 2}, {"cache_is_quantised": True}))
+    assert isinstance(one.drafting, MagicDecCost)
+    assert two.drafting == replace(one.drafting, target=one.target / 2, token=one.token / 2)
+    assert fp8.drafting == replace(one.drafting, token=one.token / 2)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MagicDec's `DraftingCost`: each step reads all of the target's weights, and a part of its cache."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_longspec.options import options_of
+from vllm_longspec.targets.families import cached_token_weights, target_weights
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Constant time of a step in a CUDA graph, in weights that could be read meanwhile: 0.7 ms of kernels that wait for each
+# other. A step of plain decoding has more, the host's part (`vllm_longspec/scheduling/cost.py`).
+STEP = 1.3e9
+
+
+@dataclass(frozen=True)
+class MagicDecCost:
+    target: float  # weights of all layers and the head that each GPU reads
+    token: float  # K and V of a cached token in all layers, in weights
+    num_attended: int  # most tokens of a request that a step attends
+    rescored: float = 0.0  # share of cached K and V that a verification reads once more, to choose blocks
+
+    @classmethod
+    def of(cls, vllm_config: "VllmConfig") -> "MagicDecCost":
+        from vllm.utils.torch_utils import is_quantized_kv_cache
+
+        from vllm_longspec.proposers.magicdec.selection import INTERVAL
+
+        options = options_of(vllm_config.speculative_config)
+        assert options is not None and options.partial_attention is not None
+        model_config = vllm_config.model_config
+        num_ranks = vllm_config.parallel_config.tensor_parallel_size
+        is_quantised = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+        config = model_config.hf_text_config
+        return cls(
+            target_weights(config, model_config.get_vocab_size(), num_ranks),
+            cached_token_weights(config, num_ranks, is_quantised),
+            options.partial_attention.sinks + options.partial_attention.budget,
+            # K is half of both.
+            0.5 / INTERVAL if options.partial_attention.selection == "scores" else 0.0,
+        )
+
+    def __call__(self, batch_size: int, num_nodes: int, cache: float) -> float:
+        if num_nodes == 0:
+            return 0.0
+        attended = min(cache, batch_size * self.num_attended * self.token)
+        return num_nodes * (STEP + self.target + attended) + self.rescored * cache

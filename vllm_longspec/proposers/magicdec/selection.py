@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks of a request a draft attends in each layer, chosen by what the request's verifications attended.
+
+The settings are measured with `benchmarks/training/sparse.py`; docs/performance.md has the figures.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from vllm.utils.math_utils import cdiv
+
+from vllm_longspec.attention.backend import PrefixAttention, TreeRequests
+from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
+from vllm_longspec.proposers.magicdec.choose_blocks import blocks_per_unit, choose_blocks, shortened_tables
+
+# Last tokens that are attended whatever the scores say.
+RECENT = 64
+# Tokens that are chosen together, if blocks are not larger.
+UNIT = 32
+# Verifications from one choice of a layer to the next.
+INTERVAL = 8
+
+
+@dataclass(frozen=True)
+class BlockSelection:
+    """The choices of all requests. Allocated once for the engine, because CUDA graphs keep the addresses.
+
+    The lists are num_layers * max_num_reqs * (num_chosen + 1) * 4 bytes. The scores, max_num_reqs * max_num_units * 4
+    bytes, are read right after they were written, in the same stream, so all layers use the same tensor.
+    """
+
+    num_sinks: int  # first blocks
+    budget: int  # tokens besides
+    num_recent: int  # of them, last tokens that are never left out
+    block_size: int
+    unit_blocks: int
+    interval: int
+    blocks: torch.Tensor  # int32 [num_layers, max_num_reqs, num_chosen] ascending, by req_state_idx
+    num_blocks: torch.Tensor  # int32 [num_layers, max_num_reqs]
+    num_verified: torch.Tensor  # int32 [max_num_reqs] verifications since the request left its prompt
+    scores: torch.Tensor  # float32 [max_num_reqs, max_num_units] of the current layer, by batch position
+
+    @classmethod
+    def allocate(
+        cls,
+        sinks: int,
+        budget: int,
+        num_layers: int,
+        max_num_reqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+    ) -> "BlockSelection":
+        """For `sinks` first tokens and a budget of tokens besides.
+
+        Raises:
+            ValueError: the budget leaves no block to choose.
+        """
+        unit_blocks = max(blocks_per_unit(max_model_len, block_size), UNIT // block_size, 1)
+        num_chosen = (budget // block_size - cdiv(RECENT, block_size)) // unit_blocks * unit_blocks
+        if num_chosen <= 0:
+            least = (unit_blocks + cdiv(RECENT, block_size)) * block_size
+            raise ValueError(
+                f'budget must be at least {least} tokens with selection "scores", got {budget}: give more, or '
+                '"selection": "recent"'
+            )
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        max_num_units = cdiv(max_model_len, unit_blocks * block_size)
+        return cls(
+            num_sinks=cdiv(sinks, block_size),
+            budget=budget,
+            num_recent=RECENT,
+            block_size=block_size,
+            unit_blocks=unit_blocks,
+            interval=INTERVAL,
+            blocks=zeros(num_layers, max_num_reqs, num_chosen),
+            num_blocks=zeros(num_layers, max_num_reqs),
+            num_verified=zeros(max_num_reqs),
+            scores=torch.zeros(max_num_reqs, max_num_units, device=device),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.blocks, self.num_blocks, self.num_verified, self.scores))
+
+    def start(self, req_state_indices: torch.Tensor) -> None:
+        """Forgets what was chosen in these places, int64 [num_started]; their first verification chooses anew."""
+        self.num_blocks.index_fill_(1, req_state_indices, 0)
+        self.num_verified.index_fill_(0, req_state_indices, 0)
+
+    def observer(self, layer: int) -> Callable[[PrefixAttention], None]:
+        """What chooses the blocks of the layer with this index after its attention to the prefix."""
+
+        def observe(attention: PrefixAttention) -> None:
+            self.score(layer, attention)
+            self.choose(layer, attention.trees)
+
+        return observe
+
+    def score(self, layer: int, attention: PrefixAttention) -> None:
+        """Writes `scores` of the requests whose choice is due in this layer."""
+        trees = attention.trees
+        block_scores(
+            attention.query,
+            attention.kv_cache,
+            trees.block_table,
+            trees.prefix_lens,
+            trees.query_start_loc,
+            trees.max_query_len,
+            attention.scale,
+            attention.lse,
+            self._refresh(layer, trees),
+            self.unit_blocks * self.block_size,
+            self.scores[: trees.num_reqs],
+            attention.scales,
+        )
+
+    def choose(self, layer: int, trees: TreeRequests) -> None:
+        """Renews what is due in this layer, by `scores`. The last layer counts the verification."""
+        choose_blocks(
+            self.scores[: trees.num_reqs],
+            trees.prefix_lens,
+            self._refresh(layer, trees),
+            self.num_sinks,
+            self.num_recent,
+            self.block_size,
+            self.unit_blocks,
+            self.blocks[layer],
+            self.num_blocks[layer],
+            counts=layer == len(self.blocks) - 1,
+        )
+
+    def _refresh(self, layer: int, trees: TreeRequests) -> Refresh:
+        # Shorter prefixes are attended as a whole.
+        min_prefix_len = self.num_sinks * self.block_size + self.budget
+        return Refresh(trees.idx_mapping, self.num_verified, self.interval, layer, min_prefix_len)
+
+    def write_tables(
+        self,
+        block_table: torch.Tensor,  # int32 [num_reqs, max_num_blocks]
+        idx_mapping: torch.Tensor,  # int64 [num_reqs] req_state_idx; -1 for padding
+        positions: torch.Tensor,  # int64 [num_reqs] of the rows of a draft step
+        tables: torch.Tensor,  # int32 [num_layers, num_reqs, width], written
+    ) -> None:
+        """See `shortened_tables`."""
+        shortened_tables(
+            block_table,
+            idx_mapping,
+            positions,
+            self.num_sinks,
+            self.budget,
+            self.block_size,
+            self.blocks,
+            self.num_blocks,
+            tables,
+        )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MagicDec's `DraftSetup`. There is no draft to find: the user names the method."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_longspec.options import DEFAULT_GAMMA
+from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup
+from vllm_longspec.proposers.magicdec.cost import MagicDecCost
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+# Options of vLLM's that are about a draft with weights.
+_DRAFT_OPTIONS = ("model", "revision", "code_revision", "draft_load_config", "quantization")
+# vLLM takes a model for a draft of another kind if its path contains one of these, whatever the method.
+_NAMES_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+
+
+class MagicDecSetup(DraftSetup):
+    proposer = "vllm_longspec.proposers.magicdec.proposer.MagicDecProposer"
+    option_names = (SHARED_OPTIONS - {"tree_shape", "frequent_tokens"}) | {"sinks", "budget", "selection"}
+    ways_out = {
+        "tree_shape": "it drafts a chain, give the number of tokens as gamma",
+        "frequent_tokens": "it drafts with the target's own head, leave it out",
+    }
+    default_levels = (1,) * DEFAULT_GAMMA
+
+    @classmethod
+    def find(cls, options: Mapping[str, Any], own_options: Mapping[str, Any]) -> "MagicDecSetup":
+        for name in _DRAFT_OPTIONS:
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name}={options[name]!r} is not supported with the method magicdec: the target drafts for "
+                    "itself, leave it out"
+                )
+        return cls()
+
+    def check(self, target: "ModelConfig") -> None:
+        without = "serve without --speculative-config"
+        if target.is_moe:
+            # A step of one row a request reads nearly as many experts as a step of a tree, and its cost is unknown.
+            raise ValueError(
+                f"a mixture of experts (target {target.model}) is not supported with the method magicdec: {without}"
+            )
+        for word in _NAMES_OF_OTHER_METHODS:
+            if word in target.model.lower():
+                raise ValueError(
+                    f"target {target.model} is its own draft with the method magicdec, but vLLM takes any path with "
+                    f"{word!r} in it for a draft of another kind: move it or link to it under another name"
+                )
+
+    def num_lookahead_tokens(self, num_nodes: int) -> int:
+        # Step i of a draft writes K and V of the root's position + i.
+        return num_nodes
+
+    def vllm_options(
+        self,
+        engine_args: "EngineArgs",
+        given: Mapping[str, Any],
+        target: "ModelConfig",
+        parallel_config: "ParallelConfig",
+        draft_vocab_size: int,
+    ) -> dict[str, Any]:
+        if engine_args.enable_lora:
+            # A step of drafting has other rows than the batch whose adapters vLLM has laid out.
+            raise ValueError(
+                "LoRA is not supported with the method magicdec: serve without --enable-lora, or with a GLIDE draft"
+            )
+        # vLLM wants to be told of a draft model. Its configuration is read again, its weights are not.
+        return {
+            "method": "draft_model",
+            "model": target.model,
+            "revision": target.revision,
+            "code_revision": target.code_revision,
+        }
+
+    @staticmethod
+    def drafting_cost(vllm_config: "VllmConfig") -> MagicDecCost:
+        return MagicDecCost.of(vllm_config)
