@@ -44,6 +44,14 @@ def test_graph_mode(mode):
     assert drafted_by_itself.acceptance_length > 2
 
 
+def test_blocks_by_scores():
+    """Observers run in the graphs of the target, and every layer's table is made in that of the draft."""
+    mode = settings_of("FULL_AND_PIECEWISE")
+    plain = generate(PAIR / "target", REQUESTS, **mode)
+    drafting = magicdec(sinks=32, budget=128, selection="scores")
+    assert_lossless(plain, generate(PAIR / "target", REQUESTS, **mode, **drafting))
+
+
 def test_nodes_follow_what_is_accepted(tmp_path):
     """A draft that nobody follows: from one step to the next batches of the same size have other numbers of nodes."""
     mode = settings_of("FULL_AND_PIECEWISE")
