@@ -61,7 +61,7 @@ class MagicDecProposer(Proposer):
         inputs = self.inputs
         return (
             f"drafts attend {self.part.sinks} first and {self.part.budget} last tokens, at most "
-            f"{inputs.block_table.shape[1]} blocks of {inputs.block_size}, tables {inputs.num_bytes} bytes in all"
+            f"{inputs.num_blocks} blocks of {inputs.block_size}, tables {inputs.num_bytes} bytes in all"
         )
 
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
