@@ -37,7 +37,7 @@ ALLOWED = {
     "scheduling": {"options", "proposers", "targets", "tree"},
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
-    "cli": {"configure", "options"},
+    "cli": {"configure", "options", "proposers"},
     "patches": {
         "attention",
         "cli",
