@@ -40,8 +40,7 @@ class MagicDecProposer(Proposer):
 
     def load(self, target: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         self.target = target
-        block_size = self.vllm_config.cache_config.block_size
-        self.inputs = self._allocate(block_size)
+        self.inputs = self._allocate(self.vllm_config.cache_config.block_size)
         return nn.Module()
 
     def _allocate(self, block_size: int) -> DraftInputs:
@@ -52,9 +51,8 @@ class MagicDecProposer(Proposer):
         # Builders of metadata of its own, whose buffers no graph of verification reads.
         self.attn_groups, _, _ = init_attn_backend(kv_cache_config, self.vllm_config, self.device)
         self.kv_cache_config = kv_cache_config
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        if block_size != self.inputs.block_size:
-            self.inputs = self._allocate(block_size)
+        # Blocks, and the longest request, may be other ones than when weights were loaded.
+        self.inputs = self._allocate(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self.seq_lens_bound = torch.full((self.max_num_reqs,), self.inputs.max_seq_len, dtype=torch.int32)
 
     def describe(self) -> str:
