@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm_longspec import proposers
 from vllm_longspec.configure import given_config
 from vllm_longspec.options import AUTO, DEFAULT_COPY_LENGTH, DEFAULT_GAMMA, DEFAULT_LEVELS, PartialAttention
 
@@ -33,6 +34,10 @@ def add_cli_args(
     original: Callable[..., argparse.ArgumentParser], parser: argparse.ArgumentParser
 ) -> argparse.ArgumentParser:
     parser = original(parser)
+    # vLLM lists its own methods. A GLIDE draft is found by its checkpoint, whatever the method.
+    method = parser._option_string_actions["--spec-method"]
+    methods = sorted(proposers.names() - {proposers.GLIDE, *(method.choices or ())})
+    method.choices = [*(method.choices or ()), *methods]
     group = parser.add_argument_group(title="LongSpec", description=_HELP_SUMMARY)
     group.add_argument(
         "--speculative-model",

@@ -8,7 +8,6 @@ import pytest
 from tests.engine import generate, request, run_batches
 from tests.integration.test_lossless import (
     GREEDY,
-    LENGTHS,
     PAIR,
     SAMPLINGS,
     assert_lossless,
@@ -19,6 +18,8 @@ from tests.integration.test_lossless import (
 from tests.models import write_target
 from tests.process import run_alone
 
+LENGTHS = (1, 33, 200, 640)
+
 
 def magicdec(**options: Any) -> dict[str, Any]:
     """Drafts are verified throughout, though for a model this small they are seldom worth it."""
@@ -27,7 +28,7 @@ def magicdec(**options: Any) -> dict[str, Any]:
 
 def test_trained_target():
     """Prompts shorter and longer than the part that drafts attend, in chunks and from the prefix cache."""
-    target, requests = PAIR / "target", batches(source_code(LENGTHS))
+    target, requests = PAIR / "target", batches(source_code(LENGTHS), max_tokens=16)
     plain = generate(target, requests)
     result = generate(target, requests, **magicdec(sinks=32, budget=64))
     assert_lossless(plain, result)
@@ -70,7 +71,7 @@ def _check_tables(settings: dict[str, Any], each_batch: list[Any]) -> dict[str, 
 
 def test_blocks_by_scores():
     """Layers attend blocks of their own, also where prompts are cut into chunks or come from the prefix cache."""
-    target, requests = PAIR / "target", batches(source_code(LENGTHS))
+    target, requests = PAIR / "target", batches(source_code(LENGTHS), max_tokens=16)
     drafting = magicdec(sinks=32, budget=128, selection="scores")
     result, printed = run_alone(_check_tables, {"model": str(target), **drafting}, requests)
     assert result["tokens"] == generate(target, requests).tokens

@@ -81,7 +81,9 @@ def test_a_request_that_is_no_longer_than_the_part_attends_everything():
 def test_tables_have_room_for_the_part_and_no_more():
     inputs = DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 131072, DEVICE)
     # The last 1,024 tokens touch 65 blocks unless they begin with one.
-    assert inputs.block_table.shape == (4, 2 + 65)
-    assert inputs.num_bytes == 4 * (4 + 8 + 8 + 4 + 67 * 4)
+    assert inputs.max_seq_len == (2 + 65) * 16
+    # vLLM's tables end with 128 tokens.
+    assert inputs.block_table.shape == (4, 72)
+    assert inputs.num_bytes == 4 * (4 + 8 + 8 + 4 + 72 * 4)
     # A short `max_model_len` needs fewer.
-    assert DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 100, DEVICE).block_table.shape == (4, 7)
+    assert DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 100, DEVICE).max_seq_len == 7 * 16

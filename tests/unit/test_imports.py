@@ -37,7 +37,7 @@ ALLOWED = {
     "scheduling": {"options", "proposers", "targets", "tree"},
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
-    "cli": {"configure", "options"},
+    "cli": {"configure", "options", "proposers"},
     # It names the modules of its commands, which are imported when they are called.
     "commands": {"version"},
     "__main__": {"commands"},

@@ -76,7 +76,23 @@ def test_options_of_the_command_line(target):
     assert found is not None
     assert (found.tree_shape.levels, found.copy_length) == ((1, 1, 1), 0)
     assert found.partial_attention == PartialAttention(sinks=0, budget=512)
-    assert "magicdec" in parser.format_help()
+    assert '"method": "magicdec", "gamma": 4, "sinks": 32, "budget": 1024' in " ".join(parser.format_help().split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--spec-method", "magicdec", "--spec-tokens", "2"],
+        ["--speculative-config.method", "magicdec", "--speculative-config.gamma", "2"],
+    ],
+)
+def test_flags(target, arguments):
+    plugin.register()
+    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", target, *arguments])
+    config = EngineArgs.from_cli_args(args).create_engine_config().speculative_config
+    assert config is not None and config.num_speculative_tokens == 2
+    options = options_of(config)
+    assert options is not None and options.proposer == "magicdec"
 
 
 def test_slots_are_reserved_for_what_a_draft_writes(target, llama):

@@ -126,7 +126,7 @@ def test_a_refusal_names_the_draft_at_hand():
     with pytest.raises(ValueError, match="is not supported with the method magicdec"):
         support.check_engine(engine(use_v2_model_runner=False), draft)
     with pytest.raises(ValueError, match="is not supported with the method magicdec"):
-        support.check_arguments(*arguments(enable_lora=True), draft=draft)
+        support.check_arguments(*arguments(use_ubatching=True), draft=draft)
     with pytest.raises(ValueError, match="is not supported with the method magicdec"):
         support.check_options({"parallel_drafting": True}, PARALLEL, draft)
 

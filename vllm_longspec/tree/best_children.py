@@ -2,8 +2,7 @@
 """The best (parent, token) pairs of each request, from raw logits: softmax and top-k without writing log-probabilities.
 
 1. Each chunk of a row is read once: its maximum, its sum of exponentials and its best tokens. The noise with which the
-   target will draw is added to the logits first (`vllm_longspec/tree/coupling.py`). It is the same for all rows of a
-   request and takes longer to compute than a chunk to read: in large batches a program takes a chunk of several rows.
+   target will draw is added to the logits first (`vllm_longspec/tree/coupling.py`).
 2. Each row merges its chunks into its normaliser, its best tokens and their cumulative log-probabilities.
 3. Each request picks the best of its rows' tokens.
 
@@ -14,12 +13,10 @@ the low bits its index.
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.tree.coupling import LevelNoise, add_noise, has_cutoff, noise_of_level, noised_logits
+from vllm_longspec.tree.coupling import LevelNoise, add_noise, has_cutoff, noised_logits
 
 # Tokens of a program, 32 per thread.
 CHUNK = 4096
-# Programs that keep a GPU busy.
-NUM_PROGRAMS = 1024
 # Less than every pair of score and index.
 NOTHING = tl.constexpr(-(2**63))
 
@@ -62,9 +59,7 @@ def best_children(
     chunk_sum = torch.empty_like(chunk_max)
     chunk_block = triton.next_power_of_2(num_chunks)
     logit_max = None
-    rows_per_program = 1
     if noise is not None:
-        rows_per_program = min(width, max(1, num_rows * num_chunks // NUM_PROGRAMS))
         # The chunks' highest logits, which only rows with a cutoff need.
         logit_max = torch.empty_like(chunk_max)
         _max_of_chunk_kernel[(num_rows, num_chunks)](
@@ -79,7 +74,7 @@ def best_children(
             CHUNK=chunk,
             num_warps=4,
         )
-    _best_of_chunk_kernel[(num_reqs * triton.cdiv(width, rows_per_program), num_chunks)](
+    _best_of_chunk_kernel[(num_rows, num_chunks)](
         logits,
         logits.stride(0),
         chunk_best,
@@ -88,7 +83,6 @@ def best_children(
         logit_max,
         *_noise_arguments(noise, token_ids),
         width,
-        rows_per_program,
         vocab_size,
         num_kept,
         USE_FP64=noise is not None and noise.noise.use_fp64,
@@ -188,7 +182,7 @@ def _max_of_chunk_kernel(
 
 
 # They differ between levels and must not trigger recompilation.
-@triton.jit(do_not_specialize=["depth", "width", "rows_per_program", "num_kept"])
+@triton.jit(do_not_specialize=["depth", "width", "num_kept"])
 def _best_of_chunk_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     logits_stride,
@@ -204,7 +198,6 @@ def _best_of_chunk_kernel(
     root_positions_ptr,  # int64 [num_reqs]
     depth,
     width,
-    rows_per_program,
     vocab_size,
     num_kept,
     USE_FP64: tl.constexpr,
@@ -212,27 +205,30 @@ def _best_of_chunk_kernel(
     CHUNK_BLOCK: tl.constexpr,
     KEPT_BLOCK: tl.constexpr,
 ):
-    programs_per_request = tl.cdiv(width, rows_per_program)
-    request = tl.program_id(0).to(tl.int64) // programs_per_request
-    first_parent = tl.program_id(0) % programs_per_request * rows_per_program
+    row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    num_chunks = tl.num_programs(1)
     place = tl.arange(0, CHUNK)
     token = chunk * CHUNK + place
     is_token = token < vocab_size
-    rank = tl.arange(0, KEPT_BLOCK)
-    backward = CHUNK - 1 - place
-    # The lower half of a bfloat16's score is constant: its last bits hold the index, so keys have 32 bits. Noise is
-    # rounded to the other bits.
-    IS_NARROW: tl.constexpr = (logits_ptr.dtype.element_ty == tl.bfloat16) and (CHUNK <= 65536)
-    LEAST: tl.constexpr = -(2**31) if IS_NARROW else NOTHING
+    logit = tl.load(logits_ptr + row * logits_stride + token, mask=is_token, other=float("-inf"))
+
+    value = logit.to(tl.float32)
     if temperature_ptr is not None:
         token_id = token
         if token_ids_ptr is not None:
             token_id = tl.load(token_ids_ptr + token, mask=is_token, other=0)
-        noise, temperature, log_cutoff = noise_of_level(
+        row_max = 0.0
+        if has_cutoff(row // width, temperature_ptr, log_cutoffs_ptr, idx_mapping_ptr):
+            other = tl.arange(0, CHUNK_BLOCK)
+            num_chunks = tl.num_programs(1)
+            logit_max = tl.load(logit_max_ptr + row * num_chunks + other, mask=other < num_chunks, other=float("-inf"))
+            row_max = tl.max(logit_max, axis=0)
+        value = add_noise(
+            value,
             token_id,
-            request,
+            is_token,
+            row_max,
+            row // width,
             depth,
             temperature_ptr,
             seeds_ptr,
@@ -241,38 +237,34 @@ def _best_of_chunk_kernel(
             root_positions_ptr,
             USE_FP64,
         )
+    # NaN makes the sum NaN, even if tl.max ignores it.
+    chunk_max = tl.max(value, axis=0)
+    reference = tl.where(chunk_max == float("-inf"), 0.0, chunk_max)
+    chunk_sum = tl.sum(tl.exp(value - reference), axis=0)
+    row_chunk = row * tl.num_programs(1) + chunk
+    tl.store(chunk_max_ptr + row_chunk, chunk_max)
+    tl.store(chunk_sum_ptr + row_chunk, chunk_sum)
 
-    for parent in range(first_parent, tl.minimum(width, first_parent + rows_per_program)):
-        row = request * width + parent
-        value = tl.load(logits_ptr + row * logits_stride + token, mask=is_token, other=float("-inf")).to(tl.float32)
-        if temperature_ptr is not None:
-            row_max = 0.0
-            if log_cutoff > float("-inf"):
-                other = tl.arange(0, CHUNK_BLOCK)
-                is_chunk = other < num_chunks
-                logit_max = tl.load(logit_max_ptr + row * num_chunks + other, mask=is_chunk, other=float("-inf"))
-                row_max = tl.max(logit_max, axis=0)
-            value = add_noise(value, noise, temperature, log_cutoff, row_max, is_token)
-        # NaN makes the sum NaN, even if tl.max ignores it.
-        chunk_max = tl.max(value, axis=0)
-        reference = tl.where(chunk_max == float("-inf"), 0.0, chunk_max)
-        chunk_sum = tl.sum(tl.exp(value - reference), axis=0)
-        row_chunk = row * num_chunks + chunk
-        tl.store(chunk_max_ptr + row_chunk, chunk_max)
-        tl.store(chunk_sum_ptr + row_chunk, chunk_sum)
+    # The lower half of a bfloat16's score is constant: its last bits hold the index, so keys have 32 bits. Noise is
+    # rounded to the other bits.
+    IS_NARROW: tl.constexpr = (logit.dtype == tl.bfloat16) and (CHUNK <= 65536)
+    LEAST: tl.constexpr = -(2**31) if IS_NARROW else NOTHING
+    backward = CHUNK - 1 - place
+    score = _score(value)
+    key = (score & -CHUNK) | backward if IS_NARROW else _pair(score, backward)
+    key = tl.where(is_token, key, LEAST)
+    rank = tl.arange(0, KEPT_BLOCK)
+    best = _greatest(key, num_kept, LEAST, KEPT_BLOCK)
 
-        score = _score(value)
-        key = (score & -CHUNK) | backward if IS_NARROW else _pair(score, backward)
-        best = _greatest(tl.where(is_token, key, LEAST), num_kept, LEAST, KEPT_BLOCK)
-        if IS_NARROW:
-            best_score = tl.where(best < 0, best | (CHUNK - 1), best & -CHUNK)
-            best_backward = best & (CHUNK - 1)
-        else:
-            best_score = (best >> 32).to(tl.int32)
-            best_backward = (best & 0x7FFFFFFF).to(tl.int32)
-        pair = _pair(best_score, 0x7FFFFFFF - (chunk * CHUNK + CHUNK - 1 - best_backward))
-        pair = tl.where(best == LEAST, NOTHING, pair)
-        tl.store(chunk_best_ptr + row_chunk * num_kept + rank, pair, mask=rank < num_kept)
+    if IS_NARROW:
+        score = tl.where(best < 0, best | (CHUNK - 1), best & -CHUNK)
+        backward = best & (CHUNK - 1)
+    else:
+        score = (best >> 32).to(tl.int32)
+        backward = (best & 0x7FFFFFFF).to(tl.int32)
+    pair = _pair(score, 0x7FFFFFFF - (chunk * CHUNK + CHUNK - 1 - backward))
+    pair = tl.where(best == LEAST, NOTHING, pair)
+    tl.store(chunk_best_ptr + row_chunk * num_kept + rank, pair, mask=rank < num_kept)
 
 
 @triton.jit(do_not_specialize=["num_kept", "num_chunks"])

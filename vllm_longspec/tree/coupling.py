@@ -62,8 +62,11 @@ class LevelNoise(NamedTuple):
 
 
 @triton.jit
-def noise_of_level(
+def add_noise(
+    logits,  # float32 [n]
     tokens,  # [n] token ids of the target
+    mask,  # [n]; -inf is returned elsewhere
+    row_max,  # the row's highest logit; not read without a cutoff
     request,
     depth,
     temperature_ptr,  # float32 [max_num_reqs]
@@ -73,36 +76,20 @@ def noise_of_level(
     root_positions_ptr,  # int64 [num_reqs]
     USE_FP64: tl.constexpr,
 ):
-    """What a request adds to the logits of all nodes at one depth: g, float32 [n], the temperature and the cutoff.
+    """logits / T + g, float32 [n], lower past the cutoff.
 
-    At temperature 0 and for padding, zeros and no cutoff.
+    At temperature 0 and for padding, the logits themselves.
     """
     req_state_idx = tl.load(idx_mapping_ptr + request)
     is_request = req_state_idx >= 0
     temperature = tl.load(temperature_ptr + req_state_idx, mask=is_request, other=0.0)
-    noise = tl.zeros([tokens.shape[0]], tl.float32)
-    log_cutoff = float("-inf")
     if temperature != 0.0:
         seed = tl.load(seeds_ptr + req_state_idx, mask=is_request, other=0)
         # vLLM's noise belongs to the row at which is sampled, which is the parent's.
-        noise = _noise(tokens, seed, tl.load(root_positions_ptr + request) + depth, USE_FP64)
-        log_cutoff = tl.load(log_cutoffs_ptr + req_state_idx, mask=is_request, other=float("-inf"))
-    return noise, temperature, log_cutoff
-
-
-@triton.jit
-def add_noise(
-    logits,  # float32 [n]
-    noise,  # float32 [n], and the two that follow: of `noise_of_level`
-    temperature,
-    log_cutoff,
-    row_max,  # the row's highest logit; not read without a cutoff
-    mask,  # [n]; -inf is returned elsewhere
-):
-    """logits / T + g, float32 [n], lower past the cutoff; at temperature 0 the logits themselves."""
-    if temperature != 0.0:
+        position = tl.load(root_positions_ptr + request) + depth
         scaled = logits / temperature
-        noised = scaled + noise
+        noised = scaled + _noise(tokens, seed, position, USE_FP64)
+        log_cutoff = tl.load(log_cutoffs_ptr + req_state_idx, mask=is_request, other=float("-inf"))
         if log_cutoff > float("-inf"):
             above = (scaled - row_max / temperature - log_cutoff) / _WIDTH
             # The logarithm of the sigmoid, finite for any finite logit.

@@ -13,6 +13,7 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.worker.block_table import get_block_table_width
 
 from vllm_longspec.options import PartialAttention
 from vllm_longspec.proposers.interface import Roots
@@ -25,11 +26,12 @@ class DraftInputs:
     part: PartialAttention
     block_size: int
     max_position: int  # nothing is written after it
+    num_blocks: int  # most blocks of a part
     input_ids: torch.Tensor  # int32 [max_num_reqs]
     positions: torch.Tensor  # int64 [max_num_reqs]
     slot_mapping: torch.Tensor  # int64 [1, max_num_reqs], a row for the only group of layers
     seq_lens: torch.Tensor  # int32 [max_num_reqs] tokens attended, the row's own included
-    block_table: torch.Tensor  # int32 [max_num_reqs, num_blocks]
+    block_table: torch.Tensor  # int32 [max_num_reqs, width]
 
     @classmethod
     def allocate(
@@ -38,20 +40,23 @@ class DraftInputs:
         # The last tokens may begin anywhere in a block.
         num_blocks = cdiv(part.sinks, block_size) + cdiv(part.budget - 1, block_size) + 1
         num_blocks = min(num_blocks, cdiv(max_model_len, block_size))
+        # As wide as vLLM makes its tables for so many blocks: kernels may load a tile of blocks at once.
+        width = get_block_table_width(num_blocks, block_size)
         return cls(
             part,
             block_size,
             max_model_len - 1,
+            num_blocks,
             torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
             torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
             torch.full((1, max_num_reqs), PAD_SLOT_ID, dtype=torch.int64, device=device),
             torch.ones(max_num_reqs, dtype=torch.int32, device=device),
-            torch.zeros(max_num_reqs, num_blocks, dtype=torch.int32, device=device),
+            torch.zeros(max_num_reqs, width, dtype=torch.int32, device=device),
         )
 
     @property
     def max_seq_len(self) -> int:
-        return self.block_table.shape[1] * self.block_size
+        return self.num_blocks * self.block_size
 
     @property
     def num_bytes(self) -> int:
@@ -91,7 +96,7 @@ class DraftInputs:
             self.part.budget,
             BLOCK_SIZE=self.block_size,
             PAD_SLOT=PAD_SLOT_ID,
-            WIDTH=triton.next_power_of_2(self.block_table.shape[1]),
+            WIDTH_BLOCK=triton.next_power_of_2(self.block_table.shape[1]),
             num_warps=4,
         )
 
@@ -107,15 +112,15 @@ def _write_draft_inputs_kernel(
     positions_ptr,  # int64 [num_reqs]
     slot_mapping_ptr,  # int64 [num_reqs]
     seq_lens_ptr,  # int32 [num_reqs]
-    part_ptr,  # int32 [num_reqs, num_blocks]
-    num_blocks,
+    part_ptr,  # int32 [num_reqs, width]
+    width,
     step,
     max_position,
     num_sink_blocks,
     budget,
     BLOCK_SIZE: tl.constexpr,
     PAD_SLOT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
     is_request = tl.load(idx_mapping_ptr + request) >= 0
@@ -135,7 +140,7 @@ def _write_draft_inputs_kernel(
     first_recent = tl.maximum(position + 1 - budget, 0) // BLOCK_SIZE
     num_skipped = tl.maximum(first_recent - num_sink_blocks, 0)
     tl.store(seq_lens_ptr + request, (position + 1 - num_skipped * BLOCK_SIZE).to(tl.int32))
-    place = tl.arange(0, WIDTH)
+    place = tl.arange(0, WIDTH_BLOCK)
     source = tl.where(place < num_sink_blocks, place, place + num_skipped)
     blocks = tl.load(block_table_ptr + source, mask=source <= tl.where(is_request, own, -1), other=0)
-    tl.store(part_ptr + request * num_blocks + place, blocks, mask=place < num_blocks)
+    tl.store(part_ptr + request * width + place, blocks, mask=place < width)

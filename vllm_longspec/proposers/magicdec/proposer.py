@@ -62,10 +62,9 @@ class MagicDecProposer(Proposer):
         # Builders of metadata of its own, whose buffers no graph of verification reads.
         self.attn_groups, _, _ = init_attn_backend(kv_cache_config, self.vllm_config, self.device)
         self.kv_cache_config = kv_cache_config
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.layer_names = kv_cache_config.kv_cache_groups[0].layer_names
-        if block_size != self.inputs.block_size:
-            self._allocate(block_size, len(self.layer_names))
+        # Blocks, and the longest request, may be other ones than when weights were loaded.
+        self._allocate(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size, len(self.layer_names))
         self.seq_lens_bound = torch.full((self.max_num_reqs,), self.inputs.max_seq_len, dtype=torch.int32)
 
     def observers(self) -> Mapping[str, Observer]:
@@ -85,7 +84,7 @@ class MagicDecProposer(Proposer):
             kind = "chosen or last"
         return (
             f"drafts attend {self.part.sinks} first and {self.part.budget} {kind} tokens, at most "
-            f"{inputs.block_table.shape[1]} blocks of {inputs.block_size}, tables {num_bytes} bytes in all"
+            f"{inputs.num_blocks} blocks of {inputs.block_size}, tables {num_bytes} bytes in all"
         )
 
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
