@@ -33,7 +33,7 @@ ALLOWED = {
         "targets",
         "tree",
     },
-    "scheduling": {"options", "proposers", "targets", "tree"},
+    "scheduling": {"compat", "options", "proposers", "targets", "tree"},
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
     "cli": {"configure", "options"},

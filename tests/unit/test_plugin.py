@@ -22,6 +22,7 @@ from tests.models import write_draft, write_target
 from vllm_longspec import patches, plugin
 from vllm_longspec.attention import registry
 from vllm_longspec.compat import cpu_build, versions
+from vllm_longspec.compat.supported import SUPPORTED
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.targets.families import FAMILIES
 
@@ -34,8 +35,13 @@ from vllm_longspec.targets.families import FAMILIES
         ("0.32.7.post1", True),
         ("0.32.0rc1", True),
         ("0.32.1.dev3+g0123abc.cu130", True),
+        ("0.33.0", True),
+        ("0.33.0+cu130", True),
+        ("0.33.0rc2", True),
         ("0.31.2", False),
-        ("0.33.0", False),
+        ("0.34.0", False),
+        ("0.34.0rc1", False),
+        ("0.34.0.dev7+g0123abc", False),
         ("0.320.0", False),
         ("1.32.0", False),
         ("dev", False),
@@ -170,7 +176,7 @@ def test_unsupported_vllm_is_left_alone_and_refuses_a_glide_draft_by_name(tmp_pa
     assert "plain engine: None" in lines
     assert "untouched: True" in lines
     assert any(
-        line.startswith(f"draft {draft} is a GLIDE draft. vllm-longspec") and "supports vLLM 0.32.*" in line
+        line.startswith(f"draft {draft} is a GLIDE draft. vllm-longspec") and f"supports vLLM {SUPPORTED}" in line
         for line in lines
     )
     said = [line for line in (child.stdout + child.stderr).splitlines() if "GLIDE drafts are off" in line]
