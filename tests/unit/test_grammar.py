@@ -323,7 +323,11 @@ def manager(grammars: dict[str, StructuredOutputGrammar], **attributes: Any) -> 
             all_token_ids=[20, 21, 22],
             use_structured_output=True,
             structured_output_request=SimpleNamespace(
-                grammar=grammar, reasoning_ended=None, reasoner=None, reasoning_parser_kwargs=None
+                grammar=grammar,
+                reasoning_ended=None,
+                reasoner=None,
+                reasoning_parser_kwargs=None,
+                masked_reasoning_end_ids=None,
             ),
         )
         for name, grammar in grammars.items()

@@ -59,8 +59,8 @@ def write_build(folder: Path, monkeypatch: pytest.MonkeyPatch, requirements: tup
     monkeypatch.setattr(metadata, "requires", lambda name: list(requirements))
 
 
-def run(overlay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", [str(SCRIPT), VERSION])
+def run(overlay: Any, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *options, VERSION])
     overlay.main()
 
 
@@ -105,6 +105,22 @@ def test_requirements_that_are_not_met_are_named(overlay, tmp_path, monkeypatch)
     downloads(overlay, monkeypatch, wanted)
     with pytest.raises(SystemExit, match=rf"vLLM {VERSION} needs numpy>=3 \(installed: 2.5.0\): install"):
         run(overlay, monkeypatch)
+    run(overlay, monkeypatch, "--ignore-requirements")
+
+
+def test_what_the_release_needs_beside_is_added(overlay, tmp_path, monkeypatch):
+    calls: list[tuple[str, ...]] = []
+
+    def pip(*arguments: str) -> bool:
+        calls.append(arguments)
+        return True
+
+    monkeypatch.setattr(overlay, "pip", pip)
+    write_build(tmp_path / "build", monkeypatch)
+    downloads(overlay, monkeypatch, ("orjson>=3", "flashinfer-python==1.0"))
+    run(overlay, monkeypatch)
+    ((command, *_, added),) = calls
+    assert (command, added) == ("install", "orjson>=3")
 
 
 def test_a_download_that_fails_leaves_nothing(overlay, tmp_path, monkeypatch):
