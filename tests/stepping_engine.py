@@ -135,6 +135,8 @@ def _set(llm: Any, scene: Mapping[str, Any]) -> None:
         # Made when a request first needs them.
         assert hasattr(manager, "backend") and hasattr(manager, "_grammar_bitmask")
         manager.backend = manager._grammar_bitmask = None
+        # From vLLM 0.33 on a manager refuses requests that need another.
+        manager.backend_name = None
     if token := scene.get("reasoning_end"):
         assert hasattr(manager, "reasoner_cls")
         manager.reasoner_cls = _reasoning_parser(token)

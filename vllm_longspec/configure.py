@@ -244,6 +244,9 @@ def create_speculative_config(
     with _building(speculation, self):
         config = original(self, target_model_config, target_parallel_config)
     assert config is not None
+    if config.draft_model_config is not None:
+        # Candidates have the target's positions, so that what the draft's own config says must not limit the engine.
+        config.draft_model_config.max_model_len = target_model_config.max_model_len
     attach_options(config, speculation.options)
     return config
 

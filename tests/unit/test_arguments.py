@@ -161,6 +161,32 @@ def test_missing_or_other_architectures(tmp_path, target, draft, architectures):
     assert config.speculative_config.draft_model_config.architecture == "LlamaGlideDecoderLayer"
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("drafts_length", "settings", "length"),
+    [
+        (512, {"max_model_len": 1024}, 1024),
+        (512, {}, 2048),
+        # Overrides are for the target alone.
+        (2048, {"hf_overrides": {"rope_parameters": YARN, "max_position_embeddings": 8192}}, 8192),
+        (
+            2048,
+            {"hf_overrides": {"rope_parameters": YARN, "max_position_embeddings": 8192}, "max_model_len": 4096},
+            4096,
+        ),
+        (4096, {"max_model_len": 1024}, 1024),
+    ],
+)
+def test_a_draft_does_not_limit_the_context(tmp_path, target, draft, drafts_length, settings, length):
+    short = with_config(tmp_path / "draft", draft, max_position_embeddings=drafts_length)
+    config = create(target, spec_model=short, **settings)
+    assert config.model_config.max_model_len == length
+    # vLLM 0.33 gives the whole engine the shorter of the two.
+    assert config.speculative_config.draft_model_config.max_model_len == length
+
+
 def test_the_same_arguments_can_be_used_again(target, draft):
     engine_args = EngineArgs(
         model=target, skip_tokenizer_init=True, spec_model=draft, spec_tokens=5, speculative_config={"gamma": 8}

@@ -15,6 +15,8 @@ import torch
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar, StructuredOutputOptions
 
+from vllm_longspec.compat.differences import grammar_mask_stride
+from vllm_longspec.compat.versions import IS_0_32
 from vllm_longspec.scheduling.grammar import ALL_ALLOWED, FIRST_NODES, FillBudget, TreeGrammars, mask_tree
 
 TARGET = Path(__file__).parents[2] / "benchmarks" / "pair" / "target"
@@ -321,7 +323,11 @@ def manager(grammars: dict[str, StructuredOutputGrammar], **attributes: Any) -> 
             all_token_ids=[20, 21, 22],
             use_structured_output=True,
             structured_output_request=SimpleNamespace(
-                grammar=grammar, reasoning_ended=None, reasoner=None, reasoning_parser_kwargs=None
+                grammar=grammar,
+                reasoning_ended=None,
+                reasoner=None,
+                reasoning_parser_kwargs=None,
+                masked_reasoning_end_ids=None,
             ),
         )
         for name, grammar in grammars.items()
@@ -372,7 +378,11 @@ def test_grammars_begin_where_reasoning_ends(reasoning):
     assert requests["one"].all_token_ids == [20, 21, 22]
 
 
-def test_a_chain_of_vllm_has_the_same_masks():
+@pytest.mark.parametrize(
+    "masked",
+    [(), pytest.param((5, 7, 38), marks=pytest.mark.skipif(IS_0_32, reason="vLLM 0.32 masks no end of reasoning"))],
+)
+def test_a_chain_of_vllm_has_the_same_masks(masked):
     """vLLM's own walk, of lists that are chains."""
     source = random.Random(4)
     words = [[source.choice([2, 3, 4]) for _ in range(5)] for _ in range(60)]
@@ -380,6 +390,8 @@ def test_a_chain_of_vllm_has_the_same_masks():
     names = list(chains)
     vllm, requests = manager({name: Words(words) for name in names}, reasoner_cls=Reasoner)
     requests["a"].structured_output_request.reasoning_ended = True
+    for each in requests.values():
+        each.structured_output_request.masked_reasoning_end_ids = masked
     vllm.vllm_config = SimpleNamespace(
         num_speculative_tokens=5,
         scheduler_config=SimpleNamespace(max_num_seqs=4),
@@ -388,9 +400,50 @@ def test_a_chain_of_vllm_has_the_same_masks():
     vllm._grammar_bitmask, vllm._full_mask, vllm.fill_bitmask_parallel_threshold = None, torch.tensor(-1), 128
     expected = vllm.grammar_bitmask(requests, names, chains).copy()
     packed = {name: pack(list(zip(chain, range(len(chain)), strict=True))) for name, chain in chains.items()}
-    step = TreeGrammars(vllm, None).masks(requests, names, packed)
-    assert step.bitmask.tolist() == expected.tolist()
-    assert (step.num_checked, step.num_invalid, step.unchecked) == ([4, 5, 3], {}, set())
+    stride = grammar_mask_stride(vllm.vllm_config)
+    step = TreeGrammars(vllm, None, stride).masks(requests, names, packed)
+    assert step.bitmask.shape == expected.shape
+    # Rows of nodes that are dropped do not matter, nor do those that a request does not have.
+    num_rows = [5, 1, 2] if masked else [5, 6, 4]
+    first = 0
+    for name, rows in zip(names, num_rows, strict=True):
+        assert step.bitmask[first : first + rows].tolist() == expected[first : first + rows].tolist()
+        first += stride or 1 + len(chains[name])
+    num_invalid = {"b": 5, "c": 2} if masked else {}
+    assert (step.num_checked, step.num_invalid, step.unchecked) == ([4, 5, 3], num_invalid, set())
+    if masked:
+        assert not any(allows(torch.from_numpy(step.bitmask[stride or 0]), token) for token in masked)
+
+
+def test_tokens_that_are_masked_while_a_request_reasons():
+    def bounds(path: list[int]) -> tuple[int, int]:
+        end = path.index(END_OF_REASONING) + 1 if END_OF_REASONING in path else len(path) + 1
+        return end, end
+
+    nodes = [(7, 0), (2, 1), (6, 0), (END_OF_REASONING, 3), (7, 4), (33, 3), (6, 5)]
+    bitmask = torch.zeros(1 + len(nodes), 2, dtype=torch.int32)
+    masks = mask_tree("", Words([[7, 3]]), nodes, bitmask, bounds, lambda: (7, 33))
+    assert masks.allowed_rows == [3, 4, 5] and masks.num_checked == len(nodes)
+    for row in (0, 3):
+        assert [token for token in range(64) if not allows(bitmask[row], token)] == [7, 33]
+    assert allows(bitmask[4], 7)
+
+
+def test_what_reasoning_masks_is_not_asked_for_after_it():
+    def never() -> list[int]:
+        raise AssertionError("asked")
+
+    bitmask = torch.zeros(2, 2, dtype=torch.int32)
+    assert mask_tree("", Words([[2, 3]]), [(2, 0)], bitmask, always, never).allowed_rows == [1]
+
+
+def test_every_request_has_the_rows_of_the_stride():
+    vllm, requests = manager({name: Words([[2, 3]]) for name in ("root", "tree")})
+    step = TreeGrammars(vllm, None, 4).masks(requests, ["root", "tree"], {"tree": pack([(2, 0), (3, 1)])})
+    assert step.bitmask.shape == (8, 2)
+    only_2, only_3 = [1 << 2, 0], [1 << 3, 0]
+    assert step.bitmask[0].tolist() == only_2
+    assert step.bitmask[4:7].tolist() == [only_2, only_3, [ALL_ALLOWED] * 2]
 
 
 def test_a_token_that_ends_reasoning_may_be_the_first_of_the_grammar():

@@ -34,7 +34,7 @@ ALLOWED = {
         "tree",
     },
     "proposers.magicdec": {"attention", "interpreter", "options", "proposers", "targets", "tree"},
-    "scheduling": {"options", "proposers", "targets", "tree"},
+    "scheduling": {"compat", "options", "proposers", "targets", "tree"},
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
     "cli": {"configure", "options", "proposers"},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm.v1.worker.gpu.sample import gumbel
 
+from vllm_longspec.compat.versions import IS_0_32
 from vllm_longspec.interpreter import sampling as interpreted_sampling
 from vllm_longspec.interpreter.sampling import apply_grammar_bitmask, get_num_nans, gumbel_sample
 
@@ -61,15 +62,14 @@ def test_grammar_bitmask(vocab_size, num_drafts):
         cu_num_logits=torch.from_numpy(starts).to(DEVICE),
         num_draft_tokens_per_req=None if num_drafts is None else np.array(num_drafts),
     )
-    num_masks = sum(num_rows[request] for request in grammar_requests)
-    bitmask = source.integers(-(2**31), 2**31, (num_masks, -(-vocab_size // 32))).astype(np.int32)
+    # From vLLM 0.33 on every request has the same number of masks.
+    num_masks = [num_rows[request] if IS_0_32 else max_rows for request in grammar_requests]
+    bitmask = source.integers(-(2**31), 2**31, (sum(num_masks), -(-vocab_size // 32))).astype(np.int32)
     logits = torch.from_numpy(source.standard_normal((int(starts[-1]), vocab_size))).float()
 
     expected = logits.clone()
-    masks = iter(bitmask)
-    for request in grammar_requests:
-        for row in range(starts[request], starts[request + 1]):
-            words = next(masks)
+    for request, first in zip(grammar_requests, np.cumsum([0, *num_masks]), strict=False):
+        for row, words in zip(range(starts[request], starts[request + 1]), bitmask[first:], strict=False):
             for token in range(vocab_size):
                 if not (int(words[token // 32]) >> (token % 32)) & 1:
                     expected[row, token] = float("-inf")

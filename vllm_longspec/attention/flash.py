@@ -91,6 +91,9 @@ class TreeFlashAttentionImpl(TreeAttentionImplMixin, FlashAttentionImpl):  # typ
 
 
 class TreeFlashAttentionBackend(FlashAttentionBackend):
+    # From vLLM 0.33 on: layers that write the cache themselves would give no K and V, which tree attention reads.
+    supports_kv_cache_update_bypass = False
+
     @staticmethod
     def get_name() -> str:
         return "LONGSPEC_FLASH"

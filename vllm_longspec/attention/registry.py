@@ -63,8 +63,9 @@ def choose_attention_backend(engine_args: "EngineArgs", target: "ModelConfig", n
 
 
 def _flash_attention_serves(engine_args: "EngineArgs", target: "ModelConfig") -> bool:
-    from vllm.utils.torch_utils import is_quantized_kv_cache, resolve_kv_cache_dtype_string
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
     if target.dtype not in (torch.float16, torch.bfloat16):
         return False

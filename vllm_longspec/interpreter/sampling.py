@@ -17,7 +17,9 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax
-from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker, _build_grammar_mapping
+from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+
+from vllm_longspec.compat.differences import grammar_mapping
 
 # Elements of a program's block; larger blocks are no faster in NumPy.
 _MAX_ELEMENTS = 1 << 18
@@ -111,16 +113,10 @@ def apply_grammar_bitmask(
 ) -> None:
     """Sets the logits of all tokens that a grammar forbids to -inf.
 
-    There is a mask for every row of the requests in `grammar_req_ids`; a set bit allows a token.
+    There is a mask for every row of the requests in `grammar_req_ids`, and from vLLM 0.33 on also for rows that they do
+    not have in this step; a set bit allows a token.
     """
-    mapping = _build_grammar_mapping(
-        input_batch.req_ids,
-        grammar_req_ids,
-        input_batch.cu_num_logits_np,
-        input_batch.num_draft_tokens_per_req,
-        self.num_bonus_tokens,
-        self.mask_stride,
-    )
+    mapping = grammar_mapping(self, input_batch, grammar_req_ids)
     requests, positions = np.divmod(np.array(mapping, dtype=np.int64), self.mask_stride)
     # The device's, as in vLLM's kernel: the host's may include rows that were dropped since.
     cu_num_logits = input_batch.cu_num_logits.cpu().numpy()

@@ -39,7 +39,7 @@ class StepCost:
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "StepCost":
-        from vllm.utils.torch_utils import is_quantized_kv_cache
+        from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
         options = options_of(vllm_config.speculative_config)
         assert options is not None

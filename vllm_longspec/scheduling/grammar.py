@@ -9,8 +9,8 @@ A node whose token its parent's mask forbids is dropped with all nodes below: th
 (`vllm_longspec/tree/walk.py`) does not either, because the target cannot sample a token that is masked. Rows keep their
 places, and the mask of a dropped row does not matter.
 
-While a request reasons, its grammar is not active: all may follow, and the matcher does not move. vLLM's own
-`StructuredOutputManager` says for every path where that ends.
+While a request reasons, its grammar is not active: all may follow but what vLLM masks meanwhile, and the matcher does
+not move. vLLM's own `StructuredOutputManager` says for every path where that ends.
 """
 
 import time
@@ -24,6 +24,7 @@ import torch
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
+from vllm_longspec.compat.differences import masked_ends_of_reasoning
 from vllm_longspec.tree.packing import unpack_node
 from vllm_longspec.tree.state import NO_TOKEN
 
@@ -72,6 +73,8 @@ class _TreeWalk:
         self.bitmask = bitmask
         self.words = bitmask.numpy()
         self.constraint_bounds = constraint_bounds
+        # Tokens that are masked while the request reasons.
+        self.masked_ids: Sequence[int] = ()
         self.masks = TreeMasks(num_checked=len(nodes))
         # Tokens from the root to the row that is visited.
         self.path: list[int] = []
@@ -83,9 +86,13 @@ class _TreeWalk:
         reads = is_constrained and not self.grammar.is_terminated()
         if reads:
             self.grammar.fill_bitmask(self.bitmask, row)
+        elif not is_constrained:
+            self._forbid(row, self.masked_ids)
         for child in self.children[row]:
             token = self.tokens[child]
             if reads and not self._allows(row, token):
+                continue
+            if not is_constrained and token in self.masked_ids:
                 continue
             self.path.append(token)
             if is_constrained:
@@ -97,6 +104,11 @@ class _TreeWalk:
     def _allows(self, row: int, token: int) -> bool:
         word = token // 32
         return word < self.words.shape[1] and bool(self.words[row, word] >> (token % 32) & 1)
+
+    def _forbid(self, row: int, tokens: Sequence[int]) -> None:
+        words = self.words[row].view(np.uint32)
+        for token in tokens:
+            words[token // 32] &= ~np.uint32(1 << token % 32)
 
     def _descend(self, child: int, tokens: list[int]) -> None:
         # Matchers log an error or break when they are given what they do not accept.
@@ -132,6 +144,7 @@ def mask_tree(
     nodes: Sequence[tuple[int, int]],
     bitmask: torch.Tensor,  # int32 [1 + len(nodes) or more, num_words], written; a set bit allows a token
     constraint_bounds: ConstraintBounds,
+    masked_ids: Callable[[], Sequence[int]] = tuple,
 ) -> TreeMasks:
     """Writes the masks of the root and of every node that the grammar allows; those of all other rows allow everything.
 
@@ -140,10 +153,13 @@ def mask_tree(
         grammar: at the end of the request's text; it is left there.
         nodes: token and parent's row of each node in list order, parents before children.
         constraint_bounds: called with paths from the root while the request reasons, first with the empty one.
+        masked_ids: called if the request reasons at the root; gives the tokens that are masked until that ends.
     """
     bitmask.fill_(ALL_ALLOWED)
     walk = _TreeWalk(request_id, grammar, nodes, bitmask, constraint_bounds)
     _, constraint_start = constraint_bounds([])
+    if constraint_start > 0:
+        walk.masked_ids = masked_ids()
     walk.visit(0, is_constrained=constraint_start == 0)
     masks = walk.masks
     masks.allowed_rows = [row for row in masks.allowed_rows if row <= masks.num_checked]
@@ -203,7 +219,9 @@ def _average(average: float | None, latest: float) -> float:
 class StepMasks:
     """The bitmask of a step, and by request what of its list of nodes the bitmask covers."""
 
-    bitmask: np.ndarray  # int32 [num_rows, num_words]; for every request a row for its root and each of its nodes
+    # int32 [num_rows, num_words]; for every request a row for its root and each of its nodes, and up to the mask stride
+    # rows without meaning
+    bitmask: np.ndarray
     num_checked: list[int]
     # Nodes that cannot be accepted, of requests that have any: forbidden, below a forbidden one, or not checked.
     num_invalid: dict[str, int]
@@ -214,9 +232,11 @@ class StepMasks:
 class TreeGrammars:
     """Takes the place of `StructuredOutputManager.grammar_bitmask`, which walks draft tokens in list order."""
 
-    def __init__(self, manager: StructuredOutputManager, budget: FillBudget | None):
+    def __init__(self, manager: StructuredOutputManager, budget: FillBudget | None, mask_stride: int | None = None):
         self.manager = manager
         self.budget = budget
+        # Rows of the bitmask that each request has; None for those of its root and its nodes alone.
+        self.mask_stride = mask_stride
         self.backend: Any = None
         self.bitmask: torch.Tensor | None = None
 
@@ -228,14 +248,15 @@ class TreeGrammars:
     ) -> StepMasks:
         """Fills the masks of a step, in the order of `request_ids`."""
         lists = [scheduled_nodes.get(request_id, ()) for request_id in request_ids]
-        bitmask = self._rows(len(lists) + sum(map(len, lists)))
+        strides = [self.mask_stride or 1 + len(packed) for packed in lists]
+        bitmask = self._rows(sum(strides))
         step = StepMasks(bitmask.numpy(), [], {}, set())
         if self.budget is not None:
             self.budget.begin(request_ids)
         first = 0
-        for request_id, packed in zip(request_ids, lists, strict=True):
+        for request_id, packed, stride in zip(request_ids, lists, strides, strict=True):
             rows = bitmask[first : first + 1 + len(packed)]
-            first += len(rows)
+            first += stride
             most = None if self.budget is None else self.budget.num_nodes(request_id)
             masks = self._mask(requests[request_id], _nodes(packed[:most]), rows)
             if self.budget is not None:
@@ -262,7 +283,10 @@ class TreeGrammars:
         def constraint_bounds(path: list[int]) -> tuple[int, int]:
             return self.manager._get_constraint_bounds(seen, path)
 
-        return mask_tree(request.request_id, grammar, nodes, rows, constraint_bounds)
+        def masked_ids() -> Sequence[int]:
+            return masked_ends_of_reasoning(self.manager, request)
+
+        return mask_tree(request.request_id, grammar, nodes, rows, constraint_bounds, masked_ids)
 
     def _rows(self, num_rows: int) -> torch.Tensor:
         backend = self.manager.backend

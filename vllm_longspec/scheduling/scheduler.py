@@ -19,6 +19,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_longspec.compat.differences import grammar_mask_stride
 from vllm_longspec.options import options_of
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.cost import StepCost
@@ -58,7 +59,11 @@ class TreeSchedulerMixin(_Base):
         self.max_depth = options.max_depth
         # With a scheduler for each rank they must all decide the same, whatever their clocks say.
         has_clock = self.parallel_config.distributed_executor_backend != "external_launcher"
-        self.grammars = TreeGrammars(self.structured_output_manager, FillBudget() if has_clock else None)
+        self.grammars = TreeGrammars(
+            self.structured_output_manager,
+            FillBudget() if has_clock else None,
+            grammar_mask_stride(self.vllm_config),
+        )
         # Requests of the latest step with masks some of whose nodes were not checked against their grammar.
         self.unchecked: set[str] = set()
         self.adaptive: AdaptiveVerification | None = None

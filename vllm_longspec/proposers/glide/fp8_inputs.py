@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms and activations that quantise the input of the fp8 linear layer after them, with one scale per row.
+"""Norms of the draft; norms and activations that quantise the input of the fp8 linear layer after them, row by row.
 
 A linear layer with fp8 weights otherwise quantises its input in a kernel of its own, whose launch counts in a small
 draft. vLLM's compiler fuses the two; the draft is not compiled, so it calls vLLM's fused norm. vLLM has no fused
@@ -47,16 +47,34 @@ def normalise(
     norm: RMSNorm,
     linear: LinearBase,
     hidden: torch.Tensor,  # [num_tokens, hidden_size]
-    residual: torch.Tensor | None = None,  # [num_tokens, hidden_size], may be written
+    residual: torch.Tensor | None = None,  # [num_tokens, hidden_size]; with one both may be written
 ) -> tuple[torch.Tensor | QuantizedActivation, torch.Tensor]:
     """Returns the norm of hidden + residual, quantised if `linear` takes it so, and the sum itself."""
     if get_input_quant_key(linear) != kFp8DynamicTokenSym:
+        # By default vLLM leaves norms to its compiler. The draft is not compiled but run by a CUDA graph, where the
+        # number of kernels counts.
+        if hidden.is_cuda and norm.weight.dtype == hidden.dtype and not envs.VLLM_BATCH_INVARIANT:
+            return fused_norm(norm, hidden, residual)
         return (norm(hidden), hidden) if residual is None else norm(hidden, residual)
     rows, scales = ops.rms_norm_dynamic_per_token_quant(
         hidden, norm.weight, norm.variance_epsilon, kFp8DynamicTokenSym.dtype, residual=residual
     )
     activation = QuantizedActivation(rows, scales, hidden.dtype, hidden.shape, kFp8DynamicTokenSym)
     return activation, hidden if residual is None else residual
+
+
+def fused_norm(
+    norm: RMSNorm,  # with a weight of the input's type
+    hidden: torch.Tensor,  # [num_tokens, hidden_size], written if there is a residual
+    residual: torch.Tensor | None,  # [num_tokens, hidden_size], written
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the norm of hidden + residual and the sum itself, by one kernel."""
+    if residual is not None:
+        ops.fused_add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)
+        return hidden, residual
+    normalised = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    ops.rms_norm(normalised, hidden, norm.weight, norm.variance_epsilon)
+    return normalised, hidden
 
 
 def activate(

@@ -11,13 +11,11 @@ Embedding, rotary embedding, head and logits processor are the target's own modu
 restricted to some tokens is a copy (`head.py`). One class serves all families of `vllm_longspec/targets/families.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from vllm import ir
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
@@ -39,19 +37,6 @@ Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[tor
 
 # Position p attends positions [p - WINDOW_SIZE, p].
 WINDOW_SIZE = 512
-
-# By default vLLM leaves norms to its compiler. The draft is not compiled but run by a CUDA graph, where the number of
-# kernels counts, so it takes vLLM's fused kernels.
-NORM_KERNELS = ["vllm_c", "native"]
-
-
-@contextmanager
-def _norm_kernels() -> Iterator[None]:
-    if not current_platform.is_cuda():
-        yield
-        return
-    with ir.ops.rms_norm.set_priority(NORM_KERNELS), ir.ops.fused_add_rms_norm.set_priority(NORM_KERNELS):
-        yield
 
 
 class GlideAttention(Protocol):
@@ -270,7 +255,6 @@ class GlideForCausalLM(nn.Module):
             return self.embed_tokens.weight[input_ids]
         return self.embed_tokens(input_ids)
 
-    @_norm_kernels()
     def window_kv(
         self,
         input_ids: torch.Tensor,  # [num_tokens]
@@ -281,7 +265,6 @@ class GlideForCausalLM(nn.Module):
         _, key, value = self.self_attn.project(hidden, positions, self.rotate)
         return key, value
 
-    @_norm_kernels()
     def forward(
         self,
         input_ids: torch.Tensor,  # [num_tokens]
