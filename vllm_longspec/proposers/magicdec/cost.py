@@ -24,7 +24,7 @@ class MagicDecCost:
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "MagicDecCost":
-        from vllm.utils.torch_utils import is_quantized_kv_cache
+        from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
         from vllm_longspec.proposers.magicdec.selection import INTERVAL
 
