@@ -425,7 +425,8 @@ def scores() -> Iterator[Row]:
     for context, num_reqs in SELECTIONS:
         batches = make_batches(memory.transpose(1, 2), num_heads, context, num_reqs, CHAIN_ROWS)
         sinks, budget = 32, 1024
-        selection = BlockSelection.allocate(sinks, budget, num_layers, num_reqs, context, BLOCK_SIZE, DEVICE)
+        num_steps = CHAIN_ROWS - 1
+        selection = BlockSelection.allocate(sinks, budget, num_steps, num_layers, num_reqs, context, BLOCK_SIZE, DEVICE)
         indices = torch.arange(num_reqs, device=DEVICE)
         seen = [batch.seen(indices) for batch in batches]
         row: Row = {"context": context, "batch": num_reqs}
@@ -438,6 +439,7 @@ def scores() -> Iterator[Row]:
             ("none", 1 + selection.interval - indices.int() % selection.interval, [0]),
         ):
             selection.num_verified.copy_(num_verified)
+            selection.chosen_at.fill_(context)
             pairs = [(layer, attention) for layer in layers for attention in seen]
             row[f"scores, {name}"] = measure([partial(selection.score, *pair) for pair in pairs])
             row[f"choice, {name}"] = measure([partial(selection.choose, layer, seen.trees) for layer, seen in pairs])

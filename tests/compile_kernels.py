@@ -204,7 +204,7 @@ def compile_score_kernel(
     lse: torch.Tensor,
     scales: CacheScales | None,
 ) -> None:
-    refresh = Refresh(torch.zeros(len(lengths), dtype=torch.int64), lengths, 4, 1, 100)
+    refresh = Refresh(torch.zeros(len(lengths), dtype=torch.int64), lengths, lengths, 4, 1, 100, 45)
     block_size, scores = kv_cache.shape[2], torch.zeros(len(lengths), 4)
     # One row tile and several; a block and more blocks a unit.
     for max_query_len, unit_blocks in ((5, 1), (69, 2)):
@@ -232,10 +232,10 @@ def compile_selection_kernels(max_num_units: int, unit_blocks: int, num_chosen: 
     blocks = torch.zeros(num_layers, num_reqs, num_chosen, dtype=torch.int32)
     counts = blocks[:, :, 0].contiguous()
     for phase, is_last in ((0, False), (1, True)):
-        refresh = Refresh(indices, lengths, 4, phase, 100)
+        refresh = Refresh(indices, lengths, lengths, 4, phase, 100, 45)
         choose_blocks(scores, lengths, refresh, 2, 64, 16, unit_blocks, blocks[phase], counts[phase], is_last)
     tables = torch.zeros(num_layers, num_reqs, num_chosen + 7, dtype=torch.int32)
-    shortened_tables(blocks[0], indices, indices, 2, 16 * num_chosen + 64, 16, blocks, counts, tables)
+    shortened_tables(blocks[0], indices, indices, 2, 16 * num_chosen + 64, 16, blocks, counts, counts, 45, tables)
 
 
 def compile_draft_kernels(dtype: torch.dtype) -> None:

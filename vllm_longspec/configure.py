@@ -129,7 +129,9 @@ def configure(
     # In Triton's interpreter, which is for tests, all nodes are verified by default.
     if needs_schedule and (adaptive_verification or current_platform.is_cuda()):
         num_kv_heads = target.get_num_kv_heads(parallel_config)
-        schedule = default_schedule(num_nodes, target.get_num_attention_heads(parallel_config) // num_kv_heads)
+        schedule = setup.schedule(num_nodes) if adaptive_verification else None
+        if schedule is None:
+            schedule = default_schedule(num_nodes, target.get_num_attention_heads(parallel_config) // num_kv_heads)
         options["num_speculative_tokens_per_batch_size"] = schedule
         num_nodes = schedule[0][2]
     if own.get("tree_shape") == AUTO:

@@ -48,7 +48,7 @@ def test_blocks_by_scores():
     """Observers run in the graphs of the target, and every layer's table is made in that of the draft."""
     mode = settings_of("FULL_AND_PIECEWISE")
     plain = generate(PAIR / "target", REQUESTS, **mode)
-    drafting = magicdec(sinks=32, budget=128, selection="scores")
+    drafting = magicdec(sinks=32, budget=192, selection="scores")
     assert_lossless(plain, generate(PAIR / "target", REQUESTS, **mode, **drafting))
 
 

@@ -32,7 +32,7 @@ def run_registered(settings: dict[str, Any], batches: list[Any]) -> dict[str, An
 
     def observers(self: RepeatProposer) -> dict[str, Observer]:
         names = list(self.vllm_config.compilation_config.static_forward_context)
-        selections.append(BlockSelection.allocate(32, 96, len(names), 8, 1024, 32, self.device))
+        selections.append(BlockSelection.allocate(32, 192, 3, len(names), 8, 1024, 32, self.device))
         return {name: selections[0].observer(layer) for layer, name in enumerate(names)}
 
     setattr(RepeatProposer, "observers", observers)  # noqa: B010

@@ -134,13 +134,13 @@ def test_shapes_and_verified_nodes(target, draft, options, levels, num_verified)
     assert config.num_speculative_tokens == num_verified
 
 
-def test_qwen2(folder):
+def test_qwen2(folder, target):
     qwen2 = write_target(folder / "qwen2", "qwen2")
     qwen2_draft = write_draft(folder / "qwen2-draft", qwen2)
     config = create(str(qwen2), spec_model=str(qwen2_draft))
     assert config.speculative_config.draft_model_config.architecture == "Qwen2GlideDecoderLayer"
     with pytest.raises(ValueError, match="model_type is qwen2 in the draft, llama in the target"):
-        create(str(folder / "target"), spec_model=str(qwen2_draft))
+        create(target, spec_model=str(qwen2_draft))
 
 
 def test_draft_with_the_config_of_a_quantised_target(tmp_path, target, draft):

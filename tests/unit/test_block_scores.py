@@ -37,13 +37,17 @@ def refresh(
     interval: int = 4,
     phase: int = 0,
     min_prefix_len: int = 0,
+    chosen_at: list[int] | None = None,
+    max_age: int = 1 << 30,
 ) -> Refresh:
     return Refresh(
         torch.tensor(indices, device=DEVICE),
         torch.tensor(num_verified, dtype=torch.int32, device=DEVICE),
+        torch.tensor(chosen_at or [0] * len(num_verified), dtype=torch.int32, device=DEVICE),
         interval,
         phase,
         min_prefix_len,
+        max_age,
     )
 
 
@@ -172,12 +176,17 @@ def test_only_what_is_due_is_written(phase: int) -> None:
     batch.prefix_lens[1] = 1 << 30
     batch.block_table[1] = 1 << 30
     indices, num_verified, interval = [5, -1, 0, 3, 2, 4], [0, 99, 6, 2, 5, 1], 3
-    when = refresh(indices, num_verified, interval, phase, min_prefix_len=33)
+    chosen_at = [0, 0, 30, 55, 0, 35]
+    when = refresh(indices, num_verified, interval, phase, 33, chosen_at, max_age=6)
     scores = run(batch, lse, 16, when)
     due = [
         index >= 0
         and length >= 33
-        and (num_verified[index] == 0 or (num_verified[index] + phase + index) % interval == 0)
+        and (
+            num_verified[index] == 0
+            or (num_verified[index] + phase + index) % interval == 0
+            or length - chosen_at[index] > 6
+        )
         for index, length in zip(indices, prefix_lens, strict=True)
     ]
     assert {True, False} == set(due)
@@ -267,6 +276,8 @@ def shorten(
     blocks: torch.Tensor,
     num_blocks: torch.Tensor,
     width: int,
+    chosen_at: torch.Tensor | None = None,
+    max_age: int = 1 << 30,
 ) -> torch.Tensor:
     tables = torch.full((len(blocks), len(indices), width), NOT_A_BLOCK, dtype=torch.int32, device=DEVICE)
     shortened_tables(
@@ -278,6 +289,8 @@ def shorten(
         block_size,
         blocks.to(DEVICE),
         num_blocks.to(DEVICE),
+        (torch.zeros_like(num_blocks) if chosen_at is None else chosen_at).to(DEVICE),
+        max_age,
         tables,
     )
     return tables.cpu()
@@ -342,6 +355,33 @@ def test_without_a_choice_a_table_is_that_of_the_last_tokens(budget: int) -> Non
         assert table == [1 + block for block in blocks] + [0] * (10 - len(blocks))
 
 
+def test_an_old_choice_counts_as_none() -> None:
+    block_table = torch.arange(1, 31, dtype=torch.int32)[None].repeat(3, 1)
+    chosen = torch.tensor([[[3, 5]] * 3]).int(), torch.full((1, 3), 2, dtype=torch.int32)
+    # 45 tokens old, older, and of the last one.
+    chosen_at = torch.tensor([[355, 354, 399]]).int()
+    tables = shorten(block_table, [0, 1, 2], [400] * 3, 1, 112, 16, *chosen, 10, chosen_at, 45)[0].tolist()
+    nothing = torch.zeros(1, 3, 2, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32)
+    without = shorten(block_table, [0, 1, 2], [400] * 3, 1, 112, 16, *nothing, 10)[0].tolist()
+    assert tables[1] == without[1]
+    assert tables[0] == tables[2] != without[0] and {4, 6} <= set(tables[0])
+
+
+@pytest.mark.parametrize("gamma", [1, 4, 16])
+def test_what_the_last_blocks_leave_was_chosen_from(gamma: int) -> None:
+    """Between two turns of a layer no token lies after those that it chose from and before the last blocks."""
+    block_size, prefix_len, budget = 16, 3000, 1024
+    selection = allocate(num_steps=gamma, budget=budget, max_model_len=4096, block_size=block_size)
+    unit_size = selection.unit_blocks * block_size
+    chosen_from = (prefix_len - selection.num_recent) // unit_size * unit_size
+    num_chosen = selection.blocks.shape[2]
+    # Rows of the draft after the last verification before the layer's next turn, if all was accepted.
+    position = prefix_len + INTERVAL * (1 + gamma) + gamma
+    assert position - prefix_len <= selection.max_age
+    first_of_last = (max(position + 1 - budget, 0) // block_size + num_chosen) * block_size
+    assert first_of_last <= chosen_from
+
+
 def test_units_are_larger_where_there_are_many_blocks() -> None:
     assert blocks_per_unit(4096, 16) == blocks_per_unit(MAX_UNITS * 16, 16) == 1
     assert blocks_per_unit(MAX_UNITS * 16 + 1, 16) == 2
@@ -349,20 +389,29 @@ def test_units_are_larger_where_there_are_many_blocks() -> None:
 
 
 def allocate(**changes: int) -> BlockSelection:
-    sizes = {"sinks": 20, "budget": 128, "num_layers": 2, "max_num_reqs": 3, "max_model_len": 1000, "block_size": 16}
+    sizes = {
+        "sinks": 20,
+        "budget": 208,
+        "num_steps": 3,
+        "num_layers": 2,
+        "max_num_reqs": 3,
+        "max_model_len": 1000,
+        "block_size": 16,
+    }
     return BlockSelection.allocate(**(sizes | changes), device=torch.device(DEVICE))
 
 
 def test_settings_of_a_selection() -> None:
     selection = allocate()
     assert (selection.num_sinks, selection.unit_blocks, selection.interval) == (2, UNIT // 16, INTERVAL)
-    # Of 8 blocks 4 are the last tokens'.
+    # Of 13 blocks 9 are the last tokens': 64, a unit, and nine steps of four tokens.
+    assert selection.max_age == 36
     assert selection.blocks.shape == (2, 3, 4)
     assert selection.scores.shape == (3, 32)
-    assert selection.num_bytes == 2 * 3 * (4 + 1) * 4 + 3 * 4 + 3 * 32 * 4
+    assert selection.num_bytes == 2 * 3 * (4 + 2) * 4 + 3 * 4 + 3 * 32 * 4
     assert allocate(block_size=128, budget=512).unit_blocks == 1
-    with pytest.raises(ValueError, match=r"budget must be at least 96 tokens with selection .*, got 95: give more"):
-        allocate(budget=95)
+    with pytest.raises(ValueError, match=r"budget must be at least 176 tokens with selection .*, got 175: give more"):
+        allocate(budget=175)
 
 
 class Attended:
@@ -446,7 +495,7 @@ def test_verifications_choose_in_turn() -> None:
 def test_a_draft_step_attends_what_was_chosen() -> None:
     verified = Attended(allocate(), [500, 300], [2, 0])
     verified.verify()
-    tables = torch.full((2, 3, 12), NOT_A_BLOCK, dtype=torch.int32, device=DEVICE)
+    tables = torch.full((2, 3, 16), NOT_A_BLOCK, dtype=torch.int32, device=DEVICE)
     block_table = torch.arange(1, 65, dtype=torch.int32, device=DEVICE).repeat(3, 1)
     verified.selection.write_tables(
         block_table,

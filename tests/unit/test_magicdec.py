@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from benchmarks.shapes import SHAPES
 from tests.models import write_draft, write_target
@@ -20,7 +21,7 @@ from vllm_longspec.proposers.magicdec.cost import STEP, MagicDecCost
 from vllm_longspec.proposers.magicdec.setup import MagicDecSetup
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.cost import StepCost
-from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
+from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size, numbers_of
 from vllm_longspec.targets.families import cached_token_weights, target_weights
 from vllm_longspec.tree.shape import TreeShape
 
@@ -149,14 +150,28 @@ def test_what_trees_do_not_support_is_refused_by_its_name(target):
     ("settings", "said"),
     [
         ({"is_moe": True}, "a mixture of experts (target TARGET) is not supported with the method magicdec"),
+        ({"quantization": "gptq"}, "give num_speculative_tokens_per_batch_size, the batches that draft"),
         ({"model": "someone/Eagle3-chat"}, "vLLM takes any path with 'eagle3' in it for a draft of another kind"),
     ],
 )
 def test_targets_that_it_refuses(settings, said):
-    config: Any = SimpleNamespace(**{"model": "TARGET", "is_moe": False, **settings})
+    config: Any = SimpleNamespace(**{"model": "TARGET", "is_moe": False, "quantization": None, **settings})
     with pytest.raises(ValueError) as error:
         MagicDecSetup().check(config)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_quantised_target_needs_to_be_told_when_to_draft():
+    config: Any = SimpleNamespace(model="TARGET", is_moe=False, quantization="gptq")
+    for options, own in (({"num_speculative_tokens_per_batch_size": [[1, 8, 4]]}, {}), ({}, {"adapt_nodes": False})):
+        MagicDecSetup.find(options, own).check(config)
+
+
+@pytest.mark.parametrize(("gamma", "numbers"), [(1, [1]), (2, [2, 1]), (4, [4, 3, 2, 1]), (9, [9, 8, 4, 1])])
+def test_every_batch_may_draft_all_tokens_or_fewer(gamma: int, numbers: list[int]):
+    schedule = MagicDecSetup().schedule(gamma)
+    assert numbers_of(schedule, gamma) == [*numbers, 0]
+    assert build_dynamic_sd_schedule_lookup(schedule, 1024, gamma)[1:] == [gamma] * 1024
 
 
 # What follows is in weights that a GPU reads.
@@ -195,7 +210,7 @@ def test_a_step_of_drafting_reads_the_weights_and_its_part_of_the_cache():
     assert scored(16, 0, cache) == 0
 
 
-@pytest.mark.parametrize(("selection", "rescored"), [("recent", 0.0), ("scores", 1 / 16)])
+@pytest.mark.parametrize(("selection", "rescored"), [("recent", 0.0), ("scores", 1.9 / 16)])
 def test_the_cost_knows_how_blocks_are_chosen(target, selection, rescored):
     config = engine_config(target, {"method": "magicdec", "selection": selection})
     assert MagicDecCost.of(config).rescored == rescored

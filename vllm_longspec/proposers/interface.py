@@ -106,6 +106,13 @@ class DraftSetup(ABC):
             raise ValueError("frequent_tokens needs a draft with a head of its own: leave it out")
         return None
 
+    def schedule(self, num_nodes: int) -> list[tuple[int, int, int]] | None:
+        """Numbers of nodes by batch size (first, last, number) for adaptive verification; None for the core's default.
+
+        They are bounds. Adaptive verification chooses among all numbers that are listed.
+        """
+        return None
+
     def num_lookahead_tokens(self, num_nodes: int) -> int:
         """Cache slots, from the root's on, that a draft for `num_nodes` nodes may write; the core reserves them."""
         return 0

@@ -12,10 +12,11 @@ where a unit is one block of the cache, or some consecutive ones. The weights of
 in every `interval`-th verification of the request, and its layers take turns: every step reads 1 / (2 * interval) of
 the cached K and V once more. Example: 16 requests of 32k tokens with the shape of Llama-3-8B (32 layers, 8 KV heads of
 128, bfloat16) cache 69 GB. At 4.3 TB/s a verification takes 16 ms to read them and 4 ms for the weights, and each of
-four drafted tokens 0.28 of that, 42 ms in all. With an interval of 8 the scores read 4.3 GB: 1.0 ms, 2.4% of the step.
+four drafted tokens 0.25 of that, 42 ms in all. With an interval of 8 the scores read 4.3 GB: 1.0 ms. Measured on an
+H200, with the choice, it is 1.9 ms, 4.4% of the step (docs/performance.md#blocks-by-scores).
 
-**No atomics.** A program sums over the heads and rows of its units itself. A sum depends on nothing but its request, so
-ranks that hold equal K compute equal scores.
+**No atomics.** A program sums over the heads and rows of its units itself, so a sum depends on nothing but its request.
+Ranks hold other heads and may choose other blocks; what they draft comes from logits that they all have.
 """
 
 from typing import NamedTuple
@@ -42,13 +43,17 @@ MIN_LANES = 256
 
 
 class Refresh(NamedTuple):
-    """When a layer's selection of a request is renewed: in its first verification, then in every `interval`-th."""
+    """When a layer's selection of a request is renewed: in its first verification, then in every `interval`-th, and
+    when it is more than `max_age` tokens old.
+    """
 
     idx_mapping: torch.Tensor  # int64 [num_reqs] req_state_idx; -1 for padding
     num_verified: torch.Tensor  # int32 [max_num_reqs] verifications since the request left its prompt
+    chosen_at: torch.Tensor  # int32 [max_num_reqs] length of the prefix that the layer's selection is of; 0 if none
     interval: int
     phase: int  # of the layer; another one for each, so that they take turns
     min_prefix_len: int  # shorter prefixes have nothing to choose from
+    max_age: int
 
 
 @triton.jit
@@ -56,17 +61,20 @@ def is_due(
     req_state_idx,  # -1 for padding
     num_verified,
     prefix_len,
+    chosen_at,
     interval,
     phase,
     min_prefix_len,
+    max_age,
 ):
     """`Refresh` of one request, or of a vector of requests."""
     turn = (num_verified + phase + req_state_idx.to(tl.int32)) % interval == 0
-    return (req_state_idx >= 0) & (prefix_len >= min_prefix_len) & (turn | (num_verified == 0))
+    due = turn | (num_verified == 0) | (prefix_len - chosen_at > max_age)
+    return (req_state_idx >= 0) & (prefix_len >= min_prefix_len) & due
 
 
 # Strides that change with the batch and what differs between layers must not trigger recompilation.
-@triton.jit(do_not_specialize=["lse_head_stride", "num_reqs", "interval", "phase", "min_prefix_len"])
+@triton.jit(do_not_specialize=["lse_head_stride", "num_reqs", "interval", "phase", "min_prefix_len", "max_age"])
 def _block_scores_kernel(
     query_ptr,  # [num_tokens, num_heads, HEAD_SIZE]
     query_token_stride,
@@ -85,9 +93,11 @@ def _block_scores_kernel(
     scores_stride,
     idx_mapping_ptr,  # [num_reqs]
     num_verified_ptr,  # [max_num_reqs]
+    chosen_at_ptr,  # [max_num_reqs]
     interval,
     phase,
     min_prefix_len,
+    max_age,
     num_reqs,
     num_kv_heads,
     scale,
@@ -115,7 +125,8 @@ def _block_scores_kernel(
     lane_idx = tl.load(idx_mapping_ptr + lane, mask=is_lane, other=-1)
     lane_prefix_len = tl.load(prefix_lens_ptr + lane, mask=is_lane, other=0)
     num_verified = tl.load(num_verified_ptr + lane_idx, mask=lane_idx >= 0, other=0)
-    due = is_due(lane_idx, num_verified, lane_prefix_len, interval, phase, min_prefix_len)
+    chosen_at = tl.load(chosen_at_ptr + lane_idx, mask=lane_idx >= 0, other=0)
+    due = is_due(lane_idx, num_verified, lane_prefix_len, chosen_at, interval, phase, min_prefix_len, max_age)
     num_tiles = tl.where(due, tl.cdiv(lane_prefix_len, UNITS * UNIT_SIZE), 0)
     ends = tl.cumsum(num_tiles, axis=0)
     for work in range(tl.program_id(0), tl.sum(num_tiles), tl.num_programs(0)):
@@ -231,9 +242,11 @@ def block_scores(
         scores.stride(0),
         refresh.idx_mapping,
         refresh.num_verified,
+        refresh.chosen_at,
         refresh.interval,
         refresh.phase,
         refresh.min_prefix_len,
+        refresh.max_age,
         num_reqs,
         num_kv_heads,
         scale,

@@ -21,16 +21,20 @@ def blocks_per_unit(max_model_len: int, block_size: int) -> int:
     return triton.next_power_of_2(triton.cdiv(triton.cdiv(max_model_len, block_size), MAX_UNITS))
 
 
-@triton.jit(do_not_specialize=["interval", "phase", "min_prefix_len", "num_sinks", "num_recent", "num_units"])
+@triton.jit(
+    do_not_specialize=["interval", "phase", "min_prefix_len", "max_age", "num_sinks", "num_recent", "num_units"]
+)
 def _choose_blocks_kernel(
     scores_ptr,  # [num_reqs, max_num_units]
     scores_stride,
     prefix_lens_ptr,  # [num_reqs]
     idx_mapping_ptr,  # [num_reqs]
     num_verified_ptr,  # [max_num_reqs]
+    chosen_at_ptr,  # [max_num_reqs]
     interval,
     phase,
     min_prefix_len,
+    max_age,
     blocks_ptr,  # [max_num_reqs, num_units * BLOCKS_PER_UNIT]
     blocks_stride,
     num_blocks_ptr,  # [max_num_reqs]
@@ -52,7 +56,8 @@ def _choose_blocks_kernel(
         # After all warps have read it; the step's other layers have.
         tl.debug_barrier()
         tl.store(num_verified_ptr + req_state_idx, num_verified + 1)
-    if not is_due(req_state_idx, num_verified, prefix_len, interval, phase, min_prefix_len):
+    chosen_at = tl.load(chosen_at_ptr + req_state_idx)
+    if not is_due(req_state_idx, num_verified, prefix_len, chosen_at, interval, phase, min_prefix_len, max_age):
         return
 
     unit = tl.arange(0, UNITS)
@@ -82,6 +87,7 @@ def _choose_blocks_kernel(
     for index in tl.static_range(BLOCKS_PER_UNIT):
         tl.store(row_ptr + place * BLOCKS_PER_UNIT + index, unit * BLOCKS_PER_UNIT + index, mask=is_chosen)
     tl.store(num_blocks_ptr + req_state_idx, wanted * BLOCKS_PER_UNIT)
+    tl.store(chosen_at_ptr + req_state_idx, prefix_len)
 
 
 def choose_blocks(
@@ -89,7 +95,7 @@ def choose_blocks(
     prefix_lens: torch.Tensor,  # int32 [num_reqs]
     refresh: Refresh,
     num_sinks: int,  # first blocks, which a table has anyway
-    num_recent: int,  # last tokens, likewise
+    num_recent: int,  # last tokens, which are not chosen either
     block_size: int,
     unit_blocks: int,  # blocks of a unit
     blocks: torch.Tensor,  # int32 [max_num_reqs, num_chosen], written by req_state_idx: ascending blocks of a request
@@ -111,9 +117,11 @@ def choose_blocks(
         prefix_lens,
         refresh.idx_mapping,
         refresh.num_verified,
+        refresh.chosen_at,
         refresh.interval,
         refresh.phase,
         refresh.min_prefix_len,
+        refresh.max_age,
         blocks,
         blocks.stride(0),
         num_blocks,
@@ -129,7 +137,7 @@ def choose_blocks(
     )
 
 
-@triton.jit(do_not_specialize=["num_sinks", "budget"])
+@triton.jit(do_not_specialize=["num_sinks", "budget", "max_age"])
 def _shortened_tables_kernel(
     block_table_ptr,  # [num_reqs, max_num_blocks]
     block_table_stride,
@@ -140,6 +148,8 @@ def _shortened_tables_kernel(
     blocks_request_stride,
     num_blocks_ptr,  # [num_layers, max_num_reqs]
     num_blocks_stride,
+    chosen_at_ptr,  # [num_layers, max_num_reqs], with the strides of num_blocks
+    max_age,
     tables_ptr,  # [num_layers, num_reqs, width]
     tables_layer_stride,
     tables_request_stride,
@@ -162,6 +172,9 @@ def _shortened_tables_kernel(
     num_skipped = tl.maximum(tl.maximum(position + 1 - budget, 0) // BLOCK_SIZE - num_sinks, 0)
 
     num_chosen = tl.load(num_blocks_ptr + layer * num_blocks_stride + req_state_idx)
+    chosen_at = tl.load(chosen_at_ptr + layer * num_blocks_stride + req_state_idx)
+    # There would be a gap between what was chosen from and the last blocks.
+    num_chosen = tl.where(position - chosen_at > max_age, 0, num_chosen)
     row_ptr = blocks_ptr + layer * blocks_layer_stride + req_state_idx * blocks_request_stride
     chosen = tl.load(row_ptr + entry, mask=entry < num_chosen, other=0)
     # With n chosen blocks before them, the last blocks begin at num_sinks + num_skipped + n. So chosen block i, counted
@@ -186,6 +199,8 @@ def shortened_tables(
     block_size: int,
     blocks: torch.Tensor,  # int32 [num_layers, max_num_reqs, num_chosen] of `choose_blocks`
     num_blocks: torch.Tensor,  # int32 [num_layers, max_num_reqs]
+    chosen_at: torch.Tensor,  # int32 [num_layers, max_num_reqs] lengths of the prefixes that were chosen from
+    max_age: int,  # tokens; an older choice counts as none
     tables: torch.Tensor,  # int32 [num_layers, num_reqs, width], written
 ) -> None:
     """Writes the block table of a draft step in each layer: in ascending order and none twice, the first blocks, chosen
@@ -207,6 +222,8 @@ def shortened_tables(
         blocks.stride(1),
         num_blocks,
         num_blocks.stride(0),
+        chosen_at,
+        max_age,
         tables,
         tables.stride(0),
         tables.stride(1),

@@ -54,7 +54,14 @@ class MagicDecProposer(Proposer):
         self.inputs = DraftInputs.allocate(part, block_size, self.max_num_reqs, max_model_len, self.device)
         if part.selection == "scores":
             self.selection = BlockSelection.allocate(
-                part.sinks, part.budget, num_layers, self.max_num_reqs, max_model_len, block_size, self.device
+                part.sinks,
+                part.budget,
+                self.shape.max_depth,
+                num_layers,
+                self.max_num_reqs,
+                max_model_len,
+                block_size,
+                self.device,
             )
             self.tables = self.inputs.block_table.new_zeros(num_layers, *self.inputs.block_table.shape)
 

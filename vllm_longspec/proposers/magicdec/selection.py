@@ -14,7 +14,7 @@ from vllm_longspec.attention.backend import PrefixAttention, TreeRequests
 from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
 from vllm_longspec.proposers.magicdec.choose_blocks import blocks_per_unit, choose_blocks, shortened_tables
 
-# Last tokens that are attended whatever the scores say.
+# Last tokens that a choice leaves out, since they are attended whatever the scores say.
 RECENT = 64
 # Tokens that are chosen together, if blocks are not larger.
 UNIT = 32
@@ -26,18 +26,20 @@ INTERVAL = 8
 class BlockSelection:
     """The choices of all requests. Allocated once for the engine, because CUDA graphs keep the addresses.
 
-    The lists are num_layers * max_num_reqs * (num_chosen + 1) * 4 bytes. The scores, max_num_reqs * max_num_units * 4
+    The lists are num_layers * max_num_reqs * (num_chosen + 2) * 4 bytes. The scores, max_num_reqs * max_num_units * 4
     bytes, are read right after they were written, in the same stream, so all layers use the same tensor.
     """
 
     num_sinks: int  # first blocks
     budget: int  # tokens besides
-    num_recent: int  # of them, last tokens that are never left out
+    num_recent: int  # of them, last tokens that are not chosen from
+    max_age: int  # tokens after which a choice is too old
     block_size: int
     unit_blocks: int
     interval: int
     blocks: torch.Tensor  # int32 [num_layers, max_num_reqs, num_chosen] ascending, by req_state_idx
     num_blocks: torch.Tensor  # int32 [num_layers, max_num_reqs]
+    chosen_at: torch.Tensor  # int32 [num_layers, max_num_reqs] lengths of the prefixes that were chosen from
     num_verified: torch.Tensor  # int32 [max_num_reqs] verifications since the request left its prompt
     scores: torch.Tensor  # float32 [max_num_reqs, max_num_units] of the current layer, by batch position
 
@@ -46,21 +48,27 @@ class BlockSelection:
         cls,
         sinks: int,
         budget: int,
+        num_steps: int,
         num_layers: int,
         max_num_reqs: int,
         max_model_len: int,
         block_size: int,
         device: torch.device,
     ) -> "BlockSelection":
-        """For `sinks` first tokens and a budget of tokens besides.
+        """For `sinks` first tokens, a budget of tokens besides, and drafts of `num_steps` tokens.
 
         Raises:
             ValueError: the budget leaves no block to choose.
         """
         unit_blocks = max(blocks_per_unit(max_model_len, block_size), UNIT // block_size, 1)
-        num_chosen = (budget // block_size - cdiv(RECENT, block_size)) // unit_blocks * unit_blocks
+        # What is emitted until a layer has its turn again, and the draft after it.
+        max_age = (INTERVAL + 1) * (1 + num_steps)
+        # The last blocks slide on while a choice is kept. They reach back to what it was made from: to the last tokens
+        # that it left out, and the unit that these cut.
+        num_last = cdiv(RECENT + unit_blocks * block_size + max_age, block_size)
+        num_chosen = (budget // block_size - num_last) // unit_blocks * unit_blocks
         if num_chosen <= 0:
-            least = (unit_blocks + cdiv(RECENT, block_size)) * block_size
+            least = (unit_blocks + num_last) * block_size
             raise ValueError(
                 f'budget must be at least {least} tokens with selection "scores", got {budget}: give more, or '
                 '"selection": "recent"'
@@ -74,22 +82,26 @@ class BlockSelection:
             num_sinks=cdiv(sinks, block_size),
             budget=budget,
             num_recent=RECENT,
+            max_age=max_age,
             block_size=block_size,
             unit_blocks=unit_blocks,
             interval=INTERVAL,
             blocks=zeros(num_layers, max_num_reqs, num_chosen),
             num_blocks=zeros(num_layers, max_num_reqs),
+            chosen_at=zeros(num_layers, max_num_reqs),
             num_verified=zeros(max_num_reqs),
             scores=torch.zeros(max_num_reqs, max_num_units, device=device),
         )
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.blocks, self.num_blocks, self.num_verified, self.scores))
+        tensors = (self.blocks, self.num_blocks, self.chosen_at, self.num_verified, self.scores)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def start(self, req_state_indices: torch.Tensor) -> None:
         """Forgets what was chosen in these places, int64 [num_started]; their first verification chooses anew."""
         self.num_blocks.index_fill_(1, req_state_indices, 0)
+        self.chosen_at.index_fill_(1, req_state_indices, 0)
         self.num_verified.index_fill_(0, req_state_indices, 0)
 
     def observer(self, layer: int) -> Callable[[PrefixAttention], None]:
@@ -137,7 +149,15 @@ class BlockSelection:
     def _refresh(self, layer: int, trees: TreeRequests) -> Refresh:
         # Shorter prefixes are attended as a whole.
         min_prefix_len = self.num_sinks * self.block_size + self.budget
-        return Refresh(trees.idx_mapping, self.num_verified, self.interval, layer, min_prefix_len)
+        return Refresh(
+            trees.idx_mapping,
+            self.num_verified,
+            self.chosen_at[layer],
+            self.interval,
+            layer,
+            min_prefix_len,
+            self.max_age,
+        )
 
     def write_tables(
         self,
@@ -156,5 +176,7 @@ class BlockSelection:
             self.block_size,
             self.blocks,
             self.num_blocks,
+            self.chosen_at,
+            self.max_age,
             tables,
         )

@@ -2,6 +2,7 @@
 """MagicDec's `DraftSetup`. There is no draft to find: the user names the method."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_longspec.options import DEFAULT_GAMMA
@@ -12,13 +13,18 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+# More requests than a batch ever has.
+_NO_BATCH = 1 << 16
 # Options of vLLM's that are about a draft with weights.
 _DRAFT_OPTIONS = ("model", "revision", "code_revision", "draft_load_config", "quantization")
 # vLLM takes a model for a draft of another kind if its path contains one of these, whatever the method.
 _NAMES_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
+@dataclass(frozen=True)
 class MagicDecSetup(DraftSetup):
+    says_when: bool = False  # the user says which batches draft
+
     proposer = "vllm_longspec.proposers.magicdec.proposer.MagicDecProposer"
     option_names = (SHARED_OPTIONS - {"tree_shape", "frequent_tokens"}) | {"sinks", "budget", "selection"}
     ways_out = {
@@ -35,7 +41,8 @@ class MagicDecSetup(DraftSetup):
                     f"{name}={options[name]!r} is not supported with the method magicdec: the target drafts for "
                     "itself, leave it out"
                 )
-        return cls()
+        adapts = own_options.get("adaptive_verification", own_options.get("adapt_nodes"))
+        return cls(options.get("num_speculative_tokens_per_batch_size") is not None or adapts is False)
 
     def check(self, target: "ModelConfig") -> None:
         without = "serve without --speculative-config"
@@ -44,12 +51,25 @@ class MagicDecSetup(DraftSetup):
             raise ValueError(
                 f"a mixture of experts (target {target.model}) is not supported with the method magicdec: {without}"
             )
+        if target.quantization is not None and not self.says_when:
+            # Adaptive verification does not know what a step of it costs, and without it every step would draft.
+            raise ValueError(
+                f"a target of quantization={target.quantization!r} is not supported with the method magicdec alone: "
+                "give num_speculative_tokens_per_batch_size, the batches that draft and how many tokens"
+            )
         for word in _NAMES_OF_OTHER_METHODS:
             if word in target.model.lower():
                 raise ValueError(
                     f"target {target.model} is its own draft with the method magicdec, but vLLM takes any path with "
                     f"{word!r} in it for a draft of another kind: move it or link to it under another name"
                 )
+
+    def schedule(self, num_nodes: int) -> list[tuple[int, int, int]]:
+        # What pays depends on the context more than on the batch, which the cost of a step knows. So every batch may
+        # have all of them, or fewer; the ranges of the smaller numbers are out of reach.
+        fewer = sorted({1, num_nodes // 2, num_nodes - 1} - {0, num_nodes}, reverse=True)
+        beyond = [(_NO_BATCH + place, _NO_BATCH + place, number) for place, number in enumerate(fewer, start=1)]
+        return [(1, _NO_BATCH, num_nodes), *beyond]
 
     def num_lookahead_tokens(self, num_nodes: int) -> int:
         # Step i of a draft writes K and V of the root's position + i.
