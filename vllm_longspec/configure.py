@@ -41,6 +41,8 @@ _FLAGS = (
     ("--spec-model", "model", "spec_model"),
     ("--spec-tokens", "num_speculative_tokens", "spec_tokens"),
 )
+# Of vLLM's `sleep_preserve_parameter_names`, all that the draft does not share with the target.
+_DRAFT_PARAMETERS = "draft.*"
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,10 @@ def create_engine_config(
         self.attention_backend = given_backend
     if (options := options_of(vllm_config.speculative_config)) is not None:
         support.check_engine(vllm_config, draft_of(options.proposer))
+        preserved = vllm_config.model_config.sleep_preserve_parameter_names
+        if vllm_config.model_config.enable_sleep_mode and _DRAFT_PARAMETERS not in preserved:
+            # Waking up from level 2 is followed by a reload of the target's weights, not of the draft's.
+            preserved.append(_DRAFT_PARAMETERS)
         from vllm_longspec.scheduling.scheduler import scheduler_name
 
         # The class depends on `async_scheduling`, which vLLM resolves in `original`.

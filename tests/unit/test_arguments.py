@@ -16,7 +16,7 @@ import vllm.config.model as model_module
 import vllm.platforms
 from safetensors.torch import load_file
 from vllm import SamplingParams
-from vllm.config import LoadConfig, ParallelConfig
+from vllm.config import KVTransferConfig, LoadConfig, ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import get_model_loader
@@ -666,6 +666,32 @@ def test_path_that_vllm_takes_for_another_method_is_refused(tmp_path, target, dr
     refused(error)
 
 
+def test_sleep_mode_keeps_the_parameters_of_the_draft(target, draft, monkeypatch):
+    """vLLM's worker copies what has these names before it discards weights (level 2)."""
+    monkeypatch.setattr(vllm.platforms.current_platform, "is_sleep_mode_available", lambda: True)
+    settings = {"spec_model": draft, "enable_sleep_mode": True}
+    assert create(target, **settings).model_config.sleep_preserve_parameter_names == ["draft.*"]
+    named = create(target, **settings, sleep_preserve_parameter_names=["theirs.*", "draft.*"])
+    assert named.model_config.sleep_preserve_parameter_names == ["theirs.*", "draft.*"]
+    # Without sleep mode, and without trees, nothing is changed.
+    assert create(target, spec_model=draft).model_config.sleep_preserve_parameter_names == []
+    assert create(target, enable_sleep_mode=True).model_config.sleep_preserve_parameter_names == []
+
+
+def test_fp8_drafts_and_sleep_mode(target, draft):
+    engine_args = EngineArgs(model=target, enable_sleep_mode=True)
+    setup = draft_module.GlideSetup.find({"model": draft}, {})
+    assert setup is not None
+    given: dict[str, Any] = {"quantization": "fp8_per_channel"}
+    model_config: Any = None
+    parallel_config: Any = None
+    with pytest.raises(ValueError, match=r"quantization='fp8_per_channel' of a GLIDE draft .* sleep mode: ") as error:
+        setup.vllm_options(engine_args, given, model_config, parallel_config, 64)
+    refused(error)
+    # Not the default either, of which target and GPU would decide.
+    assert setup.vllm_options(engine_args, {}, model_config, parallel_config, 64)["quantization"] is None
+
+
 def test_sliding_window_of_the_target_is_refused(tmp_path):
     window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}
     target = write_target(tmp_path / "target", "qwen2", **window)
@@ -684,7 +710,10 @@ def test_sliding_window_of_the_target_is_refused(tmp_path):
             {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
             "a KV cache that is quantised in some layers only is not supported",
         ),
-        ({"kv_offloading_size": 1.0}, "a KV connector or KV offloading is not supported"),
+        (
+            {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
+            "the KV connector ExampleConnector is not supported",
+        ),
         ({"attention_backend": "FLASH_ATTN"}, "attention backend FLASH_ATTN cannot verify the tree"),
         (
             {"structured_outputs_config": {"backend": "lm-format-enforcer"}},

@@ -6,6 +6,8 @@ import pytest
 import torch
 import vllm.platforms
 import vllm.triton_utils
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from vllm_longspec.attention.cpu import TreeCpuAttentionImpl
 from vllm_longspec.targets import support
@@ -39,6 +41,7 @@ def target(**settings):
         "logits_processors": None,
         "return_sampling_mask": False,
         "enable_sleep_mode": False,
+        "sleep_mode_backend": "cumem",
         "get_head_size": lambda: 128,
         "get_sliding_window": lambda: None,
     }
@@ -55,6 +58,9 @@ def target(**settings):
         # a window that no layer has, and layers that have none (any more)
         {"get_sliding_window": lambda: 64, "hf_text_config": {"layer_types": ["full_attention"]}},
         {"hf_text_config": {"layer_types": ["sliding_attention"]}},
+        {"enable_sleep_mode": True},
+        # which nobody uses
+        {"sleep_mode_backend": "theirs"},
     ],
 )
 def test_supported_target(settings):
@@ -98,7 +104,7 @@ def test_supported_target(settings):
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
         ({"logits_processors": ["package:Processor"]}, "a custom logits processor"),
         ({"return_sampling_mask": True}, "a sampling mask"),
-        ({"enable_sleep_mode": True}, "sleep mode"),
+        ({"enable_sleep_mode": True, "sleep_mode_backend": "theirs"}, "sleep_mode_backend='theirs'"),
     ],
 )
 def test_unsupported_target_is_refused_by_name(settings, said):
@@ -206,7 +212,10 @@ def engine(**settings):
     served = {
         "use_v2_model_runner": True,
         "kv_transfer_config": None,
-        "model_config": SimpleNamespace(dtype=torch.bfloat16),
+        "num_lookahead_tokens": 0,
+        "model_config": SimpleNamespace(
+            dtype=torch.bfloat16, enable_sleep_mode=settings.pop("enable_sleep_mode", False)
+        ),
     }
     cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "kv_cache_dtype_skip_layers": []}
     structured_outputs = {"backend": "auto"}
@@ -236,7 +245,6 @@ def test_supported_engine(settings):
     ("settings", "said"),
     [
         ({"use_v2_model_runner": False}, "VLLM_USE_V2_MODEL_RUNNER"),
-        ({"kv_transfer_config": object()}, "a KV connector"),
         ({"cache_dtype": "fp8_e5m2"}, "a KV cache of fp8_e5m2 with a model of bfloat16"),
         ({"cache_dtype": "fp8_per_token_head"}, "a KV cache of fp8_per_token_head with a model of bfloat16"),
         ({"kv_cache_dtype_skip_layers": ["0"]}, "quantised in some layers only"),
@@ -249,6 +257,62 @@ def test_unsupported_engine_is_refused_by_name(settings, said):
     with pytest.raises(ValueError, match="is not supported with a GLIDE draft: ") as error:
         support.check_engine(engine(**settings))
     assert said in refused(error)
+
+
+def connector(name, module_path=None, **extra_config):
+    return KVTransferConfig(
+        kv_connector=name,
+        kv_role="kv_both",
+        kv_connector_module_path=module_path,
+        kv_connector_extra_config=extra_config,
+    )
+
+
+@pytest.mark.parametrize("name", ["OffloadingConnector", "SimpleCPUOffloadConnector"])
+def test_connectors_that_save_whole_blocks_are_supported(name):
+    for num_lookahead_tokens in (0, 4):
+        support.check_engine(engine(kv_transfer_config=connector(name), num_lookahead_tokens=num_lookahead_tokens))
+
+
+def test_sleep_mode_needs_the_cache_for_itself():
+    support.check_engine(engine(enable_sleep_mode=True))
+    transfer = connector("OffloadingConnector")
+    with pytest.raises(ValueError, match="sleep mode with a KV connector is not supported") as error:
+        support.check_engine(engine(enable_sleep_mode=True, kv_transfer_config=transfer))
+    refused(error)
+
+
+def test_a_transfer_without_a_connector_is_none():
+    support.check_engine(engine(kv_transfer_config=KVTransferConfig()))
+
+
+@pytest.mark.parametrize("name", ["NixlConnector", "NixlPullConnector", "NixlPushConnector"])
+def test_blocks_are_sent_unless_drafts_have_some_of_their_own(name):
+    support.check_engine(engine(kv_transfer_config=connector(name)))
+    with pytest.raises(
+        ValueError, match=f"the KV connector {name} is not .*with one of OffloadingConnector, "
+    ) as error:
+        support.check_engine(engine(kv_transfer_config=connector(name), num_lookahead_tokens=4))
+    assert "Nixl" not in refused(error).split(":", 1)[1]
+    with pytest.raises(ValueError, match=f"{name} with bidirectional_kv_xfer is not supported .*: leave ") as error:
+        support.check_engine(engine(kv_transfer_config=connector(name, bidirectional_kv_xfer=True)))
+    refused(error)
+
+
+def test_other_connectors_are_refused_by_name():
+    """All that vLLM has, so that a new one is looked into before it is supported."""
+    supported = {"OffloadingConnector", "SimpleCPUOffloadConnector"}
+    supported |= {"NixlConnector", "NixlPullConnector", "NixlPushConnector"}
+    registered = set(KVConnectorFactory._registry)
+    assert supported < registered
+    for name in sorted({*registered, "TheirConnector"} - supported):
+        with pytest.raises(ValueError, match=f"the KV connector {name} is not supported with a GLIDE draft") as error:
+            support.check_engine(engine(kv_transfer_config=connector(name)))
+        assert all(each in refused(error) for each in supported)
+    # A module's class may have the name of one of vLLM's.
+    with pytest.raises(ValueError, match="OffloadingConnector of the module theirs is not supported") as error:
+        support.check_engine(engine(kv_transfer_config=connector("OffloadingConnector", "theirs")))
+    refused(error)
 
 
 PARALLEL: Any = SimpleNamespace(tensor_parallel_size=2)

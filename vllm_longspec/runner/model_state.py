@@ -28,7 +28,6 @@ from vllm_longspec.tree.history import read_history_along_paths
 from vllm_longspec.tree.layout import lay_out_trees
 from vllm_longspec.tree.sample import TreeSampler
 from vllm_longspec.tree.state import TreeState
-from vllm_longspec.tree.synthetic_rates import conditional_rates
 
 
 class TreeModelState(DefaultModelState):
@@ -42,18 +41,17 @@ class TreeModelState(DefaultModelState):
         tree_state: TreeState,
         tree_batch: TreeBatch,
         observers: Mapping[str, Observer],
+        synthetic_rates: torch.Tensor | None,  # float32 [max_depth]
     ):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.tree_state = tree_state
         self.tree_batch = tree_batch
         self.observers = observers
         options = options_of(vllm_config.speculative_config)
-        assert options is not None and vllm_config.speculative_config is not None
+        assert options is not None
         self.couple_noise = options.couple_noise
         self.max_depth = options.max_depth
-        # Copied paths are not listed with synthetic acceptance, so no path is longer than the drafted tree is deep.
-        rates = conditional_rates(vllm_config.speculative_config, options.tree_shape.max_depth)
-        self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
+        self.synthetic_rates = synthetic_rates
         self.added_log_cutoffs: dict[int, float] = {}  # by req_state_idx of the requests that are added
         # Of the current step.
         self.num_tree_reqs = 0

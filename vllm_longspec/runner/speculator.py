@@ -41,12 +41,14 @@ from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.packing import pack_nodes
 from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early
+from vllm_longspec.tree.synthetic_rates import conditional_rates
 
 # A child of vLLM's logger, so that vLLM's logging configuration applies.
 logger = init_logger(f"vllm.{__name__}")
 
 
 class TreeSpeculator(DraftModelSpeculator):
+    # What is allocated here lives outside the memory pools of vLLM's sleep mode (docs/design.md#sleep-mode).
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState):
         super().__init__(vllm_config, device)
         options = options_of(self.speculative_config)
@@ -65,6 +67,9 @@ class TreeSpeculator(DraftModelSpeculator):
         self.trust = CopyTrust(self.max_num_reqs, options.copy_length, device) if options.copy_length else None
         if self.trust is not None:
             keep_token_ids_on_device(req_states)
+        # Copied paths are not listed with synthetic acceptance, so no path is longer than the drafted tree is deep.
+        rates = conditional_rates(self.speculative_config, options.tree_shape.max_depth)
+        self.synthetic_rates = None if rates is None else torch.tensor(rates, dtype=torch.float32, device=device)
         cls = resolve_obj_by_qualname(proposers.setup_of(options.proposer).proposer)
         self.proposer: Proposer = cls(vllm_config, options.tree_shape, device)
 
@@ -78,7 +83,11 @@ class TreeSpeculator(DraftModelSpeculator):
         model = self.proposer.load(target_model, target_attn_layer_names)
         # vLLM asks the target for its model state class.
         target_model.get_model_state_cls = lambda: partial(
-            TreeModelState, tree_state=self.tree_state, tree_batch=self.tree_batch, observers=self.observers
+            TreeModelState,
+            tree_state=self.tree_state,
+            tree_batch=self.tree_batch,
+            observers=self.observers,
+            synthetic_rates=self.synthetic_rates,
         )
         # Called after vLLM has reloaded the target's weights.
         target_model.renew_proposer = self.proposer.renew

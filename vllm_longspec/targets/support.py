@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_longspec.targets.connectors import connector_refusal
 from vllm_longspec.targets.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -194,8 +195,12 @@ def check_target(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
         (target.enable_prompt_embeds, "prompt embeddings", "serve without --enable-prompt-embeds"),
         (bool(target.logits_processors), "a custom logits processor", "serve without --logits-processors"),
         (target.return_sampling_mask, "a sampling mask", "serve without --return-sampling-mask"),
-        # Waking up from level 2 does not restore the draft's weights and its own head.
-        (target.enable_sleep_mode, "sleep mode", "serve without --enable-sleep-mode"),
+        (
+            # They keep other memory than vLLM's own.
+            target.enable_sleep_mode and target.sleep_mode_backend != "cumem",
+            f"sleep_mode_backend={target.sleep_mode_backend!r}",
+            "serve with --sleep-mode-backend cumem",
+        ),
     )
     _refuse(draft, *((applies, f"{what} (target {target.model})", way_out) for applies, what, way_out in refusals))
 
@@ -254,6 +259,7 @@ def check_engine(vllm_config: "VllmConfig", draft: Draft = GLIDE_DRAFT) -> None:
     cache = vllm_config.cache_config
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     cache_dtypes = ("auto", model_dtype, "fp8", "fp8_e4m3")
+    connector = connector_refusal(vllm_config.kv_transfer_config, vllm_config.num_lookahead_tokens)
     _refuse(
         draft,
         (
@@ -261,10 +267,12 @@ def check_engine(vllm_config: "VllmConfig", draft: Draft = GLIDE_DRAFT) -> None:
             "vLLM's model runner V1",
             "set VLLM_USE_V2_MODEL_RUNNER=1 or leave it unset",
         ),
+        (connector is not None, *(connector or ("", ""))),
         (
-            vllm_config.kv_transfer_config is not None,
-            "a KV connector or KV offloading",
-            "serve without --kv-transfer-config and --kv-offloading-size",
+            # It holds on to the memory of the cache.
+            vllm_config.kv_transfer_config is not None and vllm_config.model_config.enable_sleep_mode,
+            "sleep mode with a KV connector",
+            "serve without --enable-sleep-mode, or without --kv-transfer-config and --kv-offloading-size",
         ),
         (
             cache.cache_dtype not in cache_dtypes,

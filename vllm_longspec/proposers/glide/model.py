@@ -154,6 +154,8 @@ class GlideForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
+        # A buffer, as vLLM keeps buffers when weights are discarded (sleep level 2).
+        self.register_buffer("token_ids", None, persistent=False)
         model_config = vllm_config.model_config
         config = model_config.hf_config
         # Online quantization of the draft; the target's does not apply.

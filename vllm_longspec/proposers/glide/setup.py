@@ -96,7 +96,13 @@ class GlideSetup(DraftSetup):
         draft_vocab_size: int,
     ) -> dict[str, Any]:
         quantization = given.get("quantization")
-        if "quantization" not in given:
+        if engine_args.enable_sleep_mode and quantization is not None:
+            # Kernels may keep tensors beside a layer's parameters, which are lost when weights are discarded (level 2).
+            raise ValueError(
+                f"quantization={quantization!r} of a GLIDE draft is not supported with sleep mode: leave it out, or "
+                "serve without --enable-sleep-mode"
+            )
+        if "quantization" not in given and not engine_args.enable_sleep_mode:
             quantization = default_quantization(engine_args, target, parallel_config, draft_vocab_size)
         return {
             # vLLM's method for a draft model that it does not know.
