@@ -10,7 +10,74 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-GLIDE_ARCHITECTURES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
+GLIDE_ARCHITECTURES = {
+    family: f"{name}GlideDecoderLayer"
+    for family, name in {
+        "llama": "Llama",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "qwen3_moe": "Qwen3Moe",
+        "mistral": "Mistral",
+        "ministral3": "Ministral3",
+        "phi3": "Phi3",
+        "glm4": "Glm4",
+        "granite": "Granite",
+    }.items()
+}
+
+# What the configs of released models of a family have, in small.
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    # 4 heads of 64, not of hidden_size / 4.
+    "qwen3": {"head_dim": 64},
+    "qwen3_moe": {
+        "head_dim": 64,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "mistral": {"head_dim": 64, "sliding_window": None},
+    "ministral3": {
+        "head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    # Phi-4-mini: a part of each head is rotated, by one table for short contexts and one for long ones.
+    "phi3": {
+        "original_max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + 0.1 * i for i in range(12)],
+            "long_factor": [1.5 + 0.5 * i for i in range(12)],
+        },
+    },
+    "glm4": {"pad_token_id": 0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+    },
+}
+# Llama 3.1 to 3.3, in small
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
 
 SIZES = {
     "hidden_size": 128,
@@ -30,13 +97,18 @@ def write_target(
 ) -> Path:
     """A target with random weights. A small vocabulary lets even a random draft be right now and then."""
     torch.manual_seed(seed)
-    settings = {**SIZES, "vocab_size": vocab_size, "tie_word_embeddings": tied, "initializer_range": 0.3, **overrides}
+    settings = {**SIZES, "vocab_size": vocab_size, "tie_word_embeddings": tied, "initializer_range": 0.3}
+    settings |= {**FAMILY_SETTINGS.get(family, {}), **overrides}
+    if family == "phi3":
+        # Its heads have the size that follows from the others.
+        settings.pop("head_dim", None)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
-    if family == "qwen2":
-        # transformers starts biases at zero, which would not notice one that is not loaded.
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
+    # transformers starts biases at zero and norms at one, which would not notice one that is not loaded.
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     model.save_pretrained(path)
     return path
 

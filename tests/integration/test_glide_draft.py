@@ -25,7 +25,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader import get_model
 
-from tests.models import write_draft, write_target
+from tests.models import LLAMA3_ROPE, write_draft, write_target
 from tests.oracles import tree as tree_oracle
 from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
@@ -64,6 +64,11 @@ TARGETS: dict[str, tuple[str, bool, int, int, dict[str, Any]]] = {
     "llama linear old config": ("llama", False, 1, 64, LINEAR_BEFORE_TRANSFORMERS_5),
     "qwen2": ("qwen2", False, 1, 60, {}),
     "qwen2 tied": ("qwen2", True, 1, 64, {}),
+    "llama llama3": ("llama", False, 1, 64, {"rope_parameters": LLAMA3_ROPE}),
+    "qwen3": ("qwen3", False, 1, 64, {}),
+    "qwen3_moe": ("qwen3_moe", False, 2, 64, {}),
+    "glm4": ("glm4", False, 2, 64, {}),
+    "granite": ("granite", True, 2, 64, {}),
 }
 
 
@@ -210,7 +215,7 @@ class Batch:
             )
         return window
 
-    def cross_attention(self) -> CrossAttention:
+    def cross_attention(self, scale: float) -> CrossAttention:
         prefix_lens = self.root_positions.to(torch.int32)
         query_starts = torch.arange(self.num_reqs + 1, dtype=torch.int32, device=DEVICE)
 
@@ -224,7 +229,7 @@ class Batch:
                 prefix_lens,
                 query_starts * width,
                 width,
-                query.shape[-1] ** -0.5,
+                scale,
                 output,
                 lse,
             )
@@ -241,7 +246,8 @@ class Batch:
             self.root_positions,
             self.idx_mapping,
             window.kv,
-            self.cross_attention(),
+            # Of the target's last layer.
+            self.cross_attention(draft.multipliers.attention),
             max_position=MAX_MODEL_LEN - 1,
         )
 
@@ -294,6 +300,8 @@ def check_tree(
         ("qwen2", (1, 1, 1, 1), SOME_HISTORIES),
         ("qwen2 tied", DEFAULT_SHAPE, SOME_HISTORIES),
         ("qwen2 tied", (2, 4, 4), HISTORIES),
+        # Families whose layer or sizes differ.
+        *((name, (2, 4, 4), [60, 600]) for name in ("llama llama3", "qwen3", "qwen3_moe", "glm4", "granite")),
     ],
     ids=str,
 )
