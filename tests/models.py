@@ -36,13 +36,13 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     },
-    "mistral": {"head_dim": 64, "sliding_window": None},
+    "mistral": {"head_dim": 64},
     "ministral3": {
         "head_dim": 64,
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 1e6,
-            "factor": 4.0,
+            "factor": 16.0,
             "original_max_position_embeddings": 128,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
@@ -97,7 +97,12 @@ def write_target(
 ) -> Path:
     """A target with random weights. A small vocabulary lets even a random draft be right now and then."""
     torch.manual_seed(seed)
-    settings = {**SIZES, "vocab_size": vocab_size, "tie_word_embeddings": tied, "initializer_range": 0.3}
+    settings: dict[str, Any] = {
+        **SIZES,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+    }
     settings |= {**FAMILY_SETTINGS.get(family, {}), **overrides}
     if family == "phi3":
         # Its heads have the size that follows from the others.
@@ -176,6 +181,24 @@ def write_agreeing_pair(path: Path, tokenizer: Path, tokens: Sequence[int]) -> t
     weights["lm_head.weight"][list(tokens)] = 0.8 * torch.randn(len(tokens), 64, generator=generator)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target, write_draft(path / "draft", target, std=0.1)
+
+
+def agreeing(path: Path, target: Path) -> Path:
+    """The same target, with layers that add little: like a draft of small weights, it says what its head makes of the
+    last token's embedding."""
+    path.mkdir(parents=True)
+    for file in target.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(target / "model.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in weights.items():
+        # GLM-4 has a norm after each sublayer.
+        if any(part in name for part in ("o_proj.", "down_proj.", "post_self_attn_layernorm", "post_mlp_layernorm")):
+            weight *= 0.002
+        if name.endswith("embed_tokens.weight"):
+            weights[name] = torch.randn(weight.shape, generator=generator)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def as_llama(path: Path, target: Path, draft: Path) -> tuple[Path, Path]:

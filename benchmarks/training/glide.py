@@ -11,8 +11,8 @@ The layer owns neither embedding nor head; both are the target's. The caller say
 so one function serves training, drafting in a tree and checking other implementations. Any floating-point type works;
 the module needs PyTorch and nothing else. Parameter names are those of the published `sail/longspec-*` checkpoints.
 
-Granite multiplies the embedding, what each sublayer adds, and scores by constants; so does its draft. GLM-4 rotates pairs
-of neighbours, in a part of each head.
+Granite multiplies the embedding, what each sublayer adds, and scores by constants; so does its draft. GLM-4 rotates
+pairs of neighbours, in a part of each head.
 """
 
 import math
@@ -157,7 +157,10 @@ class GlideLayer(nn.Module):
         self.interleaved = model_type == "glm4"
         self.embedding_multiplier, self.residual_multiplier, self.scale = 1.0, 1.0, None
         if model_type == "granite":
-            self.embedding_multiplier, self.residual_multiplier = config.embedding_multiplier, config.residual_multiplier
+            self.embedding_multiplier, self.residual_multiplier = (
+                config.embedding_multiplier,
+                config.residual_multiplier,
+            )
             self.scale = config.attention_multiplier
         self.self_attn = AttentionProjections(config)
         # cross_attn.k_proj and v_proj are in every checkpoint and are never used: keys and values come from the target.

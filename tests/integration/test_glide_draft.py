@@ -107,11 +107,21 @@ def load(
     draft: Path,
     tree_shape: tuple[int, ...] = (1,),
     weights: dict[str, torch.Tensor] | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    drafting: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Pair:
     """Loads both checkpoints as vLLM's model runner does; the twin gets `weights`, or else the draft's."""
+    speculator, target_model = load_models(target, draft, tree_shape, **settings)
+    return Pair(speculator, target_model, PlainDraft(target, weights or load_file(draft / "model.safetensors")))
+
+
+def load_models(
+    target: Path,
+    draft: Path,
+    tree_shape: tuple[int, ...] = (1,),
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    drafting: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[TreeSpeculator, nn.Module]:
     vllm_config = EngineArgs(
         model=str(target),
         # Drafted trees alone: what is copied depends on no draft.
@@ -131,7 +141,7 @@ def load(
         target_model = get_model(vllm_config=vllm_config)
         speculator.load_model(target_model)
         speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
-    return Pair(speculator, target_model, PlainDraft(target, weights or load_file(draft / "model.safetensors")))
+    return speculator, target_model
 
 
 def write_pair(folder: Path, name: str, **overrides: Any) -> tuple[Path, Path]:
@@ -525,6 +535,25 @@ def test_rotates_as_the_target_does(tmp_path):
     target, draft = write_pair(tmp_path, "llama tied linear")
     edit_config(draft, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     check_draft(load(target, draft))
+
+
+@pytest.mark.parametrize("family", ["phi3", "ministral3"])
+def test_queries_alone_are_rotated_as_with_keys(tmp_path, family):
+    """The cross-attention has queries only; longrope's module would not take them."""
+    target = write_target(tmp_path / "target", family)
+    speculator, target_model = load_models(target, write_draft(tmp_path / "draft", target))
+    draft = speculator.model
+    head_size = draft.self_attn.head_size
+    positions = torch.tensor([0, 3, 200, 900], device=DEVICE)
+    query, key = torch.randn(2, 4, 4 * head_size, device=DEVICE)
+    expected, expected_key = target_model.model.layers[-1].self_attn.rotary_emb(positions, query.clone(), key.clone())
+    alone, nothing = draft.rotate(positions, query.clone(), None)
+    assert nothing is None
+    torch.testing.assert_close(alone.view_as(query), expected.view_as(query))
+    # It is a rotation: not what came in, unless at position 0 or by a constant factor.
+    assert not torch.allclose(alone[1:].view_as(query[1:]), query[1:], atol=0.1)
+    both = draft.rotate(positions, query.clone(), key.clone())
+    torch.testing.assert_close(torch.stack(both).view(2, 4, -1), torch.stack((expected, expected_key)).view(2, 4, -1))
 
 
 @pytest.mark.parametrize(

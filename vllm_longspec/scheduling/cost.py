@@ -3,9 +3,9 @@
 
 A step of plain decoding takes a constant time plus that of reading the weights and the cached K and V. Drafting adds
 the proposer's `DraftingCost`. Verification reads nothing more, unless the target has experts: rows wake further ones.
-Every row adds time to the GEMMs, more once they are compute-bound, and to attention. The constants are for an H200; with
-GLIDE's they are within 8% of all measurements with contexts of 1k to 128k and batches of 1 to 64, of dense targets
-(benchmarks/results/speed.jsonl).
+Every row adds time to the GEMMs, more once they are compute-bound, and to attention. The constants are for an H200;
+with GLIDE's they are within 8% of all measurements with contexts of 1k to 128k and batches of 1 to 64, of dense
+targets (benchmarks/results/speed.jsonl).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,13 @@ from vllm_longspec import proposers
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.interface import DraftingCost
 from vllm_longspec.scheduling.schedule import BATCH_ROWS
-from vllm_longspec.targets.families import ExpertWeights, cached_token_weights, expert_weights, target_weights
+from vllm_longspec.targets.families import (
+    NO_EXPERTS,
+    ExpertWeights,
+    cached_token_weights,
+    expert_weights,
+    target_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,7 +44,7 @@ class StepCost:
     target: float  # weights of all layers and the head that each GPU reads, without the experts'
     token: float  # K and V of a cached token in all layers, in weights
     drafting: DraftingCost
-    experts: ExpertWeights = ExpertWeights(0.0, 0.0)
+    experts: ExpertWeights = NO_EXPERTS
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "StepCost":

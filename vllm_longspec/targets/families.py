@@ -111,11 +111,14 @@ class ExpertWeights(NamedTuple):
         return self.total * (1 - (1 - self.share) ** num_rows)
 
 
+NO_EXPERTS = ExpertWeights(0.0, 0.0)
+
+
 def expert_weights(target: Any, num_ranks: int) -> ExpertWeights:
     """Those of a target on each of `num_ranks` GPUs; zero without experts."""
     experts = num_experts(target)
     if experts == 0:
-        return ExpertWeights(0.0, 0.0)
+        return NO_EXPERTS
     weights = 3 * size_of(target, "hidden_size") * target.moe_intermediate_size
     return ExpertWeights(
         num_expert_layers(target) * experts * weights / num_ranks, target.num_experts_per_tok / experts

@@ -8,8 +8,9 @@
     logits = lm_head(h)                                      no norm before the head
 
 A family's constant factors (Granite) apply to the embedding, to what each sublayer adds, to the scores of attention and
-to logits, as in the target. Embedding, rotary embedding, head and logits processor are the target's own modules; only a head that is quantised or
-restricted to some tokens is a copy (`head.py`). One class serves all families of `vllm_longspec/targets/families.py`.
+to logits, as in the target. Embedding, rotary embedding, head and logits processor are the target's own modules; only a
+head that is quantised or restricted to some tokens is a copy (`head.py`). One class serves all families of
+`vllm_longspec/targets/families.py`.
 """
 
 from collections.abc import Callable, Iterable
