@@ -118,6 +118,29 @@ def write_target(
     return path
 
 
+def write_wrapper(path: Path) -> Path:
+    """A multimodal target around a Ministral 3 with random weights, as Mistral publishes them."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text: dict[str, Any] = {**SIZES, "vocab_size": 64, "initializer_range": 0.3, "tie_word_embeddings": False}
+    text |= {"model_type": "ministral3", **FAMILY_SETTINGS["ministral3"]}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Mistral3Config(vision_config=vision, text_config=text, tie_word_embeddings=False)
+    model: Any = Mistral3ForConditionalGeneration(config)
+    model.save_pretrained(path)
+    return path
+
+
 def glide_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Parameter names and shapes of the published GLIDE checkpoints for a target's config."""
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
@@ -145,6 +168,7 @@ def write_draft(path: Path, target: Path, *, seed: int = 1, prefix: str = "", st
     """A GLIDE draft with random weights that fits `target`."""
     path.mkdir(parents=True)
     config = json.loads((target / "config.json").read_text())
+    config = config.get("text_config", config)
     config["architectures"] = [GLIDE_ARCHITECTURES[config["model_type"]]]
     (path / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)

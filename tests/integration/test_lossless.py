@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engine import Request, Result, generate, request
-from tests.models import LLAMA3_ROPE, agreeing, as_llama, untied, write_draft, write_target
+from tests.models import LLAMA3_ROPE, agreeing, as_llama, untied, write_draft, write_target, write_wrapper
 from vllm_longspec.frequent_tokens import most_frequent
 from vllm_longspec.options import DEFAULT_LEVELS
 
@@ -107,6 +107,17 @@ def test_family(tmp_path, family, overrides, settings):
     assert_lossless(plain, result)
     unlike, alike = (mean(filter(None, lengths)) for lengths in result.acceptance_lengths)
     assert unlike < 1.9 < 2.3 < alike
+
+
+def test_the_language_model_of_a_multimodal_target(tmp_path):
+    """vLLM's own code for the vision tower, which stays unused, needs torchvision: its CUDA builds ask for that."""
+    pytest.importorskip("torchvision")
+    target = write_wrapper(tmp_path / "target")
+    draft = write_draft(tmp_path / "draft", target)
+    (requests,) = batches(random_prompts(64, (5, 70, 300)), max_tokens=12)[:1]
+    settings = {"language_model_only": True}
+    plain = generate(target, [requests], **settings)
+    assert_lossless(plain, generate(target, [requests], **settings, **speculative(draft, [2, 4, 4])))
 
 
 @pytest.fixture(scope="session")

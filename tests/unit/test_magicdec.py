@@ -148,12 +148,16 @@ def test_what_trees_do_not_support_is_refused_by_its_name(target):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        (
+            {"is_multimodal_model": True},
+            "a multimodal target (target TARGET) is not supported with the method magicdec",
+        ),
         ({"is_moe": True}, "a mixture of experts (target TARGET) is not supported with the method magicdec"),
         ({"model": "someone/Eagle3-chat"}, "vLLM takes any path with 'eagle3' in it for a draft of another kind"),
     ],
 )
 def test_targets_that_it_refuses(settings, said):
-    config: Any = SimpleNamespace(**{"model": "TARGET", "is_moe": False, **settings})
+    config: Any = SimpleNamespace(**{"model": "TARGET", "is_moe": False, "is_multimodal_model": False, **settings})
     with pytest.raises(ValueError) as error:
         MagicDecSetup().check(config)
     assert said in str(error.value) and "\n" not in str(error.value)

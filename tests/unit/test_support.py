@@ -18,6 +18,9 @@ def refused(error):
     return message
 
 
+WRAPPER: dict[str, Any] = {"is_multimodal_model": True, "architectures": ["Mistral3ForConditionalGeneration"]}
+
+
 def target(**settings):
     """What is read of vLLM's ModelConfig, of a target that is served."""
     text_config = SimpleNamespace(**{"model_type": "llama", **settings.pop("hf_text_config", {})})
@@ -29,6 +32,7 @@ def target(**settings):
         "hf_text_config": text_config,
         "runner_type": "generate",
         "is_multimodal_model": False,
+        "multimodal_config": SimpleNamespace(language_model_only=False),
         "is_encoder_decoder": False,
         "is_diffusion": False,
         "use_mla": False,
@@ -53,6 +57,7 @@ def target(**settings):
         {},
         {"hf_text_config": {"model_type": "qwen2"}},
         {"model_impl": "vllm"},
+        {**WRAPPER, "multimodal_config": SimpleNamespace(language_model_only=True)},
         # a window that no layer has, and layers that have none (any more)
         {"get_sliding_window": lambda: 64, "hf_text_config": {"layer_types": ["full_attention"]}},
         {"hf_text_config": {"layer_types": ["sliding_attention"]}},
@@ -69,6 +74,12 @@ def test_supported_target(settings):
     [
         ({"runner_type": "pooling"}, "a pooling target"),
         ({"is_multimodal_model": True}, "a multimodal target"),
+        (
+            # One whose other parts are left out, but not known to be a text model then.
+            {"is_multimodal_model": True, "multimodal_config": SimpleNamespace(language_model_only=True)},
+            "a multimodal target",
+        ),
+        (WRAPPER, "draft: serve without --speculative-model, or with --language-model-only"),
         ({"is_encoder_decoder": True}, "an encoder-decoder target"),
         ({"is_diffusion": True}, "a diffusion target"),
         ({"use_mla": True}, "MLA"),

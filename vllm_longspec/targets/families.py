@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.model_executor.models.interfaces import supports_multimodal
 
 # `model_type` of a target's config.json -> architecture of its GLIDE drafts. The layer is the same in all: without the
 # norms of queries and keys (Qwen3), the norms after a sublayer (GLM-4) and the experts (Qwen3-MoE) of its target. Its
@@ -48,6 +49,11 @@ def multipliers_of(config: Any) -> Multipliers:
     return Multipliers(1.0, 1.0, size_of(config, "head_dim") ** -0.5)
 
 
+# Architectures of multimodal targets whose language model may be of such a family: positions are those of text, and
+# vLLM serves them without their other parts (`--language-model-only`).
+WRAPPERS = ("Mistral3ForConditionalGeneration",)
+
+
 class TargetModules(NamedTuple):
     """The target's modules that a draft shares."""
 
@@ -57,8 +63,15 @@ class TargetModules(NamedTuple):
     logits_processor: nn.Module
 
 
+def language_model_of(target: nn.Module) -> nn.Module:
+    """The target itself, or the language model inside a multimodal one."""
+    model: Any = target
+    return model.get_language_model() if supports_multimodal(target) else target
+
+
 def modules_of(target: nn.Module) -> TargetModules:
     """Those of the base model: with LoRA, vLLM's wrappers apply the adapters of the target's batch."""
+    target = language_model_of(target)
     model = target.model
     return TargetModules(
         _of_base(model.embed_tokens),

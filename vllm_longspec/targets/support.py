@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_longspec.targets.families import FAMILIES
+from vllm_longspec.targets.families import FAMILIES, WRAPPERS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -153,9 +153,16 @@ def check_target(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
     sliding_window = target.get_sliding_window()
     layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
     without = draft.without
+    is_wrapper = bool(set(target.architectures) & set(WRAPPERS))
+    multimodal = target.multimodal_config
+    is_text_only = is_wrapper and multimodal is not None and multimodal.language_model_only
     refusals: tuple[_Refusal, ...] = (
         (target.runner_type != "generate", f"a {target.runner_type} target", without),
-        (target.is_multimodal_model, "a multimodal target", without),
+        (
+            target.is_multimodal_model and not is_text_only,
+            "a multimodal target",
+            f"{without}, or with --language-model-only" if is_wrapper else without,
+        ),
         (target.is_encoder_decoder, "an encoder-decoder target", without),
         (target.is_diffusion, "a diffusion target", without),
         (target.use_mla, "a target with multi-head latent attention (MLA)", without),
