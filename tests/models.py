@@ -10,7 +10,74 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-GLIDE_ARCHITECTURES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
+GLIDE_ARCHITECTURES = {
+    family: f"{name}GlideDecoderLayer"
+    for family, name in {
+        "llama": "Llama",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "qwen3_moe": "Qwen3Moe",
+        "mistral": "Mistral",
+        "ministral3": "Ministral3",
+        "phi3": "Phi3",
+        "glm4": "Glm4",
+        "granite": "Granite",
+    }.items()
+}
+
+# What the configs of released models of a family have, in small.
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    # 4 heads of 64, not of hidden_size / 4.
+    "qwen3": {"head_dim": 64},
+    "qwen3_moe": {
+        "head_dim": 64,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "mistral": {"head_dim": 64},
+    "ministral3": {
+        "head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 128,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    # Phi-4-mini: a part of each head is rotated, by one table for short contexts and one for long ones.
+    "phi3": {
+        "original_max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + 0.1 * i for i in range(12)],
+            "long_factor": [1.5 + 0.5 * i for i in range(12)],
+        },
+    },
+    "glm4": {"pad_token_id": 0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+    },
+}
+# Llama 3.1 to 3.3, in small
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
 
 SIZES = {
     "hidden_size": 128,
@@ -30,13 +97,46 @@ def write_target(
 ) -> Path:
     """A target with random weights. A small vocabulary lets even a random draft be right now and then."""
     torch.manual_seed(seed)
-    settings = {**SIZES, "vocab_size": vocab_size, "tie_word_embeddings": tied, "initializer_range": 0.3, **overrides}
+    settings: dict[str, Any] = {
+        **SIZES,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+    }
+    settings |= {**FAMILY_SETTINGS.get(family, {}), **overrides}
+    if family == "phi3":
+        # Its heads have the size that follows from the others.
+        settings.pop("head_dim", None)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
-    if family == "qwen2":
-        # transformers starts biases at zero, which would not notice one that is not loaded.
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
+    # transformers starts biases at zero and norms at one, which would not notice one that is not loaded.
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    model.save_pretrained(path)
+    return path
+
+
+def write_wrapper(path: Path) -> Path:
+    """A multimodal target around a Ministral 3 with random weights, as Mistral publishes them."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text: dict[str, Any] = {**SIZES, "vocab_size": 64, "initializer_range": 0.3, "tie_word_embeddings": False}
+    text |= {"model_type": "ministral3", **FAMILY_SETTINGS["ministral3"]}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Mistral3Config(vision_config=vision, text_config=text, tie_word_embeddings=False)
+    model: Any = Mistral3ForConditionalGeneration(config)
     model.save_pretrained(path)
     return path
 
@@ -68,6 +168,7 @@ def write_draft(path: Path, target: Path, *, seed: int = 1, prefix: str = "", st
     """A GLIDE draft with random weights that fits `target`."""
     path.mkdir(parents=True)
     config = json.loads((target / "config.json").read_text())
+    config = config.get("text_config", config)
     config["architectures"] = [GLIDE_ARCHITECTURES[config["model_type"]]]
     (path / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
@@ -104,6 +205,24 @@ def write_agreeing_pair(path: Path, tokenizer: Path, tokens: Sequence[int]) -> t
     weights["lm_head.weight"][list(tokens)] = 0.8 * torch.randn(len(tokens), 64, generator=generator)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target, write_draft(path / "draft", target, std=0.1)
+
+
+def agreeing(path: Path, target: Path) -> Path:
+    """The same target, with layers that add little: like a draft of small weights, it says what its head makes of the
+    last token's embedding."""
+    path.mkdir(parents=True)
+    for file in target.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(target / "model.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in weights.items():
+        # GLM-4 has a norm after each sublayer.
+        if any(part in name for part in ("o_proj.", "down_proj.", "post_self_attn_layernorm", "post_mlp_layernorm")):
+            weight *= 0.002
+        if name.endswith("embed_tokens.weight"):
+            weights[name] = torch.randn(weight.shape, generator=generator)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def as_llama(path: Path, target: Path, draft: Path) -> tuple[Path, Path]:

@@ -53,8 +53,8 @@ def apply() -> None:
     # And with any draft vLLM warns that its reservations may slow it down.
     _replace(VllmConfig, "_set_max_num_scheduled_tokens", _set_max_num_scheduled_tokens)
     _replace(SchedulerConfig, "get_scheduler_cls", _get_scheduler_cls)
-    # Data-parallel ranks of a mixture of experts run in lockstep. Supported targets are dense: every rank is an engine
-    # of its own and keeps its schedule.
+    # Data-parallel ranks of a mixture of experts run in lockstep, and are refused. Those of dense targets are engines
+    # of their own: each keeps its schedule.
     _replace(VllmConfig, "_maybe_disable_dynamic_sd_for_data_parallel", _maybe_disable_dynamic_sd_for_data_parallel)
     _replace(CudaGraphManager, "_init_candidates", init_verification_graphs)
     _replace(SpecDecodingProm, "__init__", init_prometheus_counters)

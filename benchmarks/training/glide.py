@@ -10,6 +10,9 @@
 The layer owns neither embedding nor head; both are the target's. The caller says with masks which keys a row may see,
 so one function serves training, drafting in a tree and checking other implementations. Any floating-point type works;
 the module needs PyTorch and nothing else. Parameter names are those of the published `sail/longspec-*` checkpoints.
+
+Granite multiplies the embedding, what each sublayer adds, and scores by constants; so does its draft. GLM-4 rotates
+pairs of neighbours, in a part of each head.
 """
 
 import math
@@ -25,46 +28,60 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 def inverse_frequencies(config: Any) -> Tensor:
-    """Angles per position of rotary embedding, float64 [head_dim / 2].
+    """Angles per position of rotary embedding, float64 [rotated part of head_dim / 2].
 
     Args:
         config: has hidden_size, num_attention_heads, optionally head_dim, and RoPE either as `rope_parameters`
             (transformers 5) or as `rope_theta` and `rope_scaling` (before).
 
     Raises:
-        ValueError: for a RoPE type other than default and linear.
+        ValueError: for a RoPE type other than default, linear and llama3.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     scaling = parameters or getattr(config, "rope_scaling", None) or {}
     theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope_type not in ("default", "linear"):
-        raise ValueError(f"RoPE type {rope_type!r} is not supported: default and linear are")
-    head_dim = head_size(config)
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return frequencies / scaling["factor"] if rope_type == "linear" else frequencies
+    if rope_type not in ("default", "linear", "llama3"):
+        raise ValueError(f"RoPE type {rope_type!r} is not supported: default, linear and llama3 are")
+    share = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    size = int(head_size(config) * share)
+    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if rope_type == "default":
+        return frequencies
+    if rope_type == "linear":
+        return frequencies / scaling["factor"]
+    # Llama 3.1: slow waves are stretched, fast ones are left, with a linear passage between. Turns are counted within
+    # the context that the model was first trained for.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
 def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Apply rotary embedding (first half of a head pairs with its second half).
+def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool = False) -> Tensor:
+    """Apply rotary embedding to the first elements of each head, two for each frequency.
 
     Args:
         x: [batch, rows, heads, head_dim]
         positions: int [batch or 1, rows]
-        frequencies: float64 [head_dim / 2]
+        frequencies: float64 [num_pairs]
+        interleaved: neighbours are a pair; otherwise an element of the first half and its like in the second half
     """
-    angles = positions[..., None].double() * frequencies.to(positions.device)  # [batch, rows, head_dim / 2]
+    angles = positions[..., None].double() * frequencies.to(positions.device)  # [batch, rows, num_pairs]
     cos, sin = (wave.to(x.dtype)[:, :, None, :] for wave in (angles.cos(), angles.sin()))
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated, rest = x.split([2 * len(frequencies), x.shape[-1] - 2 * len(frequencies)], dim=-1)
+    first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
+    pairs = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
+    return torch.cat((turned, rest), dim=-1)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention; a row that may see no key gets zeros.
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Grouped-query attention; a row that may see no key gets zeros. Scores are divided by sqrt(head_dim) by default.
 
     Args:
         queries: [batch, rows, heads, head_dim]
@@ -77,7 +94,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     batch, rows, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
     grouped = queries.reshape(batch, rows, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("brkgd,bskd->bkgrs", grouped, keys) / math.sqrt(head_dim)
+    scores = torch.einsum("brkgd,bskd->bkgrs", grouped, keys) * (head_dim**-0.5 if scale is None else scale)
     scores = scores.masked_fill(~mask[:, None, None], -math.inf)
     weights = scores.softmax(dim=-1).nan_to_num(0.0)  # softmax over no key at all is nan
     return torch.einsum("bkgrs,bskd->brkgd", weights, values).reshape(batch, rows, heads * head_dim)
@@ -129,12 +146,22 @@ class GlideLayer(nn.Module):
 
     Args:
         config: the target's configuration, any object with its attributes: hidden_size, intermediate_size,
-            num_attention_heads, num_key_value_heads, rms_norm_eps, the RoPE settings and optionally head_dim.
+            num_attention_heads, num_key_value_heads, rms_norm_eps, the RoPE settings and optionally head_dim and
+            model_type.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.frequencies = inverse_frequencies(config)
+        model_type = getattr(config, "model_type", None)
+        self.interleaved = model_type == "glm4"
+        self.embedding_multiplier, self.residual_multiplier, self.scale = 1.0, 1.0, None
+        if model_type == "granite":
+            self.embedding_multiplier, self.residual_multiplier = (
+                config.embedding_multiplier,
+                config.residual_multiplier,
+            )
+            self.scale = config.attention_multiplier
         self.self_attn = AttentionProjections(config)
         # cross_attn.k_proj and v_proj are in every checkpoint and are never used: keys and values come from the target.
         self.cross_attn = AttentionProjections(config)
@@ -145,17 +172,17 @@ class GlideLayer(nn.Module):
 
     def self_qkv(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values of the self-attention, each [batch, rows, heads, head_dim]."""
-        attention, normed = self.self_attn, self.input_layernorm(embeddings)
+        attention, normed = self.self_attn, self.input_layernorm(embeddings * self.embedding_multiplier)
         return (
-            rotate(attention.split(attention.q_proj(normed)), positions, self.frequencies),
-            rotate(attention.split(attention.k_proj(normed)), positions, self.frequencies),
+            rotate(attention.split(attention.q_proj(normed)), positions, self.frequencies, self.interleaved),
+            rotate(attention.split(attention.k_proj(normed)), positions, self.frequencies, self.interleaved),
             attention.split(attention.v_proj(normed)),
         )
 
     def cross_q(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Rotated queries of the cross-attention, [batch, rows, heads, head_dim]."""
         attention, normed = self.cross_attn, self.post_self_attention_layernorm(hidden)
-        return rotate(attention.split(attention.q_proj(normed)), positions, self.frequencies)
+        return rotate(attention.split(attention.q_proj(normed)), positions, self.frequencies, self.interleaved)
 
     def forward(
         self,
@@ -180,7 +207,9 @@ class GlideLayer(nn.Module):
         keys, values = new_keys, new_values
         if past_self_kv is not None:
             keys, values = (torch.cat(parts, dim=1) for parts in zip(past_self_kv, (new_keys, new_values), strict=True))
-        hidden = embeddings + self.self_attn.o_proj(attend(queries, keys, values, self_mask))
-        cross = attend(self.cross_q(hidden, positions), cross_keys, cross_values, cross_mask)
-        hidden = hidden + self.cross_attn.o_proj(cross)
-        return hidden + self.mlp(self.post_cross_attention_layernorm(hidden)), (new_keys, new_values)
+        added = self.residual_multiplier
+        attended = attend(queries, keys, values, self_mask, self.scale)
+        hidden = embeddings * self.embedding_multiplier + added * self.self_attn.o_proj(attended)
+        cross = attend(self.cross_q(hidden, positions), cross_keys, cross_values, cross_mask, self.scale)
+        hidden = hidden + added * self.cross_attn.o_proj(cross)
+        return hidden + added * self.mlp(self.post_cross_attention_layernorm(hidden)), (new_keys, new_values)

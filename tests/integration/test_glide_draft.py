@@ -25,7 +25,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader import get_model
 
-from tests.models import write_draft, write_target
+from tests.models import LLAMA3_ROPE, write_draft, write_target
 from tests.oracles import tree as tree_oracle
 from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
@@ -64,6 +64,11 @@ TARGETS: dict[str, tuple[str, bool, int, int, dict[str, Any]]] = {
     "llama linear old config": ("llama", False, 1, 64, LINEAR_BEFORE_TRANSFORMERS_5),
     "qwen2": ("qwen2", False, 1, 60, {}),
     "qwen2 tied": ("qwen2", True, 1, 64, {}),
+    "llama llama3": ("llama", False, 1, 64, {"rope_parameters": LLAMA3_ROPE}),
+    "qwen3": ("qwen3", False, 1, 64, {}),
+    "qwen3_moe": ("qwen3_moe", False, 2, 64, {}),
+    "glm4": ("glm4", False, 2, 64, {}),
+    "granite": ("granite", True, 2, 64, {}),
 }
 
 
@@ -102,11 +107,21 @@ def load(
     draft: Path,
     tree_shape: tuple[int, ...] = (1,),
     weights: dict[str, torch.Tensor] | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    drafting: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Pair:
     """Loads both checkpoints as vLLM's model runner does; the twin gets `weights`, or else the draft's."""
+    speculator, target_model = load_models(target, draft, tree_shape, **settings)
+    return Pair(speculator, target_model, PlainDraft(target, weights or load_file(draft / "model.safetensors")))
+
+
+def load_models(
+    target: Path,
+    draft: Path,
+    tree_shape: tuple[int, ...] = (1,),
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    drafting: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[TreeSpeculator, nn.Module]:
     vllm_config = EngineArgs(
         model=str(target),
         # Drafted trees alone: what is copied depends on no draft.
@@ -126,7 +141,7 @@ def load(
         target_model = get_model(vllm_config=vllm_config)
         speculator.load_model(target_model)
         speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
-    return Pair(speculator, target_model, PlainDraft(target, weights or load_file(draft / "model.safetensors")))
+    return speculator, target_model
 
 
 def write_pair(folder: Path, name: str, **overrides: Any) -> tuple[Path, Path]:
@@ -210,7 +225,7 @@ class Batch:
             )
         return window
 
-    def cross_attention(self) -> CrossAttention:
+    def cross_attention(self, scale: float) -> CrossAttention:
         prefix_lens = self.root_positions.to(torch.int32)
         query_starts = torch.arange(self.num_reqs + 1, dtype=torch.int32, device=DEVICE)
 
@@ -224,7 +239,7 @@ class Batch:
                 prefix_lens,
                 query_starts * width,
                 width,
-                query.shape[-1] ** -0.5,
+                scale,
                 output,
                 lse,
             )
@@ -241,7 +256,8 @@ class Batch:
             self.root_positions,
             self.idx_mapping,
             window.kv,
-            self.cross_attention(),
+            # Of the target's last layer.
+            self.cross_attention(draft.multipliers.attention),
             max_position=MAX_MODEL_LEN - 1,
         )
 
@@ -294,6 +310,8 @@ def check_tree(
         ("qwen2", (1, 1, 1, 1), SOME_HISTORIES),
         ("qwen2 tied", DEFAULT_SHAPE, SOME_HISTORIES),
         ("qwen2 tied", (2, 4, 4), HISTORIES),
+        # Families whose layer or sizes differ.
+        *((name, (2, 4, 4), [60, 600]) for name in ("llama llama3", "qwen3", "qwen3_moe", "glm4", "granite")),
     ],
     ids=str,
 )
@@ -517,6 +535,25 @@ def test_rotates_as_the_target_does(tmp_path):
     target, draft = write_pair(tmp_path, "llama tied linear")
     edit_config(draft, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     check_draft(load(target, draft))
+
+
+@pytest.mark.parametrize("family", ["phi3", "ministral3"])
+def test_queries_alone_are_rotated_as_with_keys(tmp_path, family):
+    """The cross-attention has queries only; longrope's module would not take them."""
+    target = write_target(tmp_path / "target", family)
+    speculator, target_model = load_models(target, write_draft(tmp_path / "draft", target))
+    draft = speculator.model
+    head_size = draft.self_attn.head_size
+    positions = torch.tensor([0, 3, 200, 900], device=DEVICE)
+    query, key = torch.randn(2, 4, 4 * head_size, device=DEVICE)
+    expected, expected_key = target_model.model.layers[-1].self_attn.rotary_emb(positions, query.clone(), key.clone())
+    alone, nothing = draft.rotate(positions, query.clone(), None)
+    assert nothing is None
+    torch.testing.assert_close(alone.view_as(query), expected.view_as(query))
+    # It is a rotation: not what came in, unless at position 0 or by a constant factor.
+    assert not torch.allclose(alone[1:].view_as(query[1:]), query[1:], atol=0.1)
+    both = draft.rotate(positions, query.clone(), key.clone())
+    torch.testing.assert_close(torch.stack(both).view(2, 4, -1), torch.stack((expected, expected_key)).view(2, 4, -1))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engine import Request, Result, generate, request
-from tests.models import as_llama, untied, write_draft, write_target
+from tests.models import LLAMA3_ROPE, agreeing, as_llama, untied, write_draft, write_target, write_wrapper
 from vllm_longspec.frequent_tokens import most_frequent
 from vllm_longspec.options import DEFAULT_LEVELS
 
@@ -79,6 +79,45 @@ def test_random_draft(tmp_path, family, tied, num_layers, kv_heads, tree_shape):
     draft = write_draft(tmp_path / "draft", target)
     requests = batches(random_prompts(64, LENGTHS), max_tokens=20)
     assert_lossless(generate(target, requests), generate(target, requests, **speculative(draft, tree_shape)))
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "settings"),
+    [
+        ("llama", {"rope_parameters": LLAMA3_ROPE}, {}),
+        ("qwen3", {}, {}),
+        ("qwen3_moe", {}, {}),
+        # As the default of its config: the window bounds the context instead.
+        ("mistral", {"sliding_window": 512}, {"disable_sliding_window": True, "max_model_len": 512}),
+        ("ministral3", {}, {}),
+        ("phi3", {}, {}),
+        ("glm4", {}, {}),
+        ("granite", {}, {}),
+    ],
+)
+def test_family(tmp_path, family, overrides, settings):
+    """A target that a draft of small weights never guesses, and then one of the same sizes that says much the same."""
+    target = write_target(tmp_path / "target", family, **overrides)
+    draft = write_draft(tmp_path / "draft", target, std=0.02)
+    (requests,) = batches(random_prompts(64, (5, 70, 300)), max_tokens=12)[:1]
+    models: list[list[Request] | Path] = [requests, agreeing(tmp_path / "agreeing", target), requests]
+    plain = generate(target, models, **settings)
+    options = speculative(draft, [2, 4, 4], copy_length=0)
+    result = generate(target, models, **settings, **options, per_request_spec_decode_metrics="summary")
+    assert_lossless(plain, result)
+    unlike, alike = (mean(filter(None, lengths)) for lengths in result.acceptance_lengths)
+    assert unlike < 1.9 < 2.3 < alike
+
+
+def test_the_language_model_of_a_multimodal_target(tmp_path):
+    """vLLM's own code for the vision tower, which stays unused, needs torchvision: its CUDA builds ask for that."""
+    pytest.importorskip("torchvision")
+    target = write_wrapper(tmp_path / "target")
+    draft = write_draft(tmp_path / "draft", target)
+    (requests,) = batches(random_prompts(64, (5, 70, 300)), max_tokens=12)[:1]
+    settings = {"language_model_only": True}
+    plain = generate(target, [requests], **settings)
+    assert_lossless(plain, generate(target, [requests], **settings, **speculative(draft, [2, 4, 4])))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,9 @@ class PlainDraft:
         self.embedding = weights["model.embed_tokens.weight"].double()
         # A tied target stores no head.
         self.head = weights.get("lm_head.weight", self.embedding).double()
-        self.layer = GlideLayer(SimpleNamespace(**json.loads((target / "config.json").read_text()))).double()
+        config = json.loads((target / "config.json").read_text())
+        self.logits_scaling = config["logits_scaling"] if config["model_type"] == "granite" else 1.0
+        self.layer = GlideLayer(SimpleNamespace(**config)).double()
         self.layer.load_state_dict(draft)
 
     @torch.inference_mode()
@@ -59,4 +61,4 @@ class PlainDraft:
             cross_mask=torch.ones(1, length, num_history, dtype=torch.bool),
             past_self_kv=(past_keys, past_values),
         )
-        return (hidden[:, -1] @ self.head.T).log_softmax(-1)
+        return (hidden[:, -1] @ self.head.T / self.logits_scaling).log_softmax(-1)

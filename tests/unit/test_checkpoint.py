@@ -115,7 +115,7 @@ def test_broken_files_are_none(tmp_path):
     assert inspect_draft(str(tmp_path)) is None
 
 
-@pytest.mark.parametrize("model_type", ["mistral", None])
+@pytest.mark.parametrize("model_type", ["olmo2", None])
 def test_unknown_family_is_refused(tmp_path, model_type):
     with pytest.raises(ValueError, match=rf"model_type {model_type!r}.*supported are llama, qwen2") as error:
         inspect_draft(write(tmp_path, glide_weights(), model_type=model_type))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import PAIR
+from tests.models import write_draft, write_wrapper
 from vllm_longspec import commands
 from vllm_longspec.proposers.glide.checkpoint import PICKLED_NAME, read_draft
 from vllm_longspec.proposers.glide.convert import convert
@@ -49,6 +50,23 @@ def test_the_shipped_draft_again(tmp_path, shipped, prefix, capsys):
     config = json.loads((out / "config.json").read_text())
     assert config == json.loads((PAIR / "draft" / "config.json").read_text())
     assert read_draft(str(out)).architecture == "Qwen2GlideDecoderLayer"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_draft_of_another_family(tmp_path, wrapped):
+    """Its config is that of the language model, also inside a multimodal target."""
+    target, as_text = tmp_path / "target", tmp_path / "text"
+    as_text.mkdir()
+    write_wrapper(target)
+    text = json.loads((target / "config.json").read_text())["text_config"]
+    (as_text / "config.json").write_text(json.dumps(text))
+    weights = load_file(write_draft(tmp_path / "weights", as_text) / "model.safetensors")
+    out = tmp_path / "draft"
+    converted = convert(trained(tmp_path / "trained", weights), str(target if wrapped else as_text), out)
+    assert converted.architecture == "Ministral3GlideDecoderLayer"
+    config = json.loads((out / "config.json").read_text())
+    assert config == {**text, "architectures": ["Ministral3GlideDecoderLayer"], "dtype": "float32"}
+    assert read_draft(str(out)).shapes == converted.shapes
 
 
 def test_start_up_names_the_command(tmp_path, shipped):

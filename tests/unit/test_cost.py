@@ -5,12 +5,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from benchmarks.shapes import SHAPES
 from vllm_longspec.proposers.glide.cost import LEVEL, GlideCost
 from vllm_longspec.scheduling.cost import FURTHER_ROW, NODE, ROW, STEP, StepCost
+from vllm_longspec.targets.families import NO_EXPERTS, expert_weights
 from vllm_longspec.tree.shape import TreeShape
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "speed.jsonl"
@@ -126,3 +128,52 @@ def test_which_drafts_are_large():
     large = {model: drafting_of(model).level > LEVEL for model in SHAPES}
     assert large == {"qwq-32b": True, "llama-3-8b-262k": True, "toy": False}
     assert drafting_of("llama-3-8b-262k", draft_vocab_size=32768).level > LEVEL
+
+
+# Qwen3-30B-A3B
+MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
+
+
+def cost_of_experts(num_ranks: int = 1, **changes) -> StepCost:
+    nothing: Any = lambda *_: 0.0  # noqa: E731
+    target: Any = SimpleNamespace(**MOE | changes)
+    return StepCost.of_shape(target, vocab_size=151936, drafting=nothing, num_ranks=num_ranks)
+
+
+def test_weights_of_a_mixture_of_experts():
+    cost = cost_of_experts()
+    # 30.5B parameters, of them 3.3B for each token; both without the embedding, which is not read.
+    assert cost.target + cost.experts.total == pytest.approx(30.5e9 - 0.31e9, rel=0.01)
+    assert cost.target + cost.experts.of_row == pytest.approx(3.3e9 - 0.31e9, rel=0.02)
+    halves = cost_of_experts(num_ranks=2)
+    assert (halves.target, halves.experts.total) == pytest.approx((cost.target / 2, cost.experts.total / 2))
+    # Layers 1, 3, 5.. have experts, but not layer 1.
+    some = cost_of_experts(decoder_sparse_step=2, mlp_only_layers=[1])
+    assert some.experts.total == pytest.approx(cost.experts.total * 23 / 48)
+    mlp = 3 * 2048 * 6144 - 128 * 2048
+    assert some.target == pytest.approx(cost.target + 25 * mlp)
+
+
+def test_verified_rows_wake_experts():
+    cost = cost_of_experts()
+    assert cost.experts.read(1) == cost.experts.of_row
+    assert cost.experts.read(2) == pytest.approx(1.9375 * cost.experts.of_row)
+    assert cost.experts.read(10**6) == pytest.approx(cost.experts.total)
+    # Alone, a row's experts are read by nobody else; in a large batch all are awake anyway.
+    dense = StepCost(cost.target + cost.experts.of_row, cost.token, cost.drafting)
+    assert cost(1, 8, 1000) > 1.7 > 1.1 > dense(1, 8, 1000)
+    assert cost(128, 1, 1000) < 1.2
+    assert expert_weights(SimpleNamespace(**SHAPES["qwq-32b"]), 1) == NO_EXPERTS

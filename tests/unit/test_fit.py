@@ -46,6 +46,15 @@ def test_each_size_is_named_with_both_values(name, in_draft, in_target):
     assert "\n" not in message
 
 
+def test_multipliers_are_the_targets():
+    granite = {**CONFIG, "model_type": "granite", "residual_multiplier": 0.22}
+    check(granite, granite)
+    with pytest.raises(ValueError, match=r"residual_multiplier is 1.0 in the draft, 0.22 in the target"):
+        check({**CONFIG, "model_type": "granite"}, granite)
+    # vLLM ignores them in other families.
+    check({**CONFIG, "residual_multiplier": 0.5}, CONFIG)
+
+
 def test_what_a_config_leaves_out_has_its_default():
     derived = {**CONFIG, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
     left_out = {name: value for name, value in derived.items() if name not in ("num_key_value_heads", "head_dim")}

@@ -35,7 +35,7 @@ ALLOWED = {
     },
     "proposers.magicdec": {"attention", "interpreter", "options", "proposers", "targets", "tree"},
     "scheduling": {"compat", "options", "proposers", "targets", "tree"},
-    "runner": {"attention", "copying", "options", "proposers", "scheduling", "tree"},
+    "runner": {"attention", "copying", "options", "proposers", "scheduling", "targets", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
     "cli": {"configure", "options", "proposers"},
     # It names the modules of its commands, which are imported when they are called.

@@ -149,20 +149,25 @@ def test_what_trees_do_not_support_is_refused_by_its_name(target):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        (
+            {"is_multimodal_model": True},
+            "a multimodal target (target TARGET) is not supported with the method magicdec",
+        ),
         ({"is_moe": True}, "a mixture of experts (target TARGET) is not supported with the method magicdec"),
         ({"quantization": "gptq"}, "give num_speculative_tokens_per_batch_size, the batches that draft"),
         ({"model": "someone/Eagle3-chat"}, "vLLM takes any path with 'eagle3' in it for a draft of another kind"),
     ],
 )
 def test_targets_that_it_refuses(settings, said):
-    config: Any = SimpleNamespace(**{"model": "TARGET", "is_moe": False, "quantization": None, **settings})
+    settings = {"model": "TARGET", "is_moe": False, "is_multimodal_model": False, "quantization": None, **settings}
+    config: Any = SimpleNamespace(**settings)
     with pytest.raises(ValueError) as error:
         MagicDecSetup().check(config)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_quantised_target_needs_to_be_told_when_to_draft():
-    config: Any = SimpleNamespace(model="TARGET", is_moe=False, quantization="gptq")
+    config: Any = SimpleNamespace(model="TARGET", is_moe=False, is_multimodal_model=False, quantization="gptq")
     for options, own in (({"num_speculative_tokens_per_batch_size": [[1, 8, 4]]}, {}), ({}, {"adapt_nodes": False})):
         MagicDecSetup.find(options, own).check(config)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import vllm.platforms
 import vllm.triton_utils
+from transformers import MistralConfig, Phi3Config, Qwen3Config
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
@@ -19,6 +20,9 @@ def refused(error):
     return message
 
 
+WRAPPER: dict[str, Any] = {"is_multimodal_model": True, "architectures": ["Mistral3ForConditionalGeneration"]}
+
+
 def target(**settings):
     """What is read of vLLM's ModelConfig, of a target that is served."""
     text_config = SimpleNamespace(**{"model_type": "llama", **settings.pop("hf_text_config", {})})
@@ -30,6 +34,7 @@ def target(**settings):
         "hf_text_config": text_config,
         "runner_type": "generate",
         "is_multimodal_model": False,
+        "multimodal_config": SimpleNamespace(language_model_only=False),
         "is_encoder_decoder": False,
         "is_diffusion": False,
         "use_mla": False,
@@ -55,12 +60,15 @@ def target(**settings):
         {},
         {"hf_text_config": {"model_type": "qwen2"}},
         {"model_impl": "vllm"},
+        {**WRAPPER, "multimodal_config": SimpleNamespace(language_model_only=True)},
         # a window that no layer has, and layers that have none (any more)
         {"get_sliding_window": lambda: 64, "hf_text_config": {"layer_types": ["full_attention"]}},
         {"hf_text_config": {"layer_types": ["sliding_attention"]}},
         {"enable_sleep_mode": True},
         # which nobody uses
         {"sleep_mode_backend": "theirs"},
+        {"hf_text_config": {"model_type": "granite"}},
+        {"hf_text_config": {"model_type": "granite", "layer_types": ["full_attention"], "attention_sinks": False}},
     ],
 )
 def test_supported_target(settings):
@@ -72,6 +80,12 @@ def test_supported_target(settings):
     [
         ({"runner_type": "pooling"}, "a pooling target"),
         ({"is_multimodal_model": True}, "a multimodal target"),
+        (
+            # One whose other parts are left out, but not known to be a text model then.
+            {"is_multimodal_model": True, "multimodal_config": SimpleNamespace(language_model_only=True)},
+            "a multimodal target",
+        ),
+        (WRAPPER, "draft: serve without --speculative-model, or with --language-model-only"),
         ({"is_encoder_decoder": True}, "an encoder-decoder target"),
         ({"is_diffusion": True}, "a diffusion target"),
         ({"use_mla": True}, "MLA"),
@@ -91,6 +105,9 @@ def test_supported_target(settings):
         ({"hf_text_config": {"attention_chunk_size": 8192}}, "chunked attention"),
         ({"hf_text_config": {"attn_logit_softcapping": 50.0}}, "a soft cap of attention logits"),
         ({"hf_text_config": {"model_type": "gpt_oss"}}, "attention sinks"),
+        ({"hf_text_config": {"attention_sinks": True}}, "attention sinks"),
+        ({"hf_text_config": {"add_swa_attention_sink_bias": True}}, "attention sinks"),
+        ({"hf_text_config": {"model_type": "granite", "layer_types": ["full_attention"]}}, "attention sinks"),
         ({"hf_text_config": {"num_kv_shared_layers": 10}}, "layers share their KV cache"),
         ({"model_impl": "transformers"}, "model_impl='transformers'"),
         ({"model_impl": "terratorch"}, "model_impl='terratorch'"),
@@ -114,10 +131,44 @@ def test_unsupported_target_is_refused_by_name(settings, said):
 
 
 def test_only_glide_drafts_need_a_family():
-    unknown: Any = target(hf_text_config={"model_type": "mistral"})
+    unknown: Any = target(hf_text_config={"model_type": "olmo2"})
     support.check_target(unknown)
-    with pytest.raises(ValueError, match=r"a target of the mistral family \(target TARGET\) is not .*llama") as error:
+    with pytest.raises(ValueError, match=r"a target of the olmo2 family \(target TARGET\) is not .*llama") as error:
         support.check_family(unknown)
+    refused(error)
+
+
+@pytest.mark.parametrize("setting", [{"layer_rope_theta": [10000, 0]}, {"no_rope_layers": [1, 1, 0]}])
+def test_layers_without_rotary_embedding_are_refused_with_a_glide_draft(setting):
+    nope: Any = target(hf_text_config={"model_type": "granite", **setting})
+    with pytest.raises(
+        ValueError, match=r"\(NoPE\) \(target TARGET\) is not supported with a GLIDE draft: serve"
+    ) as error:
+        support.check_family(nope)
+    refused(error)
+    for layers in ([10000, 500], None):
+        support.check_family(target(hf_text_config={"model_type": "granite", "layer_rope_theta": layers}))
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        # What transformers assumes where config.json says nothing, as Mistral-7B-v0.1's does say.
+        (MistralConfig(), 4096),
+        (MistralConfig(sliding_window=None), None),
+        (Qwen3Config(), None),
+        (Qwen3Config(use_sliding_window=True, max_window_layers=2), 4096),
+        (Phi3Config(sliding_window=262144), 262144),
+    ],
+)
+def test_a_window_of_the_config_is_refused(config, window):
+    served: Any = target(hf_text_config=vars(config) | {"model_type": config.model_type})
+    served.get_sliding_window = lambda: config.sliding_window
+    if window is None:
+        support.check_target(served)
+        return
+    with pytest.raises(ValueError, match=f"a sliding window of {window} .*with --disable-sliding-window") as error:
+        support.check_target(served)
     refused(error)
 
 
@@ -145,6 +196,7 @@ def test_a_refusal_names_the_draft_at_hand():
         ({"logits_soft_cap": 50.0}, "a soft cap of attention logits"),
         ({"kv_sharing_target_layer_name": "layers.0"}, "KV sharing between layers"),
         ({"sinks": torch.zeros(2)}, "attention sinks"),
+        ({"chunk_lookback": 1}, "chunked attention"),
         ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
     ],
 )
@@ -213,17 +265,18 @@ def engine(**settings):
         "use_v2_model_runner": True,
         "kv_transfer_config": None,
         "num_lookahead_tokens": 0,
-        "model_config": SimpleNamespace(
-            dtype=torch.bfloat16, enable_sleep_mode=settings.pop("enable_sleep_mode", False)
-        ),
     }
+    model = {"dtype": torch.bfloat16, "is_moe": False, "enable_sleep_mode": False}
+    parallel = {"data_parallel_size": 1, "enable_eplb": False}
     cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "kv_cache_dtype_skip_layers": []}
     structured_outputs = {"backend": "auto"}
-    for part in (served, cache, structured_outputs):
+    for part in (served, model, parallel, cache, structured_outputs):
         part.update({name: settings.pop(name) for name in part.keys() & settings.keys()})
     assert not settings
     return SimpleNamespace(
         **served,
+        model_config=SimpleNamespace(**model),
+        parallel_config=SimpleNamespace(**parallel),
         cache_config=SimpleNamespace(**cache),
         structured_outputs_config=SimpleNamespace(**structured_outputs),
     )
@@ -233,6 +286,8 @@ def engine(**settings):
     "settings",
     [
         {},
+        {"data_parallel_size": 2},
+        {"is_moe": True},
         *({"cache_dtype": name} for name in ("bfloat16", "fp8", "fp8_e4m3")),
         *({"backend": name} for name in ("xgrammar", "guidance", "outlines")),
     ],
@@ -250,6 +305,8 @@ def test_supported_engine(settings):
         ({"kv_cache_dtype_skip_layers": ["0"]}, "quantised in some layers only"),
         ({"cache_dtype": "float16"}, "a KV cache of float16 with a model of bfloat16"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing"),
+        ({"is_moe": True, "data_parallel_size": 2}, "data_parallel_size=2 with a mixture of experts"),
+        ({"is_moe": True, "enable_eplb": True}, "expert parallel load balancing"),
         ({"backend": "lm-format-enforcer"}, "the structured output backend lm-format-enforcer"),
     ],
 )

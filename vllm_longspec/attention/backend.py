@@ -190,6 +190,7 @@ class TreeAttentionImplMixin:
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
+        chunk_lookback: int = -1,
         **kwargs: Any,
     ):
         """Raises ValueError for a layer that attends in a way which trees do not, whatever start-up knew of it."""
@@ -199,6 +200,7 @@ class TreeAttentionImplMixin:
             "a soft cap of attention logits": bool(logits_soft_cap),
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             "attention sinks": sinks is not None,
+            "chunked attention": chunk_lookback >= 0,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
         }
         for feature, applies in unsupported.items():

@@ -34,6 +34,7 @@ from vllm_longspec.runner.graphs import DraftGraphs
 from vllm_longspec.runner.model_state import TreeModelState
 from vllm_longspec.runner.roots import read_roots
 from vllm_longspec.scheduling.schedule import nodes_by_batch_size
+from vllm_longspec.targets.families import language_model_of
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.coupling import TargetNoise
 from vllm_longspec.tree.merge import merge_path
@@ -74,7 +75,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.proposer: Proposer = cls(vllm_config, options.tree_shape, device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
-        if isinstance(target_model.logits_processor, LogitsProcessorWithLoRA):
+        if isinstance(language_model_of(target_model).logits_processor, LogitsProcessorWithLoRA):
             # vLLM gives it the adapter of each request, as if each had one row.
             raise ValueError(
                 "LoRA adapters of the head are not supported with trees: give --lora-target-modules without lm_head, "

@@ -2,9 +2,10 @@
 """Cost of a step with a tree, in steps of plain decoding.
 
 A step of plain decoding takes a constant time plus that of reading the weights and the cached K and V. Drafting adds
-the proposer's `DraftingCost`. Verification reads nothing more, but every row adds time to the GEMMs, more once they are
-compute-bound, and to attention. The constants are for an H200; with GLIDE's they are within 8% of all measurements with
-contexts of 1k to 128k and batches of 1 to 64 (benchmarks/results/speed.jsonl).
+the proposer's `DraftingCost`. Verification reads nothing more, unless the target has experts: rows wake further ones.
+Every row adds time to the GEMMs, more once they are compute-bound, and to attention. The constants are for an H200;
+with GLIDE's they are within 8% of all measurements with contexts of 1k to 128k and batches of 1 to 64, of dense
+targets (benchmarks/results/speed.jsonl).
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,13 @@ from vllm_longspec import proposers
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.interface import DraftingCost
 from vllm_longspec.scheduling.schedule import BATCH_ROWS
-from vllm_longspec.targets.families import cached_token_weights, target_weights
+from vllm_longspec.targets.families import (
+    NO_EXPERTS,
+    ExpertWeights,
+    cached_token_weights,
+    expert_weights,
+    target_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,7 +29,8 @@ if TYPE_CHECKING:
 
 # Constant time of a step, in weights that could be read meanwhile: 0.8 ms, from plain decoding of two model sizes.
 STEP = 1.5e9
-# Time of each of the first `BATCH_ROWS` rows of a batch, and of each further row, in readings of the target's weights.
+# Time of each of the first `BATCH_ROWS` rows of a batch, and of each further row, in readings of the weights that a row
+# goes through.
 ROW = 0.0013
 FURTHER_ROW = 0.003
 # Time of each node of a request, in readings of the request's cached K and V.
@@ -33,9 +41,10 @@ NODE = 0.006
 class StepCost:
     """(batch size, nodes per request, cached tokens of all requests) -> cost in steps of plain decoding."""
 
-    target: float  # weights of all layers and the head that each GPU reads
+    target: float  # weights of all layers and the head that each GPU reads, without the experts'
     token: float  # K and V of a cached token in all layers, in weights
     drafting: DraftingCost
+    experts: ExpertWeights = NO_EXPERTS
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "StepCost":
@@ -67,6 +76,7 @@ class StepCost:
             target=target_weights(target, vocab_size, num_ranks),
             token=cached_token_weights(target, num_ranks, cache_is_quantised),
             drafting=drafting,
+            experts=expert_weights(target, num_ranks),
         )
 
     def __call__(self, batch_size: int, num_nodes: int, num_tokens: int) -> float:
@@ -75,5 +85,9 @@ class StepCost:
         cache = num_tokens * self.token
         num_rows = batch_size * (1 + num_nodes)
         further = max(0, num_rows - BATCH_ROWS)
-        verifying = (ROW * (num_rows - further) + FURTHER_ROW * further) * self.target + NODE * num_nodes * cache
-        return 1 + (self.drafting(batch_size, num_nodes, cache) + verifying) / (STEP + self.target + cache)
+        rows = ROW * (num_rows - further) + FURTHER_ROW * further
+        verifying = rows * (self.target + self.experts.of_row) + NODE * num_nodes * cache
+        awake = self.experts.read(batch_size)
+        woken = self.experts.read(num_rows) - awake
+        plain = STEP + self.target + awake + cache
+        return 1 + (self.drafting(batch_size, num_nodes, cache) + verifying + woken) / plain

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_longspec.targets.connectors import connector_refusal
-from vllm_longspec.targets.families import FAMILIES
+from vllm_longspec.targets.families import FAMILIES, WRAPPERS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -27,8 +27,9 @@ _OPTIONS = frozenset(
     | {"draft_tensor_parallel_size", "num_speculative_tokens_per_batch_size"}
     | {"rejection_sample_method", "synthetic_acceptance_length", "synthetic_acceptance_rates", "quantization"}
 )
-# `model_type` of targets with a learned sink in each attention head.
+# `model_type` of targets with a learned sink in each attention head, and settings that give other targets some.
 _ATTENTION_SINKS = ("gpt_oss",)
+_SINK_SETTINGS = ("attention_sinks", "add_full_attention_sink_bias", "add_swa_attention_sink_bias")
 # vLLM's methods that quantise while loading.
 _DRAFT_QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel")
 
@@ -153,9 +154,16 @@ def check_target(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
     sliding_window = target.get_sliding_window()
     layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
     without = draft.without
+    is_wrapper = bool(set(target.architectures) & set(WRAPPERS))
+    multimodal = target.multimodal_config
+    is_text_only = is_wrapper and multimodal is not None and multimodal.language_model_only
     refusals: tuple[_Refusal, ...] = (
         (target.runner_type != "generate", f"a {target.runner_type} target", without),
-        (target.is_multimodal_model, "a multimodal target", without),
+        (
+            target.is_multimodal_model and not is_text_only,
+            "a multimodal target",
+            f"{without}, or with --language-model-only" if is_wrapper else without,
+        ),
         (target.is_encoder_decoder, "an encoder-decoder target", without),
         (target.is_diffusion, "a diffusion target", without),
         (target.use_mla, "a target with multi-head latent attention (MLA)", without),
@@ -172,7 +180,7 @@ def check_target(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
             "a target with a soft cap of attention logits",
             without,
         ),
-        (config.model_type in _ATTENTION_SINKS, "a target with attention sinks", without),
+        (_has_attention_sinks(config), "a target with attention sinks", without),
         (bool(getattr(config, "num_kv_shared_layers", None)), "a target whose layers share their KV cache", without),
         (getattr(config, "dual_chunk_attention_config", None) is not None, "dual chunk attention", without),
         (target.uses_alibi, "a target with ALiBi", without),
@@ -205,15 +213,36 @@ def check_target(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
     _refuse(draft, *((applies, f"{what} (target {target.model})", way_out) for applies, what, way_out in refusals))
 
 
+def _has_attention_sinks(config: Any) -> bool:
+    if config.model_type in _ATTENTION_SINKS or any(getattr(config, name, None) for name in _SINK_SETTINGS):
+        return True
+    # vLLM takes a Granite with `layer_types` for one with sinks, unless its config denies it.
+    is_granite = config.model_type in ("granite", "granitemoe", "granitemoeshared")
+    return (
+        is_granite
+        and getattr(config, "layer_types", None) is not None
+        and getattr(config, "attention_sinks", None) is None
+    )
+
+
 def check_family(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
     """Refuses targets of families that have no GLIDE drafts, by ValueError."""
-    model_type = target.hf_text_config.model_type
+    config = target.hf_text_config
+    model_type = config.model_type
+    # Settings of each layer where 0 stands for none: RoPE's base, and whether it is applied.
+    rotations = (getattr(config, name, None) or () for name in ("layer_rope_theta", "no_rope_layers"))
     _refuse(
         draft,
         (
             model_type not in FAMILIES,
             f"a target of the {model_type} family (target {target.model})",
             f"the families supported are {', '.join(FAMILIES)}; {draft.without}",
+        ),
+        (
+            # The draft's queries are rotated as those of the target's last layer.
+            any(not rotation for layers in rotations for rotation in layers),
+            f"a target with layers without rotary embedding (NoPE) (target {target.model})",
+            draft.without,
         ),
     )
 
@@ -257,6 +286,7 @@ def check_platform(draft: Draft = GLIDE_DRAFT) -> None:
 def check_engine(vllm_config: "VllmConfig", draft: Draft = GLIDE_DRAFT) -> None:
     """Refuses what only the complete configuration shows, by ValueError."""
     cache = vllm_config.cache_config
+    parallel, is_moe = vllm_config.parallel_config, vllm_config.model_config.is_moe
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     cache_dtypes = ("auto", model_dtype, "fp8", "fp8_e4m3")
     connector = connector_refusal(vllm_config.kv_transfer_config, vllm_config.num_lookahead_tokens)
@@ -292,4 +322,11 @@ def check_engine(vllm_config: "VllmConfig", draft: Draft = GLIDE_DRAFT) -> None:
             "serve with --structured-outputs-config.backend auto, xgrammar, guidance or outlines",
         ),
         (cache.kv_sharing_fast_prefill, "fast prefill by KV sharing", "serve without --kv-sharing-fast-prefill"),
+        (
+            # Its ranks run in lockstep, but each chooses its own number of nodes.
+            is_moe and parallel.data_parallel_size > 1,
+            f"data_parallel_size={parallel.data_parallel_size} with a mixture of experts",
+            "serve with --tensor-parallel-size, or start an engine for each part of the requests",
+        ),
+        (is_moe and parallel.enable_eplb, "expert parallel load balancing", "serve without --enable-eplb"),
     )

@@ -33,6 +33,7 @@ class _LevelAttention:
     window_kv: torch.Tensor
     idx_mapping: torch.Tensor
     attend_target: CrossAttention
+    scale: float  # factor of the scores
 
     @property
     def width(self) -> int:
@@ -49,7 +50,7 @@ class _LevelAttention:
             self.trees.masks,
             self.trees.first_row(self.depth),
             self.depth,
-            query.shape[-1] ** -0.5,
+            self.scale,
         ).view(query.shape)
 
     def cross_attention(self, query: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,9 @@ def grow_trees(
     tokens, positions = root_tokens, root_positions.clamp(max=max_position)
     log_probs = torch.zeros(root_tokens.shape[0], 1, dtype=torch.float32, device=idx_mapping.device)
     for depth, width in enumerate(shape.levels, start=1):
-        attention = _LevelAttention(trees, depth - 1, window_kv, idx_mapping, cross_attention)
+        attention = _LevelAttention(
+            trees, depth - 1, window_kv, idx_mapping, cross_attention, model.multipliers.attention
+        )
         hidden = model(tokens, positions, attention)
         level_noise = None if noise is None else LevelNoise(noise, idx_mapping, root_positions, depth - 1)
         parents, choices, log_probs = _best_children(model, hidden, log_probs, width, level_noise)

@@ -21,7 +21,7 @@ from vllm_longspec.proposers.glide.checkpoint import (
     prefix_of,
 )
 from vllm_longspec.proposers.glide.fit import check_fit
-from vllm_longspec.targets.families import FAMILIES
+from vllm_longspec.targets.families import FAMILIES, WRAPPERS
 
 # Of the whole model's parameters, as the trainer keeps them, those of the draft.
 _TRAINED_PREFIX = "draft_model."
@@ -63,6 +63,9 @@ def convert(path: Path, target: str, out: Path, revision: str | None = None) -> 
     if config_path is None:
         raise ValueError(f"target {target} has no config.json that can be read: give its folder, or check the name")
     config = json.loads(config_path.read_text())
+    if set(config.get("architectures") or ()) & set(WRAPPERS):
+        # The draft's target is the language model inside.
+        config = config["text_config"]
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(
@@ -121,7 +124,7 @@ def _text_config(target: str, path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path.parent)
+        return AutoConfig.from_pretrained(path.parent).get_text_config()
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the config.json of target {target} cannot be used ({reason}): check --target") from None

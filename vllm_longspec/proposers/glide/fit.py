@@ -4,7 +4,7 @@
 from typing import Any, Protocol
 
 from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint
-from vllm_longspec.targets.families import layer_sizes, size_of
+from vllm_longspec.targets.families import layer_sizes, multiplier_names, size_of
 
 # What must be equal, in the order of comparison.
 _SIZES = (
@@ -64,7 +64,7 @@ def check_fit(draft: DraftCheckpoint, target: Target) -> None:
             f"draft {draft.model} has a config.json that is none of a {draft.config['model_type']} model ({reason}): "
             "use its target's config.json"
         ) from None
-    for name in _SIZES:
+    for name in (*_SIZES, *multiplier_names(draft.config["model_type"])):
         _compare(draft, target, name, size_of(draft_config, name))
     _check_shapes(draft, target)
 

@@ -7,8 +7,10 @@
     h = h + mlp(post_cross_attention_layernorm(h))
     logits = lm_head(h)                                      no norm before the head
 
-Embedding, rotary embedding, head and logits processor are the target's own modules; only a head that is quantised or
-restricted to some tokens is a copy (`head.py`). One class serves all families of `vllm_longspec/targets/families.py`.
+A family's constant factors (Granite) apply to the embedding, to what each sublayer adds, to the scores of attention and
+to logits, as in the target. Embedding, rotary embedding, head and logits processor are the target's own modules; only a
+head that is quantised or restricted to some tokens is a copy (`head.py`). One class serves all families of
+`vllm_longspec/targets/families.py`.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,6 +25,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
@@ -30,7 +33,7 @@ from vllm.platforms import current_platform
 
 from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, normalise
 from vllm_longspec.proposers.glide.head import copy_head, has_rows
-from vllm_longspec.targets.families import modules_of
+from vllm_longspec.targets.families import modules_of, multipliers_of
 
 # (positions, query, key or None) -> rotated query and key
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]
@@ -160,6 +163,7 @@ class GlideForCausalLM(nn.Module):
         config = model_config.hf_config
         # Online quantization of the draft; the target's does not apply.
         self.quant_config = quant_config = vllm_config.quant_config
+        self.multipliers = multipliers_of(config)
         hidden_size = config.hidden_size
         head_size = model_config.get_head_size()
         num_heads = config.num_attention_heads
@@ -249,13 +253,23 @@ class GlideForCausalLM(nn.Module):
 
     @property
     def rotate(self) -> Rotation:
+        if isinstance(self.rotary_emb, Phi3LongRoPEScaledRotaryEmbedding):
+            return self._rotate_long
         return self.rotary_emb.forward_cuda if current_platform.is_cuda() else self.rotary_emb
 
+    def _rotate_long(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # This module has PyTorch's operations only, and needs a key: without one, a head of the query.
+        rotated, rotated_key = self.rotary_emb(
+            positions, query, query[:, : self.self_attn.head_size] if key is None else key
+        )
+        return rotated, None if key is None else rotated_key
+
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if self.embeds_by_row:
-            # F.embedding, which vLLM calls, takes four times as long for few rows (PyTorch's indexSelectSmallIndex).
-            return self.embed_tokens.weight[input_ids]
-        return self.embed_tokens(input_ids)
+        # F.embedding, which vLLM calls, takes four times as long for few rows (PyTorch's indexSelectSmallIndex).
+        embedded = self.embed_tokens.weight[input_ids] if self.embeds_by_row else self.embed_tokens(input_ids)
+        return _times(self.multipliers.embedding, embedded)
 
     def window_kv(
         self,
@@ -279,16 +293,18 @@ class GlideForCausalLM(nn.Module):
         query, key, value = self.self_attn.project(hidden, positions, self.rotate)
         attended = attention.self_attention(query, key, value)
         hidden, _ = self.self_attn.o_proj(attended.reshape(num_tokens, -1))
+        hidden = _times(self.multipliers.residual, hidden)
 
         hidden, residual = normalise(self.post_self_attention_layernorm, self.cross_attn.q_proj, hidden, residual)
         query = self.cross_attn.project(hidden, positions, self.rotate)
         attended = attention.cross_attention(query)
         hidden, _ = self.cross_attn.o_proj(attended.reshape(num_tokens, -1))
+        hidden = _times(self.multipliers.residual, hidden)
 
         hidden, residual = normalise(self.post_cross_attention_layernorm, self.mlp.gate_up_proj, hidden, residual)
         gate_up, _ = self.mlp.gate_up_proj(hidden)
         hidden, _ = self.mlp.down_proj(activate(self.mlp.act_fn, self.mlp.down_proj, gate_up))
-        return hidden + residual
+        return _times(self.multipliers.residual, hidden) + residual
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [num_tokens, draft_vocab_size]
         return self.logits_processor(self.lm_head, hidden_states)
@@ -300,3 +316,8 @@ class GlideForCausalLM(nn.Module):
             bias.data.zero_()
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
         return loaded | biases.keys()
+
+
+def _times(multiplier: float, hidden: torch.Tensor) -> torch.Tensor:
+    # A kernel less for families without multipliers.
+    return hidden if multiplier == 1.0 else hidden * multiplier

@@ -46,6 +46,10 @@ class MagicDecSetup(DraftSetup):
 
     def check(self, target: "ModelConfig") -> None:
         without = "serve without --speculative-config"
+        if target.is_multimodal_model:
+            raise ValueError(
+                f"a multimodal target (target {target.model}) is not supported with the method magicdec: {without}"
+            )
         if target.is_moe:
             # A step of one row a request reads nearly as many experts as a step of a tree, and its cost is unknown.
             raise ValueError(
