@@ -4,7 +4,6 @@
 from typing import Any, NamedTuple
 
 from torch import nn
-from vllm.lora.layers import BaseLayerWithLoRA
 
 # `model_type` of a target's config.json -> architecture of its GLIDE drafts
 FAMILIES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
@@ -31,6 +30,9 @@ def modules_of(target: nn.Module) -> TargetModules:
 
 
 def _of_base(module: nn.Module) -> nn.Module:
+    # Imported here: it brings hundreds of modules, and families are asked for in every process.
+    from vllm.lora.layers import BaseLayerWithLoRA
+
     return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses what trees do not work with, or a GLIDE draft: by name and with the way out, as early as it can be known.
+"""Refuses what trees or their drafts do not work with: by name and with the way out, as early as it can be known.
 
 Options, arguments and target are checked before vLLM builds its SpeculativeConfig, `check_engine` sees the complete
 configuration. Every check raises ValueError, in one line.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm_longspec.targets.families import FAMILIES
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 # Head sizes that the attention kernels are tested for.
@@ -209,6 +209,18 @@ def check_family(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
             model_type not in FAMILIES,
             f"a target of the {model_type} family (target {target.model})",
             f"the families supported are {', '.join(FAMILIES)}; {draft.without}",
+        ),
+    )
+
+
+def check_method(config: "SpeculativeConfig", target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
+    """Refuses targets whose configuration, read as a draft's, vLLM turns into a method of its own, by ValueError."""
+    _refuse(
+        draft,
+        (
+            config.method != "draft_model",
+            f"a target that vLLM itself drafts for by the method {config.method!r} (target {target.model})",
+            draft.without,
         ),
     )
 
