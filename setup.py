@@ -13,7 +13,7 @@ for file in ("version.py", "compat/supported.py"):
 setup(
     name="vllm-longspec",
     version=SAID["__version__"],
-    description="LongSpec GLIDE drafts and tree verification for vLLM: lossless long-context speculative decoding",
+    description="GLIDE drafts, MagicDec and tree verification for vLLM: lossless long-context speculative decoding",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

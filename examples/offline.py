@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline generation with a LongSpec GLIDE draft: the text, and how many tokens a step of the target yields.
 
-    python -m examples.offline [--prompt TEXT] [--temperature T] [--max-tokens N] [options of vLLM's engine]
+    .venv/bin/python -m examples.offline [--prompt TEXT] [--temperature T] [--max-tokens N] [options of vLLM's engine]
 
 Without options it is the small pair that ships with the repository; another one is given as vLLM takes it:
 
-    python -m examples.offline --model TARGET --speculative-config '{"model": "DRAFT", "tree_shape": [4, 16, 16]}'
+    .venv/bin/python -m examples.offline --model TARGET \\
+        --speculative-config '{"model": "DRAFT", "tree_shape": [4, 16, 16]}'
 
 Without a GPU, Triton's interpreter runs the kernels in float32:
 
-    TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 OPENBLAS_NUM_THREADS=1 python -m examples.offline \\
+    TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python -m examples.offline \\
         --dtype float32 --enforce-eager --block-size 32 --kv-cache-memory-bytes 67108864
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-longspec: LongSpec GLIDE drafts as a speculative-decoding method of vLLM."""
+"""vllm-longspec: LongSpec GLIDE drafts and MagicDec as speculative-decoding methods of vLLM."""
 
 from vllm_longspec.version import __version__
 

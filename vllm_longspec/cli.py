@@ -21,6 +21,7 @@ _MAGICDEC = {
     "gamma": DEFAULT_GAMMA,
     "sinks": PartialAttention.sinks,
     "budget": PartialAttention.budget,
+    "selection": PartialAttention.selection,
 }
 _HELP_SUMMARY = (
     "Speculative decoding with a LongSpec GLIDE draft: --speculative-model MODEL "

@@ -101,10 +101,12 @@ def configure(
     own = {name: given.pop(name) for name in OPTION_NAMES if name in given}
     method = given.get("method")
     name = method if isinstance(method, str) and method in proposers.names() else proposers.GLIDE
-    _check_option_names(name, own)
-    setup = proposers.setup_of(name).find(given, own)
+    known = proposers.setup_of(name).option_names
+    setup = proposers.setup_of(name).find(given, {option: own[option] for option in own if option in known})
     if setup is None:
+        _refuse_options_without_proposer(name, own, method)
         return None
+    _check_option_names(name, own)
 
     from vllm.platforms import current_platform
     from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
@@ -174,9 +176,17 @@ def _check_option_names(name: str, own: dict[str, Any]) -> None:
             continue
         way_out = setup.ways_out.get(option, "leave it out")
         if option not in SHARED_OPTIONS:
-            others = sorted(other for other in proposers.names() if option in proposers.setup_of(other).option_names)
-            way_out = f"it is an option of the method {', '.join(others)}; {way_out}"
+            others = ", ".join(proposers.others_with(option, name))
+            way_out = f"it is an option of the method {others}; {way_out}"
         raise ValueError(f"{option} is not supported with {draft_of(name).noun}: {way_out}")
+
+
+def _refuse_options_without_proposer(name: str, own: dict[str, Any], method: Any) -> None:
+    """Refuses options where the proposer of this name, who lacks them, is not asked for either."""
+    for option in own:
+        others = proposers.others_with(option, name)
+        add = f"add {proposers.ask_for(others)}" + (f" instead of {method!r}" if method is not None else "")
+        raise ValueError(f"{option} is an option of the method {', '.join(others)}: {add}, or leave it out")
 
 
 def _use_adaptive_verification(
@@ -248,6 +258,7 @@ def create_speculative_config(
     with _building(speculation, self):
         config = original(self, target_model_config, target_parallel_config)
     assert config is not None
+    support.check_method(config, target_model_config, draft_of(speculation.options.proposer))
     if config.draft_model_config is not None:
         # Candidates have the target's positions, so that what the draft's own config says must not limit the engine.
         config.draft_model_config.max_model_len = target_model_config.max_model_len

@@ -6,17 +6,15 @@ A replacement is called with the original as its first argument and calls it for
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_longspec import cli, configure
 from vllm_longspec.attention.registry import get_cpu_backend_cls
-from vllm_longspec.compat.versions import unsupported_version
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.options import options_of
-from vllm_longspec.proposers.glide.checkpoint import inspect_draft
+from vllm_longspec.replacement import replace as _replace
 
 if TYPE_CHECKING:
     import torch
@@ -80,41 +78,6 @@ def apply() -> None:
         _replace(sampler, "get_num_nans", sampling.get_num_nans)
         _replace(logits, "get_num_nans", sampling.get_num_nans)
         _replace(StructuredOutputsWorker, "apply_grammar_bitmask", sampling.apply_grammar_bitmask)
-
-
-def apply_refusal() -> None:
-    """Makes an unsupported version of vLLM refuse GLIDE drafts by name, if the function to replace exists."""
-    try:
-        from vllm.engine.arg_utils import EngineArgs
-
-        _replace(EngineArgs, "create_speculative_config", _refuse_glide_draft)
-    except (ImportError, KeyError):
-        pass
-
-
-def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    found = vars(owner)[name]
-    descriptor = type(found) if isinstance(found, staticmethod | classmethod | property) else None
-    original: Any = found.fget if isinstance(found, property) else found.__func__ if descriptor else found
-    if hasattr(original, "longspec_original"):
-        return
-
-    # `wraps` keeps the qualified name, by which vLLM's configuration pickles functions.
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
-
-    wrapper.longspec_original = original  # type: ignore[attr-defined]
-    setattr(owner, name, descriptor(wrapper) if descriptor else wrapper)
-
-
-def _refuse_glide_draft(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    options = getattr(self, "speculative_config", None)
-    options = options if isinstance(options, dict) else {}
-    model = options.get("model") or getattr(self, "spec_model", None)
-    if isinstance(model, str) and inspect_draft(model, options.get("revision")) is not None:
-        raise ValueError(f"draft {model} is a GLIDE draft. {unsupported_version()}")
-    return original(self, *args, **kwargs)
 
 
 def _validate_spec_decode(

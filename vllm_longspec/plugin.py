@@ -7,19 +7,22 @@ MODEL = "vllm_longspec.proposers.glide.model:GlideForCausalLM"
 def register() -> None:
     """Registers the draft's architectures and applies the patches. vLLM may call it several times in a process.
 
-    With an unsupported version of vLLM it warns, and a GLIDE draft is refused by name.
+    With an unsupported version of vLLM it warns, and GLIDE drafts and the methods of proposers are refused by name.
     """
-    # Imported here, because vLLM imports this module in every process, with or without a draft.
-    from vllm_longspec import patches
-    from vllm_longspec.compat.versions import is_supported, warn_unsupported
-    from vllm_longspec.targets.families import FAMILIES
+    # Imported here, because vLLM imports this module in every process, with or without a draft; and the version first,
+    # because the other modules need parts of vLLM that an unsupported version may not have.
+    from vllm_longspec.compat.versions import is_supported
 
     if not is_supported():
-        warn_unsupported()
-        patches.apply_refusal()
+        from vllm_longspec import refusal
+
+        refusal.apply()
         return
 
     from vllm import ModelRegistry
+
+    from vllm_longspec import patches
+    from vllm_longspec.targets.families import FAMILIES
 
     for architecture in FAMILIES.values():
         ModelRegistry.register_model(architecture, MODEL)

@@ -447,8 +447,13 @@ def test_a_tree_needs_a_glide_draft(target, ordinary_draft, options):
     with pytest.raises(ValueError, match=f"{name} needs a GLIDE draft: {ordinary_draft} is not one") as error:
         create(target, speculative_config={"model": ordinary_draft, "num_speculative_tokens": 3, **options})
     refused(error)
-    with pytest.raises(ValueError, match=f"{name} needs a GLIDE draft: no draft was given, add --speculative-model"):
-        create(target, speculative_config=options)
+    # MagicDec drafts chains only.
+    other = '; or give "method": "magicdec"' if name == "gamma" else ""
+    for method in ({}, {"method": "ngram"}):
+        with pytest.raises(ValueError) as error:
+            create(target, speculative_config={**options, **method})
+        said = f"{name} needs a GLIDE draft: no draft was given, add --speculative-model DRAFT"
+        assert refused(error) == said + other
 
 
 def test_frequent_tokens(tmp_path, target, draft):

@@ -48,11 +48,13 @@ ALLOWED = {
         "configure",
         "interpreter",
         "options",
-        "proposers.glide",
+        "replacement",
         "runner",
         "scheduling",
     },
-    "plugin": {"compat", "patches", "targets"},
+    "plugin": {"compat", "patches", "refusal", "targets"},
+    "refusal": {"compat", "proposers", "proposers.glide", "replacement"},
+    "replacement": set(),
     "": {"version"},
 }
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MagicDec at start-up: its options, what it refuses, what it reserves and what it expects to cost."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
@@ -16,9 +18,10 @@ from benchmarks.shapes import SHAPES
 from tests.models import write_draft, write_target
 from tests.unit.test_schedule import config
 from vllm_longspec import plugin
-from vllm_longspec.options import PartialAttention, options_of
+from vllm_longspec.options import LongSpecOptions, PartialAttention, options_of
 from vllm_longspec.proposers.magicdec.cost import STEP, MagicDecCost
 from vllm_longspec.proposers.magicdec.setup import MagicDecSetup
+from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.cost import StepCost
 from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size, numbers_of
@@ -77,7 +80,9 @@ def test_options_of_the_command_line(target):
     assert found is not None
     assert (found.tree_shape.levels, found.copy_length) == ((1, 1, 1), 0)
     assert found.partial_attention == PartialAttention(sinks=0, budget=512)
-    assert '"method": "magicdec", "gamma": 4, "sinks": 32, "budget": 1024' in " ".join(parser.format_help().split())
+    assert '"method": "magicdec", "gamma": 4, "sinks": 32, "budget": 1024, "selection": "recent"' in " ".join(
+        parser.format_help().split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,14 +139,38 @@ def test_its_options_are_refused_with_another_draft(llama, option):
     (name,) = option
     said = f"{name} is not supported with a GLIDE draft: it is an option of the method magicdec; leave it out"
     assert refused(target, {"model": draft, **option}) == said
-    # With a draft of vLLM's too, and without any.
-    assert refused(target, option) == said
+
+
+@pytest.mark.parametrize("option", [{"sinks": 32}, {"budget": 512}, {"selection": "recent"}])
+def test_its_options_name_it_where_there_is_no_glide_draft(target, option):
+    (name,) = option
+    said = f'{name} is an option of the method magicdec: add "method": "magicdec"'
+    assert refused(target, option) == f"{said}, or leave it out"
+    # With a method and a draft of vLLM's too.
+    assert refused(target, {"method": "ngram", **option}) == f"{said} instead of 'ngram', or leave it out"
+    given = {"model": target, "num_speculative_tokens": 3, **option}
+    assert refused(target, given) == f"{said}, or leave it out"
+
+
+def test_lora_is_refused(target):
+    assert refused(target, {"method": "magicdec"}, enable_lora=True) == (
+        "LoRA is not supported with the method magicdec: serve without --enable-lora, or with a GLIDE draft"
+    )
+
+
+def test_targets_that_vllm_has_a_method_of_its_own_for(folder):
+    """vLLM reads the target's configuration as a draft's, and makes it that of the target's prediction layers."""
+    target = write_target(folder / "mimo", "qwen2")
+    config = json.loads((target / "config.json").read_text())
+    config.update(architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1)
+    (target / "config.json").write_text(json.dumps(config))
+    assert refused(str(target), {"method": "magicdec"}) == (
+        f"a target that vLLM itself drafts for by the method 'mtp' (target {target}) is not supported with the method "
+        "magicdec: serve without --speculative-config"
+    )
 
 
 def test_what_trees_do_not_support_is_refused_by_its_name(target):
-    assert refused(target, {"method": "magicdec"}, enable_lora=True).startswith(
-        "LoRA is not supported with the method magicdec: "
-    )
     said = "attention backend CPU_ATTN cannot verify the tree of the method magicdec: leave --attention-backend out"
     assert refused(target, {"method": "magicdec"}, attention_backend="CPU_ATTN") == said
 
@@ -177,6 +206,19 @@ def test_every_batch_may_draft_all_tokens_or_fewer(gamma: int, numbers: list[int
     schedule = MagicDecSetup().schedule(gamma)
     assert numbers_of(schedule, gamma) == [*numbers, 0]
     assert build_dynamic_sd_schedule_lookup(schedule, 1024, gamma)[1:] == [gamma] * 1024
+
+
+def test_a_target_without_a_logits_processor_of_its_own_is_loaded():
+    """Some compute logits in a part of theirs, and none of them can have adapters of the head."""
+    draft = nn.Module()
+    proposer = SimpleNamespace(load=lambda *given: draft, renew=lambda: None, describe=lambda: "")
+    options = LongSpecOptions("magicdec", TreeShape((1,)))
+    speculator: Any = SimpleNamespace(
+        proposer=proposer, options=options, num_speculative_steps=1, trust=None, _describe_copying=lambda: "no copies"
+    )
+    target: Any = nn.Linear(1, 1)
+    assert TreeSpeculator.load_draft_model(speculator, target, set()) is draft
+    assert target.renew_proposer is proposer.renew
 
 
 # What follows is in weights that a GPU reads.

@@ -150,7 +150,7 @@ def run(code, **environment):
     )
 
 
-def test_unsupported_vllm_is_left_alone_and_refuses_a_glide_draft_by_name(tmp_path):
+def test_unsupported_vllm_is_left_alone_and_refuses_drafts_by_name(tmp_path):
     target = write_target(tmp_path / "target", "llama")
     draft = write_draft(tmp_path / "draft", target)
     code = f"""if True:
@@ -164,24 +164,75 @@ def test_unsupported_vllm_is_left_alone_and_refuses_a_glide_draft_by_name(tmp_pa
         plugin.register()
         print("plain engine:", config.speculative_config)
         print("untouched:", not hasattr(SpeculativeConfig.compose_draft_hf_overrides, "longspec_original"))
-        glide = EngineArgs(model={str(target)!r}, skip_tokenizer_init=True, spec_model={str(draft)!r})
-        try:
-            glide.create_engine_config()
-        except ValueError as error:
-            print(error)
+        for given in (
+            {{"spec_model": {str(draft)!r}}},
+            {{"speculative_config": {{"method": "magicdec"}}}},
+            {{"spec_method": "magicdec"}},
+        ):
+            try:
+                EngineArgs(model={str(target)!r}, skip_tokenizer_init=True, **given).create_engine_config()
+            except ValueError as error:
+                print(error)
+        given = {{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}
+        args = EngineArgs(model={str(target)!r}, skip_tokenizer_init=True, speculative_config=given)
+        print("other draft:", args.create_engine_config().speculative_config.method)
     """
     child = run(code)
     assert child.returncode == 0, child.stderr
     lines = child.stdout.splitlines()
     assert "plain engine: None" in lines
     assert "untouched: True" in lines
-    assert any(
-        line.startswith(f"draft {draft} is a GLIDE draft. vllm-longspec") and f"supports vLLM {SUPPORTED}" in line
-        for line in lines
-    )
-    said = [line for line in (child.stdout + child.stderr).splitlines() if "GLIDE drafts are off" in line]
+    assert "other draft: ngram" in lines
+    refused = [line for line in lines if f"supports vLLM {SUPPORTED}, this is vLLM 0.99.0" in line]
+    assert [line.partition(". ")[0] for line in refused if "are off" not in line] == [
+        f"draft {draft} is a GLIDE draft",
+        *["the method magicdec is of vllm-longspec"] * 2,
+    ]
+    said = [line for line in (child.stdout + child.stderr).splitlines() if "GLIDE drafts and MagicDec are off" in line]
     assert len(said) == 1
     assert "this is vLLM 0.99.0" in said[0]
+
+
+def test_unsupported_vllm_is_asked_for_no_more_than_its_version_and_arguments():
+    """Its plugins are called without a guard: a module that has moved must not end the process."""
+    code = """if True:
+        import sys
+        import vllm.version
+        vllm.version.__version__ = "0.99.0"
+        import vllm.engine.arg_utils
+        from vllm_longspec import plugin
+
+        before = set(sys.modules)
+        plugin.register()
+        print(*sorted(name for name in sys.modules.keys() - before if not name.startswith("packaging")))
+    """
+    child = run(code)
+    assert child.returncode == 0, child.stderr
+    ours = ("compat", "compat.supported", "compat.versions", "proposers", "refusal", "replacement", "version")
+    assert set(child.stdout.splitlines()[-1].split()) <= {f"vllm_longspec.{name}" for name in ours}
+
+
+def test_unsupported_vllm_may_lack_what_the_plugin_uses(tmp_path):
+    """Also what a draft is recognised with: then it is vLLM's business, as any other draft is."""
+    code = f"""if True:
+        import sys
+        import vllm.version
+        vllm.version.__version__ = "0.99.0"
+        from vllm_longspec import plugin, refusal
+
+        for moved in ("engine.arg_utils", "envs", "logger"):
+            sys.modules["vllm." + moved] = None
+            vars(vllm).pop(moved, None)
+        plugin.register()
+        print(refusal._is_glide_draft({str(tmp_path)!r}, None))
+    """
+    child = run(code)
+    assert (child.returncode, child.stdout.splitlines()[-1:]) == (0, ["False"]), child.stderr
+
+
+def test_families_are_asked_for_without_adapters():
+    code = "import sys, vllm_longspec.targets.families; sys.exit('vllm' in sys.modules)"
+    assert run(code).returncode == 0
 
 
 def test_processes_that_vllm_starts_say_nothing(monkeypatch, caplog):

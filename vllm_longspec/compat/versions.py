@@ -2,17 +2,18 @@
 """Which version of vLLM this is, and the messages for an unsupported one."""
 
 import functools
+import logging
 import multiprocessing
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
-from vllm.logger import init_logger
 from vllm.version import __version__ as VLLM_VERSION
 
 from vllm_longspec.compat.supported import SUPPORTED
 from vllm_longspec.version import __version__
 
-logger = init_logger(f"vllm.{__name__}")
+# Below vLLM's logger, whose handlers it uses.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def minor_version(version: str = VLLM_VERSION) -> tuple[int, int] | None:
@@ -49,4 +50,4 @@ def unsupported_version(version: str = VLLM_VERSION) -> str:
 def warn_unsupported() -> None:
     """Warns once that the plugin is inactive, and not in the processes that vLLM starts."""
     if multiprocessing.parent_process() is None:
-        logger.warning("%s. GLIDE drafts are off, everything else is untouched.", unsupported_version())
+        logger.warning("%s. GLIDE drafts and MagicDec are off, everything else is untouched.", unsupported_version())

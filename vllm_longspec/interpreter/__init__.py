@@ -46,7 +46,7 @@ def enable() -> None:
     try:
         from triton.backends import Backend, backends
     except ImportError:
-        return  # start-up refuses a GLIDE draft and says that Triton is missing
+        return  # start-up refuses every draft of this plugin's and says that Triton is missing
     backends.setdefault("cpu", Backend(compiler=None, driver=InterpreterDriver))
     overhead.leave_out()
 
@@ -71,4 +71,4 @@ def _warn_alone() -> None:
     """Warns if VLLM_PLUGINS excludes the general plugin, once, and not in the processes that vLLM starts."""
     reason = left_out(GENERAL_PLUGIN)
     if reason is not None and multiprocessing.parent_process() is None:
-        logger.warning("No --speculative-model and no GLIDE draft is known to vLLM, as %s", reason)
+        logger.warning("Neither GLIDE drafts nor MagicDec nor --speculative-model are known to vLLM, as %s", reason)

@@ -46,3 +46,13 @@ def setup_of(name: str) -> "type[DraftSetup]":
 
 def names() -> frozenset[str]:
     return frozenset(_SETUPS)
+
+
+def others_with(option: str, name: str) -> list[str]:
+    """The proposers that have this option of the plugin, without the one of this name."""
+    return sorted(other for other in _SETUPS if other != name and option in setup_of(other).option_names)
+
+
+def ask_for(methods: list[str]) -> str:
+    """What a user gives to choose one of these proposers, in messages."""
+    return " or ".join(f'"method": "{method}"' for method in methods)

@@ -87,7 +87,7 @@ class DraftSetup(ABC):
 
         Args:
             options: of vLLM's speculative configuration.
-            own_options: those that vLLM does not know (`vllm_longspec.options.OPTION_NAMES`).
+            own_options: those of `option_names`, which vLLM does not know (`vllm_longspec.options.OPTION_NAMES`).
 
         Raises:
             ValueError: one of `own_options` needs this proposer, or the draft cannot be used.

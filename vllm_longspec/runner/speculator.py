@@ -75,7 +75,8 @@ class TreeSpeculator(DraftModelSpeculator):
         self.proposer: Proposer = cls(vllm_config, options.tree_shape, device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
-        if isinstance(language_model_of(target_model).logits_processor, LogitsProcessorWithLoRA):
+        language_model = language_model_of(target_model)
+        if isinstance(getattr(language_model, "logits_processor", None), LogitsProcessorWithLoRA):
             # vLLM gives it the adapter of each request, as if each had one row.
             raise ValueError(
                 "LoRA adapters of the head are not supported with trees: give --lora-target-modules without lm_head, "

@@ -4,8 +4,6 @@
 from typing import Any, NamedTuple
 
 from torch import nn
-from vllm.lora.layers import BaseLayerWithLoRA
-from vllm.model_executor.models.interfaces import supports_multimodal
 
 # `model_type` of a target's config.json -> architecture of its GLIDE drafts. The layer is the same in all: without the
 # norms of queries and keys (Qwen3), the norms after a sublayer (GLM-4) and the experts (Qwen3-MoE) of its target. Its
@@ -65,6 +63,9 @@ class TargetModules(NamedTuple):
 
 def language_model_of(target: nn.Module) -> nn.Module:
     """The target itself, or the language model inside a multimodal one."""
+    # Imported here, because an unsupported vLLM must not fail to import this module.
+    from vllm.model_executor.models.interfaces import supports_multimodal
+
     model: Any = target
     return model.get_language_model() if supports_multimodal(target) else target
 
@@ -82,6 +83,9 @@ def modules_of(target: nn.Module) -> TargetModules:
 
 
 def _of_base(module: nn.Module) -> nn.Module:
+    # Imported here: it brings hundreds of modules, and families are asked for in every process.
+    from vllm.lora.layers import BaseLayerWithLoRA
+
     return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
 

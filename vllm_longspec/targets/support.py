@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses what trees do not work with, or a GLIDE draft: by name and with the way out, as early as it can be known.
+"""Refuses what trees or their drafts do not work with: by name and with the way out, as early as it can be known.
 
 Options, arguments and target are checked before vLLM builds its SpeculativeConfig, `check_engine` sees the complete
 configuration. Every check raises ValueError, in one line.
@@ -15,7 +15,7 @@ from vllm_longspec.targets.connectors import connector_refusal
 from vllm_longspec.targets.families import FAMILIES, WRAPPERS
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 # Head sizes that the attention kernels are tested for.
@@ -242,6 +242,18 @@ def check_family(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
             # The draft's queries are rotated as those of the target's last layer.
             any(not rotation for layers in rotations for rotation in layers),
             f"a target with layers without rotary embedding (NoPE) (target {target.model})",
+            draft.without,
+        ),
+    )
+
+
+def check_method(config: "SpeculativeConfig", target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
+    """Refuses targets whose configuration, read as a draft's, vLLM turns into a method of its own, by ValueError."""
+    _refuse(
+        draft,
+        (
+            config.method != "draft_model",
+            f"a target that vLLM itself drafts for by the method {config.method!r} (target {target.model})",
             draft.without,
         ),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from vllm_longspec import proposers
 from vllm_longspec.frequent_tokens import FILE_NAME
 from vllm_longspec.proposers.glide.checkpoint import (
     DraftCheckpoint,
@@ -58,7 +59,9 @@ class GlideSetup(DraftSetup):
             return cls(read_draft(model, revision, expected=bool(own_options)), revision)
         except NoGlideDraftError as error:
             for name in own_options:
-                raise ValueError(f"{name} needs a GLIDE draft: {error}") from None
+                others = proposers.others_with(name, proposers.GLIDE)
+                way_out = f"; or give {proposers.ask_for(others)}" if others else ""
+                raise ValueError(f"{name} needs a GLIDE draft: {error}{way_out}") from None
             # vLLM needs these options for any other draft, so a user who gave one did not expect a GLIDE draft.
             if isinstance(error, UnseenDraftError) and not options.keys() & {"method", "num_speculative_tokens"}:
                 logger.warning("Draft %s. If it is a GLIDE draft, it is not recognised.", error)
