@@ -50,7 +50,7 @@ KERNEL_TESTS = [
     "draft_inputs",
 ]
 # The last one where there are two GPUs; elsewhere it skips itself.
-ENGINE_TESTS = ["cuda_graphs", "lossless", "magicdec", "quantised", "tensor_parallel"]
+ENGINE_TESTS = ["cuda_graphs", "lora", "lossless", "magicdec", "quantised", "tensor_parallel"]
 
 
 def main() -> None:
