@@ -50,7 +50,8 @@ KERNEL_TESTS = [
     "draft_inputs",
 ]
 # The last one where there are two GPUs; elsewhere it skips itself.
-ENGINE_TESTS = ["cuda_graphs", "kv_connectors", "lossless", "magicdec", "quantised", "sleep_mode", "tensor_parallel"]
+ENGINE_TESTS = ["cuda_graphs", "kv_connectors", "lora", "lossless", "magicdec", "quantised", "sleep_mode"]
+ENGINE_TESTS += ["tensor_parallel"]
 
 
 def main() -> None:

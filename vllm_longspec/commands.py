@@ -2,7 +2,7 @@
 """The console command `vllm-longspec`, also `python -m vllm_longspec`: what the package offers beside serving.
 
 A command is a module with `add_arguments(parser)` and `run(arguments)`, which is imported only when it is called.
-Both raise ValueErrors of one line with the way out.
+Both raise ValueErrors of one line with the way out. OSErrors, which name the file, need not be caught.
 """
 
 import argparse
@@ -39,5 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValueError as error:
-        sys.exit(f"vllm-longspec {arguments.command}: {error}")
+    except (OSError, ValueError) as error:
+        # Those of libraries have several lines.
+        sys.exit(f"vllm-longspec {arguments.command}: {' '.join(str(error).split())}")

@@ -9,15 +9,20 @@ folder with config.json and model.safetensors, laid out as the published drafts 
 
 import argparse
 import json
+import os
 import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from vllm import envs
 
 from vllm_longspec.proposers.glide.checkpoint import (
     PICKLED_NAME,
     DraftCheckpoint,
     check_names,
-    find_file,
     prefix_of,
 )
 from vllm_longspec.proposers.glide.fit import check_fit
@@ -25,6 +30,22 @@ from vllm_longspec.targets.families import FAMILIES, WRAPPERS
 
 # Of the whole model's parameters, as the trainer keeps them, those of the draft.
 _TRAINED_PREFIX = "draft_model."
+
+# What vLLM computes drafts in.
+_DTYPES = ("float16", "bfloat16", "float32")
+
+_SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "intermediate_size",
+    "num_hidden_layers",
+)
+
+# transformers lists every layer of some configs in memory.
+_MAX_LAYERS = 10_000
 
 
 class _Target(NamedTuple):
@@ -53,49 +74,60 @@ def convert(path: Path, target: str, out: Path, revision: str | None = None) -> 
         target: whose config.json the draft's is made of, a local folder or a repository of the Hugging Face hub.
 
     Raises:
-        ValueError: a file cannot be used, the target's family has no GLIDE drafts, or the draft does not fit it.
+        ValueError: a file cannot be used, the target's family has no GLIDE drafts, the draft does not fit it, or `out`
+            exists or cannot be written. Then nothing is left of `out`.
     """
-    from safetensors.torch import save_file
-
-    if out.exists():
+    # A link that leads nowhere is in the way too.
+    if os.path.lexists(out):
         raise ValueError(f"--out {out} exists already: give a new folder")
-    config_path = find_file(target, "config.json", revision)
-    if config_path is None:
-        raise ValueError(f"target {target} has no config.json that can be read: give its folder, or check the name")
-    config = json.loads(config_path.read_text())
-    if set(config.get("architectures") or ()) & set(WRAPPERS):
-        # The draft's target is the language model inside.
-        config = config["text_config"]
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"target {target} has model_type {model_type!r}, but the families with GLIDE drafts are "
-            f"{', '.join(FAMILIES)}: give the target that the draft was trained for"
-        )
+    config_path = _config_path(target, revision)
+    config = _read_config(target, config_path)
+    architecture = FAMILIES[config["model_type"]]
+    target_config = _text_config(target, config_path)
     weights = _read_weights(path)
-    dtypes = {weight.dtype for weight in weights.values()}
-    if len(dtypes) != 1:
-        raise ValueError(f"{path} has weights of {', '.join(sorted(map(str, dtypes)))}: save them in one dtype")
     # A quantised target says how its own weights are stored.
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
-    config |= {"architectures": [FAMILIES[model_type]], "dtype": str(dtypes.pop()).removeprefix("torch.")}
-    draft = DraftCheckpoint(
-        str(out), FAMILIES[model_type], config, {name: tuple(weight.shape) for name, weight in weights.items()}
-    )
-    check_fit(draft, _Target(target, _text_config(target, config_path)))
-    out.mkdir(parents=True)
-    # Copies, since safetensors refuses tensors that share memory.
-    save_file({name: weight.clone() for name, weight in weights.items()}, out / "model.safetensors", {"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return draft
+    (dtype,) = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
+    config |= {"architectures": [architecture], "dtype": dtype}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    draft = DraftCheckpoint(str(path), architecture, config, shapes)
+    check_fit(draft, _Target(target, target_config))
+    _write(out, config, weights)
+    return replace(draft, model=str(out))
+
+
+def _write(out: Path, config: dict[str, Any], weights: Mapping[str, Any]) -> None:
+    """Writes a complete folder, or leaves nothing behind."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    new_parents = [parent for parent in out.parents if not os.path.lexists(parent)]
+    # Copies, since safetensors refuses tensors that share memory and views of other layouts.
+    copies = {name: weight.detach().clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".convert-", dir=out.parent) as temporary:
+            # Temporary folders are their owner's alone; this one gets the permissions of any new folder.
+            folder = Path(temporary) / "draft"
+            folder.mkdir()
+            save_file(copies, folder / "model.safetensors", {"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            folder.rename(out)
+    except (OSError, SafetensorError) as error:
+        for parent in new_parents:
+            if os.path.isdir(parent) and not os.listdir(parent):
+                parent.rmdir()
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        raise ValueError(f"--out {out} cannot be written ({reason}): give a new folder in a writable place") from None
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
     import torch
 
-    file = path / PICKLED_NAME if path.is_dir() else path
-    if not file.is_file():
+    file = path / PICKLED_NAME if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         raise ValueError(f"there is no file {file}: give {PICKLED_NAME}, or the folder that it lies in")
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
@@ -104,10 +136,14 @@ def _read_weights(path: Path) -> dict[str, Any]:
             f"{file} holds more than tensors, or is no checkpoint: pickled code is never run; save the draft's "
             "state_dict alone"
         ) from None
+    except PermissionError:
+        raise ValueError(f"{file} may not be read: change its permissions") from None
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file} is damaged ({reason}): save or copy it again") from None
-    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()
+    ):
         raise ValueError(f"{file} holds more than tensors by name: save the draft's state_dict alone")
     if any(name.startswith(_TRAINED_PREFIX) for name in weights):
         weights = {
@@ -117,7 +153,94 @@ def _read_weights(path: Path) -> dict[str, Any]:
         }
     prefix = prefix_of(weights)
     check_names(str(file), weights, prefix or "")
+    for name, weight in sorted(weights.items()):
+        if (kind := _unusable(weight)) is not None:
+            raise ValueError(
+                f"{file} has {name} as a {kind}, but a draft has dense tensors of {', '.join(_DTYPES)}: save the "
+                "trained weights themselves in one of these"
+            )
+    dtypes = {weight.dtype for weight in weights.values()}
+    if len(dtypes) != 1:
+        raise ValueError(f"{file} has weights of {', '.join(sorted(map(str, dtypes)))}: save them in one dtype")
     return {name.removeprefix(prefix or ""): weight for name, weight in weights.items()}
+
+
+def _unusable(weight: Any) -> str | None:
+    """What kind of tensor this is, if it cannot be a draft's weight."""
+    import torch
+
+    if weight.is_nested or weight.layout != torch.strided:
+        return f"tensor of layout {weight.layout}"
+    if weight.device.type != "cpu":
+        return f"tensor of device {weight.device} without values"
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return None if dtype in _DTYPES else f"tensor of {dtype}"
+
+
+def _config_path(target: str, revision: str | None) -> Path:
+    """The target's config.json in its folder, or in the cache of the hub, into which it is downloaded."""
+    from transformers.utils import cached_file
+
+    if os.path.isdir(target):
+        path = os.path.join(target, "config.json")
+        if not os.path.isfile(path):
+            raise ValueError(f"--target {target} has no config.json that can be read: give the target's own folder")
+        return Path(path)
+    if envs.VLLM_USE_MODELSCOPE:
+        raise ValueError(
+            f"--target {target} is no local folder, and nothing is looked up on ModelScope (VLLM_USE_MODELSCOPE): "
+            "download it and give its folder"
+        )
+    try:
+        return Path(cached_file(target, "config.json", revision=revision))
+    except Exception as error:
+        raise ValueError(
+            f"--target {target} has no config.json that can be read ({_one_line(error)}): give its folder, or check "
+            "the name and --revision"
+        ) from None
+
+
+def _read_config(target: str, path: Path) -> dict[str, Any]:
+    """config.json of a target of one of `FAMILIES`, with sizes that transformers can be given."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"the config.json of --target {target} cannot be read ({error.strerror}): change its permissions"
+        ) from None
+    except (ValueError, RecursionError):
+        raise ValueError(
+            f"the config.json of --target {target} is not JSON in UTF-8: download or export it again"
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"the config.json of --target {target} holds no JSON object: download or export it again")
+    architectures, text_config = config.get("architectures"), config.get("text_config")
+    if (
+        isinstance(architectures, list)
+        and isinstance(text_config, dict)
+        and any(each in WRAPPERS for each in architectures)
+    ):
+        # The draft's target is the language model inside.
+        config = text_config
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"--target {target} has model_type {model_type!r} in its config.json, but the families with GLIDE drafts "
+            f"are {', '.join(FAMILIES)}: give the target that the draft was trained for"
+        )
+    for name in _SIZES:
+        value = config.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(
+                f"--target {target} has {name} {value!r} in its config.json, which is no size: download or export it "
+                "again"
+            )
+    if (config.get("num_hidden_layers") or 1) > _MAX_LAYERS:
+        raise ValueError(
+            f"--target {target} has num_hidden_layers {config['num_hidden_layers']} in its config.json, more than "
+            f"{_MAX_LAYERS}: download or export it again"
+        )
+    return config
 
 
 def _text_config(target: str, path: Path) -> Any:
@@ -125,6 +248,12 @@ def _text_config(target: str, path: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path.parent).get_text_config()
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the config.json of target {target} cannot be used ({reason}): check --target") from None
+    except Exception as error:
+        # transformers' own errors of validation are no ValueErrors.
+        raise ValueError(
+            f"the config.json of --target {target} cannot be used ({_one_line(error)}): download or export it again"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
