@@ -127,6 +127,11 @@ def configure(
     copy_length = parse_copy_length(own)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
+    asked_for = given.get("num_speculative_tokens")
+    is_given = own.get("tree_shape") is not None or own.get("gamma") is not None
+    if set(setup.default_levels or ()) == {1} and not is_given and isinstance(asked_for, int) and asked_for > 0:
+        # What drafts a chain drafts as many tokens as vLLM's own option says.
+        own["gamma"] = asked_for
     tree_shape = parse_tree_shape(own, draft_vocab_size, setup.default_levels or DEFAULT_LEVELS)
     num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     options = dict(given)
@@ -142,6 +147,7 @@ def configure(
         schedule = validate_and_normalize_dynamic_sd_schedule(options["num_speculative_tokens_per_batch_size"])
         tree_shape = tree_shape.with_plans(plan_levels(numbers_of(schedule, num_nodes), tree_shape))
         num_nodes = max((number for number, _ in tree_shape.plans), default=num_nodes)
+    part = parse_partial_attention(own, target.max_model_len) if "budget" in setup.option_names else None
     options["num_speculative_tokens"] = num_nodes
     options.update(setup.vllm_options(engine_args, given, target, parallel_config, draft_vocab_size))
     options.update(rates_by_depth(options, tree_shape))
@@ -156,7 +162,7 @@ def configure(
             adaptive_verification=adaptive_verification,
             copy_length=copy_length,
             num_lookahead_tokens=setup.num_lookahead_tokens(num_nodes),
-            partial_attention=parse_partial_attention(own) if "budget" in setup.option_names else None,
+            partial_attention=part,
         ),
         options,
     )

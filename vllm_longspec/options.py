@@ -122,8 +122,8 @@ def parse_copy_length(options: Mapping[str, Any]) -> int:
     return copy_length
 
 
-def parse_partial_attention(options: Mapping[str, Any]) -> PartialAttention:
-    """Reads `sinks`, `budget` and `selection`.
+def parse_partial_attention(options: Mapping[str, Any], max_model_len: int) -> PartialAttention:
+    """Reads `sinks`, `budget` and `selection`; no part is larger than the whole.
 
     Raises:
         ValueError: one of them has a value that is not supported.
@@ -149,7 +149,7 @@ def parse_partial_attention(options: Mapping[str, Any]) -> PartialAttention:
         selection = default.selection
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}: leave it out")
-    return PartialAttention(sinks, budget, selection)
+    return PartialAttention(min(sinks, max_model_len), min(budget, max_model_len), selection)
 
 
 def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:

@@ -101,6 +101,13 @@ def test_flags(target, arguments):
     assert options is not None and options.proposer == "magicdec"
 
 
+def test_vllms_number_of_tokens_is_gamma_without_one(target):
+    config = engine_config(target, {"method": "magicdec", "num_speculative_tokens": 8}).speculative_config
+    options = options_of(config)
+    assert options is not None and options.tree_shape.levels == (1,) * 8
+    assert config.num_speculative_tokens == 8
+
+
 def test_slots_are_reserved_for_what_a_draft_writes(target, llama):
     assert engine_config(target, {"method": "magicdec", "gamma": 6}).num_lookahead_tokens == 6
     # No more is ever drafted.
@@ -193,6 +200,12 @@ def test_targets_that_it_refuses(settings, said):
     with pytest.raises(ValueError) as error:
         MagicDecSetup().check(config)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_part_is_no_larger_than_the_longest_request(target):
+    config = engine_config(target, {"method": "magicdec", "sinks": 10**30, "budget": 10**7}, max_model_len=512)
+    options = options_of(config.speculative_config)
+    assert options is not None and options.partial_attention == PartialAttention(512, 512)
 
 
 def test_a_quantised_target_needs_to_be_told_when_to_draft():
