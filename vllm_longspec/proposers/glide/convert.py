@@ -25,7 +25,7 @@ from vllm_longspec.proposers.glide.checkpoint import (
     check_names,
     prefix_of,
 )
-from vllm_longspec.proposers.glide.fit import check_fit
+from vllm_longspec.proposers.glide.fit import MAX_LAYERS, SIZES, check_fit
 from vllm_longspec.targets.families import FAMILIES, WRAPPERS
 
 # Of the whole model's parameters, as the trainer keeps them, those of the draft.
@@ -33,19 +33,6 @@ _TRAINED_PREFIX = "draft_model."
 
 # What vLLM computes drafts in.
 _DTYPES = ("float16", "bfloat16", "float32")
-
-_SIZES = (
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "intermediate_size",
-    "num_hidden_layers",
-)
-
-# transformers lists every layer of some configs in memory.
-_MAX_LAYERS = 10_000
 
 
 class _Target(NamedTuple):
@@ -228,17 +215,17 @@ def _read_config(target: str, path: Path) -> dict[str, Any]:
             f"--target {target} has model_type {model_type!r} in its config.json, but the families with GLIDE drafts "
             f"are {', '.join(FAMILIES)}: give the target that the draft was trained for"
         )
-    for name in _SIZES:
+    for name in (*SIZES[1:], "num_hidden_layers"):
         value = config.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(
                 f"--target {target} has {name} {value!r} in its config.json, which is no size: download or export it "
                 "again"
             )
-    if (config.get("num_hidden_layers") or 1) > _MAX_LAYERS:
+    if (config.get("num_hidden_layers") or 1) > MAX_LAYERS:
         raise ValueError(
             f"--target {target} has num_hidden_layers {config['num_hidden_layers']} in its config.json, more than "
-            f"{_MAX_LAYERS}: download or export it again"
+            f"{MAX_LAYERS}: download or export it again"
         )
     return config
 

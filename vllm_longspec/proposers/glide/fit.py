@@ -7,7 +7,7 @@ from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint
 from vllm_longspec.targets.families import layer_sizes, multiplier_names, size_of
 
 # What must be equal, in the order of comparison.
-_SIZES = (
+SIZES = (
     "model_type",
     "hidden_size",
     "num_attention_heads",
@@ -18,7 +18,7 @@ _SIZES = (
 )
 
 # Not compared, but bounded, because the configs of some families list every layer.
-_MAX_LAYERS = 10_000
+MAX_LAYERS = 10_000
 
 
 class Target(Protocol):
@@ -38,7 +38,7 @@ def check_fit(draft: DraftCheckpoint, target: Target) -> None:
     """
     from transformers import AutoConfig
 
-    for name in (*_SIZES[1:], "num_hidden_layers"):
+    for name in (*SIZES[1:], "num_hidden_layers"):
         value = draft.config.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(
@@ -46,12 +46,12 @@ def check_fit(draft: DraftCheckpoint, target: Target) -> None:
                 "config.json"
             )
         # Compared before transformers uses it, since it may be arbitrarily large.
-        if name in _SIZES and value is not None:
+        if name in SIZES and value is not None:
             _compare(draft, target, name, value)
-    if (draft.config.get("num_hidden_layers") or 1) > _MAX_LAYERS:
+    if (draft.config.get("num_hidden_layers") or 1) > MAX_LAYERS:
         raise ValueError(
             f"draft {draft.model} has num_hidden_layers {draft.config['num_hidden_layers']} in its config.json, more "
-            f"than {_MAX_LAYERS}: use its target's config.json"
+            f"than {MAX_LAYERS}: use its target's config.json"
         )
 
     # transformers fills in the family's default of a size that config.json leaves out.
@@ -64,7 +64,7 @@ def check_fit(draft: DraftCheckpoint, target: Target) -> None:
             f"draft {draft.model} has a config.json that is none of a {draft.config['model_type']} model ({reason}): "
             "use its target's config.json"
         ) from None
-    for name in (*_SIZES, *multiplier_names(draft.config["model_type"])):
+    for name in (*SIZES, *multiplier_names(draft.config["model_type"])):
         _compare(draft, target, name, size_of(draft_config, name))
     _check_shapes(draft, target)
 
