@@ -43,7 +43,7 @@ def run_registered(settings: dict[str, Any], batches: list[Any]) -> dict[str, An
 
 def test_an_engine_with_a_proposer_of_somebody_elses() -> None:
     """Prompts that repeat four tokens, which the target goes on with for a while."""
-    prompts = [[476, 260, 325, 258] * length for length in (4, 48)]
+    prompts = [[476, 260, 325, 258] * length for length in (4, 64)]
     batches = [
         [request(prompt, max_tokens=24, ignore_eos=True, **sampling) for prompt in prompts for sampling in SAMPLINGS]
     ]
