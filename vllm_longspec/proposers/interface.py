@@ -33,6 +33,15 @@ SHARED_OPTIONS = frozenset(
 )
 
 
+# vLLM takes a draft for another method if its path contains one of these, before it looks at its config.
+_NAMES_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+
+
+def word_of_another_method(model: str) -> str | None:
+    """What in a draft's path makes vLLM take it for a draft of another method, if there is such a word."""
+    return next((word for word in _NAMES_OF_OTHER_METHODS if word in model.lower()), None)
+
+
 class Roots(NamedTuple):
     """Roots of the trees: the last sampled token of each request, which the target has not computed yet."""
 

@@ -22,7 +22,7 @@ from vllm_longspec.proposers.glide.cost import GlideCost
 from vllm_longspec.proposers.glide.fit import check_fit
 from vllm_longspec.proposers.glide.loading import draft_load_config
 from vllm_longspec.proposers.glide.quantization import default_quantization
-from vllm_longspec.proposers.interface import DraftSetup
+from vllm_longspec.proposers.interface import DraftSetup, word_of_another_method
 from vllm_longspec.targets.families import FAMILIES
 from vllm_longspec.targets.support import check_family
 
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 # Below vLLM's logger, whose handlers it uses.
 logger = init_logger(f"vllm.{__name__}")
-
-# If a draft's path contains one of these, vLLM takes it for another method before it looks at its config.
-_NAMES_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
 @dataclass(frozen=True)
@@ -70,12 +67,11 @@ class GlideSetup(DraftSetup):
     def check(self, target: "ModelConfig") -> None:
         check_family(target)
         check_fit(self.checkpoint, target)
-        for word in _NAMES_OF_OTHER_METHODS:
-            if word in self.checkpoint.model.lower():
-                raise ValueError(
-                    f"draft {self.checkpoint.model} is a GLIDE draft, but vLLM takes any path with {word!r} in it for "
-                    "another kind: move it or link to it under another name"
-                )
+        if (word := word_of_another_method(self.checkpoint.model)) is not None:
+            raise ValueError(
+                f"draft {self.checkpoint.model} is a GLIDE draft, but vLLM takes any path with {word!r} in it for "
+                "another kind: move it or link to it under another name"
+            )
 
     def frequent_tokens(self, given: Any) -> str | None:
         if given is False:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_longspec.options import DEFAULT_GAMMA
-from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup
+from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup, word_of_another_method
 from vllm_longspec.proposers.magicdec.cost import MagicDecCost
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 _NO_BATCH = 1 << 16
 # Options of vLLM's that are about a draft with weights.
 _DRAFT_OPTIONS = ("model", "revision", "code_revision", "draft_load_config", "quantization")
-# vLLM takes a model for a draft of another kind if its path contains one of these, whatever the method.
-_NAMES_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,11 @@ class MagicDecSetup(DraftSetup):
                 f"a target of quantization={target.quantization!r} is not supported with the method magicdec alone: "
                 "give num_speculative_tokens_per_batch_size, the batches that draft and how many tokens"
             )
-        for word in _NAMES_OF_OTHER_METHODS:
-            if word in target.model.lower():
-                raise ValueError(
-                    f"target {target.model} is its own draft with the method magicdec, but vLLM takes any path with "
-                    f"{word!r} in it for a draft of another kind: move it or link to it under another name"
-                )
+        if (word := word_of_another_method(target.model)) is not None:
+            raise ValueError(
+                f"target {target.model} is its own draft with the method magicdec, but vLLM takes any path with "
+                f"{word!r} in it for a draft of another kind: move it or link to it under another name"
+            )
 
     def schedule(self, num_nodes: int) -> list[tuple[int, int, int]]:
         # What pays depends on the context more than on the batch, which the cost of a step knows. So every batch may
