@@ -48,6 +48,7 @@ KERNEL_TESTS = [
     "tree",
     "sample",
     "draft_inputs",
+    "block_scores",
 ]
 # The last one where there are two GPUs; elsewhere it skips itself.
 ENGINE_TESTS = ["cuda_graphs", "kv_connectors", "lora", "lossless", "magicdec", "quantised", "sleep_mode"]

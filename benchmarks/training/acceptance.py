@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks import PAIR
 from benchmarks.repetition import loop_start
-from benchmarks.training.glide import SELF_ATTENTION_WINDOW, GlideLayer, KeysValues
 from benchmarks.training.target import Target, load_target, load_weights
+from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer, KeysValues
 
 # Nodes per level. The second is the sequential method with gamma = 4.
 SHAPES = ([1], [1, 1, 1, 1], [2, 4, 4], [4, 16, 16, 16, 16])

@@ -28,9 +28,9 @@ from benchmarks.training.acceptance import (
     mean,
     walk,
 )
-from benchmarks.training.glide import GlideLayer
 from benchmarks.training.target import Target
 from vllm_longspec.options import DEFAULT_LEVELS
+from vllm_longspec.training.layer import GlideLayer
 
 
 class Sampling(NamedTuple):

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.training.glide import SELF_ATTENTION_WINDOW, GlideLayer
 from benchmarks.training.losses import MAX_WITHHELD, DraftStep, anchored_positions, draft_forward, target_loss
 from benchmarks.training.target import TINY, Target, load_target, target_config
+from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 
 
 def check_draft_forward() -> None:

@@ -36,11 +36,11 @@ from benchmarks.training.acceptance import (
     load_prompts,
     make_passage,
 )
-from benchmarks.training.glide import GlideLayer
 from benchmarks.training.realsize import SIZES
 from benchmarks.training.target import Target
 from vllm_longspec.proposers.glide.cost import LEVEL, GlideCost
 from vllm_longspec.scheduling.cost import StepCost
+from vllm_longspec.training.layer import GlideLayer
 from vllm_longspec.tree.shape import TreeShape
 
 # Nodes per level, as many levels as the deepest tree that is looked at.

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training.glide import GlideLayer
 from benchmarks.training.losses import MAX_WITHHELD, DraftStep, target_loss
 from benchmarks.training.target import Target, load_target, save_model
 from benchmarks.training.text import Windows
+from vllm_longspec.training.layer import GlideLayer
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
 
-from benchmarks.training.glide import SELF_ATTENTION_WINDOW, GlideLayer
 from benchmarks.training.target import Target, repeat_heads
+from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 
 # Rows at depths 0 to 4 are fed to the draft while it grows a tree of five levels. A row at depth d sees the target's
 # keys up to the root and without it, that is, at distances above d.

@@ -30,8 +30,8 @@ from benchmarks import PAIR
 from benchmarks.repetition import loop_start
 from benchmarks.reporting import markdown
 from benchmarks.training.acceptance import generate, load_prompts
-from benchmarks.training.glide import rotate
 from benchmarks.training.target import Target, load_target, norm
+from vllm_longspec.training.layer import rotate
 
 SINKS = 32
 # What is chosen unless a sweep varies it.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
-from benchmarks.training.glide import AttentionProjections, GatedMLP, KeysValues, RMSNorm, inverse_frequencies
+from vllm_longspec.training.layer import AttentionProjections, GatedMLP, KeysValues, RMSNorm, inverse_frequencies
 
 WEIGHTS = "model.safetensors"
 # Sizes of a toy.

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.training.glide import GlideLayer
+from vllm_longspec.training.layer import GlideLayer
 
 WINDOW = 512
 

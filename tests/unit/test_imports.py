@@ -34,6 +34,7 @@ ALLOWED = {
         "tree",
     },
     "proposers.magicdec": {"attention", "interpreter", "options", "proposers", "targets", "tree"},
+    "training": {"compat", "options", "proposers", "proposers.glide", "targets", "tree"},
     "scheduling": {"compat", "options", "proposers", "targets", "tree"},
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "targets", "tree"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
