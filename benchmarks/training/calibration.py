@@ -24,7 +24,6 @@ from vllm_longspec.training.layer import GlideLayer
 from vllm_longspec.training.sampling import Sampling, lower, truncate
 from vllm_longspec.training.walk import Rescore, walk
 
-
 SAMPLINGS = [
     Sampling(1.0, 0, 1.0, 0.0),
     Sampling(0.6, 0, 1.0, 0.0),

@@ -49,7 +49,8 @@ class Trust:
 
     def forget(self) -> None:
         """Another request begins."""
-        self.root, self.copied, self.match_length = 0, [], 0
+        self.root, self.match_length = 0, 0
+        self.copied: list[int] = []
 
     def score(self, ids: Tensor, root: int, copied: list[int], match_length: int) -> list[float]:
         """Learns from the copy at the last root, then scores and keeps this one: cumulative log-probabilities.
