@@ -141,10 +141,10 @@ def describe(result: dict[str, Any]) -> str:
     depths = range(max(len(each["acceptance_by_depth"]) for each in contexts))
     # Copies reach further than a line is wide.
     shown = [depth for depth in depths if depth < 8]
-    rows = [["context", "parts", "steps", "tokens/step", "+-", *(f"depth {depth + 1}" for depth in shown)]]
+    rows = [["context", "mean", "parts", "steps", "tokens/step", "+-", *(f"depth {depth + 1}" for depth in shown)]]
     for each in contexts:
         shares = [number(each["acceptance_by_depth"][depth]) for depth in shown]
-        counts = [str(each["parts"]), str(each["steps"])]
+        counts = [str(each[name]) for name in ("mean_context", "parts", "steps")]
         rows.append(
             [each["context"], *counts, number(each["tokens_per_step"]), number(each["standard_error"]), *shares]
         )
@@ -208,6 +208,8 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
                 *zip(*served, strict=True),
                 linestyle="none",
                 marker="x",
+                markersize=9,
+                zorder=3,
                 color=line[0].get_color(),
                 label=f"{label}, engine",
             )
@@ -221,8 +223,11 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
                 marker=".",
                 label=f"{each['context']}, {label}",
             )
-    left.set(xlabel="context", ylabel="tokens per step", xscale="log", ylim=(0, None))
-    left.set_xscale("log", base=2)
+    left.set_xscale("log")
+    left.set_xticks([each["mean_context"] for each in results[0]["contexts"]])
+    left.set_xticklabels([each["context"] for each in results[0]["contexts"]])
+    left.minorticks_off()
+    left.set(xlabel="context, at its mean", ylabel="tokens per step", ylim=(0, None))
     right.set(xlabel="depth", ylabel="accepted where reached", ylim=(0, 1.02))
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -46,6 +46,8 @@ class Part(NamedTuple):
 def parse_contexts(value: str) -> list[Bucket]:
     """Reads a list such as 2k,8k,32k; k is 1024.
 
+    A length stands for contexts of more than half of it and more than the one before, the first for all up to it.
+
     Raises:
         ValueError: it is none, or not increasing.
     """
@@ -60,7 +62,7 @@ def parse_contexts(value: str) -> list[Bucket]:
                 if limit == 0
                 else f"--contexts must be increasing, got {value!r}: sort them"
             )
-        buckets.append(Bucket(name.strip(), above, limit))
+        buckets.append(Bucket(name.strip(), max(above, limit // 2) if buckets else 0, limit))
     return buckets
 
 

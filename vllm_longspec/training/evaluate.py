@@ -53,12 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", required=True, help="the target that the draft is for: folder or name")
     add("--draft", required=True, help="the draft: folder or name")
     add("--data", type=Path, required=True, help="JSONL with input_ids and loss_mask, or a folder of it: the answers")
-    add("--contexts", metavar="N,N", help=f"limits of the ranges of context (those of {DEFAULT_CONTEXTS} with answers)")
+    add(
+        "--contexts",
+        metavar="N,N",
+        help=f"contexts, each from half of it on (those of {DEFAULT_CONTEXTS} with answers)",
+    )
     add("--temperatures", type=_temperatures, metavar="T,T", help="with which the answers were drawn (the manifest's)")
     add("--top-k", type=int, metavar="K", help="of the answers' sampling (the manifest's, or none)")
     add("--top-p", type=float, metavar="P", help="likewise")
     add("--min-p", type=float, metavar="P", help="likewise")
-    add("--parts", type=int, default=32, metavar="N", help="parts of answers in each range (32)")
+    add("--parts", type=int, default=32, metavar="N", help="parts of answers at each context (32)")
     add("--tokens", type=int, default=256, metavar="N", help="of each part (256)")
     add("--seed", type=int, default=0, help="of the choice of parts and of the noise (0)")
     add("--tree-shape", type=int, nargs="+", metavar="N", help="nodes at each level, as --speculative-tree-shape")
@@ -101,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         "coupled",
         flush=True,
     )
-    walked, likelihoods = _walk(evaluation)
+    walked, likelihoods = predict(evaluation)
     results = []
     for sampling, steps, likelihood in zip(evaluation.samplings, walked, likelihoods, strict=True):
         contexts = [
@@ -109,10 +113,10 @@ def run(arguments: argparse.Namespace) -> None:
             for index, bucket in enumerate(evaluation.buckets)
         ]
         result = {**sampling._asdict(), "contexts": contexts, "greedy_share": likelihood.greedy / likelihood.num_tokens}
-        if (note := _mismatch(sampling, likelihood)) is not None:
+        if (note := mismatch(sampling, likelihood)) is not None:
             result["note"] = note
         results.append(result)
-    served = _serve(evaluation) if arguments.engine else [None] * len(results)
+    served = serve(evaluation) if arguments.engine else [None] * len(results)
     disagreeing = []
     for result, steps, engine in zip(results, walked, served, strict=True):
         if engine is not None:
@@ -183,7 +187,7 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     used = {part.bucket for part in chosen}
     empty = [bucket.name for index, bucket in enumerate(buckets) if index not in used]
     reason = (
-        f"no answers of {drafting.reach + 2} tokens or more with so much before them in {arguments.data}, whose "
+        f"no answers of {drafting.reach + 2} tokens or more with such contexts in {arguments.data}, whose "
         f"longest text has {longest_text} tokens"
     )
     if empty and (arguments.contexts or not used):
@@ -230,7 +234,7 @@ def _samplings(arguments: argparse.Namespace, manifest: dict[str, Any]) -> list[
     ]
 
 
-def _walk(evaluation: Evaluation) -> tuple[list[list[Steps]], list[Likelihood]]:
+def predict(evaluation: Evaluation) -> tuple[list[list[Steps]], list[Likelihood]]:
     """Of each sampling, the steps of all parts and the likelihood of their tokens."""
     arguments = evaluation.arguments
     dtype: Any = arguments.dtype and getattr(torch, arguments.dtype)
@@ -261,7 +265,7 @@ def _walk(evaluation: Evaluation) -> tuple[list[list[Steps]], list[Likelihood]]:
     return steps, [Likelihood(*map(sum, zip(*each, strict=True))) for each in likelihoods]
 
 
-def _serve(evaluation: Evaluation) -> list[list[dict[str, Any]]]:
+def serve(evaluation: Evaluation) -> list[list[dict[str, Any]]]:
     """Of each sampling, what an engine did with each part."""
     arguments, drafting = evaluation.arguments, evaluation.drafting
     by_text = _by_text(evaluation.parts)
@@ -277,6 +281,12 @@ def _serve(evaluation: Evaluation) -> list[list[dict[str, Any]]]:
         for sampling in evaluation.samplings
     ]
     longest = max(len(prompt) + tokens for prompt, tokens in zip(prompts, max_tokens, strict=True))
+    return run_engine(engine_settings(evaluation, longest), runs)
+
+
+def engine_settings(evaluation: Evaluation, longest: int) -> dict[str, Any]:
+    """Of vLLM's `LLM`, for requests of up to `longest` tokens."""
+    arguments, drafting = evaluation.arguments, evaluation.drafting
     settings = {
         "model": arguments.target,
         "dtype": arguments.dtype or ("float32" if arguments.device == "cpu" else "auto"),
@@ -297,7 +307,7 @@ def _serve(evaluation: Evaluation) -> list[list[dict[str, Any]]]:
         "frequent_tokens": evaluation.frequent_tokens or False,
         **arguments.engine_args.get("speculative_config", {}),
     }
-    return run_engine(settings, runs)
+    return settings
 
 
 def _compare(
@@ -324,7 +334,7 @@ def _compare(
     return found
 
 
-def _mismatch(sampling: Sampling, likelihood: Likelihood) -> str | None:
+def mismatch(sampling: Sampling, likelihood: Likelihood) -> str | None:
     """Why the answers do not look as if they had been drawn so; None if they do."""
     if sampling.temperature == 0:
         share = likelihood.greedy / likelihood.num_tokens
@@ -339,8 +349,8 @@ def _mismatch(sampling: Sampling, likelihood: Likelihood) -> str | None:
     if deviations > _SURPRISE_DEVIATIONS and abs(per_token) > _SURPRISE:
         return (
             f"the stored tokens are {abs(per_token):.2f} nats {'less' if per_token > 0 else 'more'} probable than "
-            f"draws at temperature {sampling.temperature:g} are, {deviations:.0f} standard deviations, so the answers were "
-            "not drawn like this, and these figures are not those of serving like this"
+            f"draws at temperature {sampling.temperature:g} are, {deviations:.0f} standard deviations, so the answers "
+            "were not drawn like this, and these figures are not those of serving like this"
         )
     return None
 

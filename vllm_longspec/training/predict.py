@@ -125,6 +125,16 @@ class Predictor:
         places = tokens[:, None]
         return truncate(scaled, self.sampling).scatter(-1, places, scaled.gather(-1, places))
 
+    def draw_noise(self, lesson: Lesson, part: Part, position: int) -> Tensor:
+        """The noise with which the token after this position was drawn, float32 [drafted tokens]."""
+        logits = self.logits(lesson, torch.tensor([position]))
+        token = lesson.sample.input_ids[position + 1].to(logits.device)[None]
+        # The same for every tree that reaches the position, and for every order of parts.
+        seed = hash((self.seed, part.text, position)) & 0x7FFFFFFF
+        generator = torch.Generator(logits.device).manual_seed(seed)
+        noise = noise_given(self.drawn_from(logits, token), token, generator)[0].float()
+        return noise if self.drafting.token_ids is None else noise[self.drafting.token_ids]
+
     def _passage(self, lesson: Lesson, part: Part) -> Passage:
         device = lesson.keys.device
         ids = lesson.sample.input_ids[: part.end].to(device)[None]
@@ -159,17 +169,5 @@ class _Noise:
             reach = self.predictor.drafting.shape.max_depth
             for old in [each for each in self.kept if each < position - reach]:
                 del self.kept[old]
-            self.kept[position] = self._draw(position)
+            self.kept[position] = self.predictor.draw_noise(self.lesson, self.part, position)
         return self.kept[position]
-
-    def _draw(self, position: int) -> Tensor:
-        part = self.part
-        logits = self.predictor.logits(self.lesson, torch.tensor([position]))
-        token = self.lesson.sample.input_ids[position + 1].to(logits.device)[None]
-        # The same for every tree that reaches the position, and for every order of parts.
-        generator = torch.Generator(logits.device).manual_seed(
-            hash((self.predictor.seed, part.text, position)) & 0x7FFFFFFF
-        )
-        noise = noise_given(self.predictor.drawn_from(logits, token), token, generator)[0].float()
-        token_ids = self.predictor.drafting.token_ids
-        return noise if token_ids is None else noise[token_ids]
