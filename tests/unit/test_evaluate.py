@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,13 @@ from vllm_longspec.training.acceptance import Sum
 from vllm_longspec.training.continuations import (
     Bucket,
     Part,
-    Stored,
     answers_of,
     choose,
     parse_contexts,
     parts_of,
-    read_stored,
 )
 from vllm_longspec.training.copies import Trust, find_copy
+from vllm_longspec.training.plain_data import read_texts
 from vllm_longspec.training.plain_target import PlainTarget
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor
 from vllm_longspec.training.sampling import FORBIDDEN, Sampling, noise_given, truncate
@@ -54,16 +54,16 @@ def test_contexts_that_are_none_are_refused(value):
 
 
 def test_answers():
-    assert list(answers_of([True, True, False, True, True, True])) == [(1, 2), (3, 6)]
-    assert list(answers_of([False, False])) == []
+    assert list(answers_of(torch.tensor([1, 1, 0, 1, 1, 1]))) == [(1, 2), (3, 6)]
+    assert list(answers_of(torch.tensor([0, 0]))) == []
 
 
 @pytest.mark.parametrize(("num_tokens", "overhang"), [(10, 5), (7, 16), (100, 2)])
 def test_every_root_of_an_answer_is_in_one_part_and_in_its_bucket(num_tokens, overhang):
     buckets = parse_contexts("20,60,200")
     answer = range(13, 150)
-    mask = [index in answer for index in range(160)]
-    parts = list(parts_of(Stored(3, "", [0] * 160, mask), buckets, num_tokens, overhang))
+    mask = torch.tensor([index in answer for index in range(160)])
+    parts = list(parts_of(3, mask, buckets, num_tokens, overhang))
     roots: list[int] = []
     for part in parts:
         assert part.text == 3 and part.output_position == part.start - answer.start
@@ -102,12 +102,12 @@ def test_lines_that_are_no_data_are_named(tmp_path):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(f"{good}\n\n{line}\n")
         with pytest.raises(ValueError, match=rf"{number}.jsonl, line 3: not a JSON object with input_ids"):
-            list(read_stored(path))
+            read_texts(path, 9)
     with pytest.raises(ValueError, match=r"0.jsonl, line 3"):
-        list(read_stored(tmp_path))
+        read_texts(tmp_path, 9)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no \*.jsonl"):
-        list(read_stored(tmp_path / "empty"))
+        read_texts(tmp_path / "empty", 9)
 
 
 def test_noise_given_its_token_is_that_which_drew_it():
@@ -293,7 +293,7 @@ def write_data(path: Path, texts: list[list[int]], prompt_length: int) -> Path:
     return path
 
 
-def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
+def test_the_command_writes_table_json_and_plot(tmp_path, capsys, monkeypatch):
     data = write_data(tmp_path / "data.jsonl", [list(range(10, 60)) * 2, list(range(200, 300))], 20)
     (tmp_path / "manifest.json").write_text(json.dumps({"sampling": {"temperature": 0.5, "top_k": -1, "top_p": 0.9}}))
     out, figure = tmp_path / "out.json", tmp_path / "plot.svg"
@@ -311,8 +311,14 @@ def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
         assert f"{context['tokens_per_step']:.2f}" in printed
     assert result["contexts"][0]["mean_context"] <= 40 < result["contexts"][1]["mean_context"]
     # Numbers in order are no text of this target's.
-    assert "were not drawn like this" in printed
+    assert "were not drawn like this" in printed and "by their manifest" not in printed
     assert "<svg" in figure.read_text()
+    # Another temperature than the manifest's, and no matplotlib
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    commands.main([*argv, "--tokens", "8", "--parts", "1", "--temperatures", "0", "--plot", str(figure)])
+    captured = capsys.readouterr()
+    assert "by their manifest the answers were drawn with temperature 0.5, top_p 0.9." in captured.out
+    assert captured.err.splitlines()[-1] == "--plot needs matplotlib: pip install 'vllm-longspec[report]'"
 
 
 def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypatch):

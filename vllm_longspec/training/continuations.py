@@ -6,12 +6,13 @@ cut where a bucket of context lengths ends, and into parts of a few hundred toke
 bucket. The prompts of parts are never cut: behind another prompt the same answer would not be the target's.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 _LENGTH = re.compile(r"(\d+)(k?)")
 
@@ -22,15 +23,6 @@ class Bucket(NamedTuple):
     name: str
     above: int
     limit: int
-
-
-class Stored(NamedTuple):
-    """A line of the data."""
-
-    number: int  # among all texts
-    place: str  # file and line
-    input_ids: list[int]
-    loss_mask: list[bool]  # true for the target's answers
 
 
 class Part(NamedTuple):
@@ -66,64 +58,35 @@ def parse_contexts(value: str) -> list[Bucket]:
     return buckets
 
 
-def read_stored(data: Path) -> Iterator[Stored]:
-    """The texts of a JSONL file of {"input_ids", "loss_mask"}, or of all such files in a folder.
+def answers_of(loss_mask: Tensor) -> Iterator[tuple[int, int]]:
+    """The runs of supervised tokens, [start, end); a first token is predicted from nothing and begins none.
 
-    Raises:
-        ValueError: there is no such file; or with the number of the line that is no such object.
+    Args:
+        loss_mask: bool [num_tokens]
     """
-    files = sorted(data.glob("[!.]*.jsonl")) if data.is_dir() else [data]
-    if not files:
-        raise ValueError(
-            f"--data {data} has no *.jsonl: give a folder that vllm-longspec generate has written, or a file"
-        )
-    number = 0
-    for file in files:
-        with file.open() as lines:
-            for line, text in enumerate(lines, start=1):
-                if text.strip():
-                    yield _read(text, number, f"{file}, line {line}")
-                    number += 1
+    is_answer = torch.nn.functional.pad(loss_mask.int(), (1, 1))
+    is_answer[1] = 0
+    changes = is_answer.diff()
+    yield from zip((changes == 1).nonzero()[:, 0].tolist(), (changes == -1).nonzero()[:, 0].tolist(), strict=True)
 
 
-def _read(text: str, number: int, place: str) -> Stored:
-    try:
-        record = json.loads(text)
-        ids, mask = record["input_ids"], record["loss_mask"]
-        sound = len(ids) == len(mask) > 0 and all(type(token) is int and token >= 0 for token in ids)
-    except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{place}: not a JSON object with input_ids and loss_mask, two lists of one length")
-    return Stored(number, place, ids, [bool(value) for value in mask])
-
-
-def answers_of(loss_mask: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """The runs of supervised tokens, [start, end); a first token is predicted from nothing and begins none."""
-    start = None
-    for index, is_answer in enumerate([*loss_mask, False]):
-        if is_answer and index > 0 and start is None:
-            start = index
-        elif not is_answer and start is not None:
-            yield start, index
-            start = None
-
-
-def parts_of(stored: Stored, buckets: Sequence[Bucket], num_tokens: int, overhang: int) -> Iterator[Part]:
+def parts_of(text: int, loss_mask: Tensor, buckets: Sequence[Bucket], num_tokens: int, overhang: int) -> Iterator[Part]:
     """All parts of a text with at least one step.
 
     Args:
+        text: its number
+        loss_mask: bool [num_tokens], true for the target's answers
         num_tokens: what an engine would be asked for
         overhang: the most nodes that a step accepts. As many tokens are added to each part, so that no step is cut
             short by its end; they are the next part's as well.
     """
-    for first, end in answers_of(stored.loss_mask):
+    for first, end in answers_of(loss_mask):
         for index, bucket in enumerate(buckets):
             start = max(first, bucket.above + 1)
             while start <= min(end - 1, bucket.limit):
                 # The last token of a part is no root: nothing after it is asked for.
                 last = min(start + num_tokens, bucket.limit + 2)
-                part = Part(stored.number, start, min(last + overhang, end), start - first, index)
+                part = Part(text, start, min(last + overhang, end), start - first, index)
                 if part.end - part.start >= overhang + 2:
                     yield part
                 start += num_tokens

@@ -12,12 +12,13 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
 from vllm_longspec.options import DEFAULT_COPY_LENGTH, DEFAULT_LEVELS, parse_copy_length, parse_tree_shape
@@ -25,16 +26,9 @@ from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint, find_file
 from vllm_longspec.scheduling.schedule import default_schedule
 from vllm_longspec.targets.families import size_of
 from vllm_longspec.training.acceptance import Sum, compare, describe, number, plot, summary
-from vllm_longspec.training.continuations import (
-    Bucket,
-    Part,
-    Stored,
-    choose,
-    parse_contexts,
-    parts_of,
-    read_stored,
-)
+from vllm_longspec.training.continuations import Bucket, Part, choose, parse_contexts, parts_of
 from vllm_longspec.training.engine import run_engine
+from vllm_longspec.training.plain_data import read_texts
 from vllm_longspec.training.plain_target import PlainTarget, check_draft, load_draft
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor, Steps
 from vllm_longspec.training.sampling import Sampling
@@ -93,6 +87,7 @@ class Evaluation:
     drafting: Drafting
     frequent_tokens: str | None
     buckets: list[Bucket]
+    texts: Sequence[tuple[Tensor, Tensor]]  # ids and loss mask of each
     parts: list[Part]
 
 
@@ -113,8 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
             for index, bucket in enumerate(evaluation.buckets)
         ]
         result = {**sampling._asdict(), "contexts": contexts, "greedy_share": likelihood.greedy / likelihood.num_tokens}
-        if (note := mismatch(sampling, likelihood)) is not None:
-            result["note"] = note
+        notes = [_contradiction(sampling, evaluation.manifest), mismatch(sampling, likelihood)]
+        result["notes"] = [note for note in notes if note is not None]
         results.append(result)
     served = serve(evaluation) if arguments.engine else [None] * len(results)
     disagreeing = []
@@ -122,8 +117,8 @@ def run(arguments: argparse.Namespace) -> None:
         if engine is not None:
             disagreeing += _compare(evaluation, result, steps, engine)
         print(f"\n{describe(result)}")
-        if "note" in result:
-            print(f"\nNote: {result['note']}.")
+        for note in result["notes"]:
+            print(f"\nNote: {note}.")
     if arguments.out:
         written = {
             "target": arguments.target,
@@ -172,23 +167,19 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
             f"--contexts {buckets[-1].name} is longer than the {config.max_position_embeddings} positions of "
             f"{arguments.target}: leave it out"
         )
-    longest_text = 0
-
-    def parts() -> Iterator[Part]:
-        nonlocal longest_text
-        for stored in read_stored(arguments.data):
-            longest_text = max(longest_text, len(stored.input_ids))
-            _check_tokens(stored, config.vocab_size)
-            for part in parts_of(stored, buckets, arguments.tokens, drafting.reach):
-                if part.end <= longest:
-                    yield part
-
-    chosen = choose(parts(), len(buckets), arguments.parts, arguments.seed)
+    texts = read_texts(arguments.data, config.vocab_size)
+    parts = (
+        part
+        for number, (_, loss_mask) in enumerate(texts)
+        for part in parts_of(number, loss_mask, buckets, arguments.tokens, drafting.reach)
+        if part.end <= longest
+    )
+    chosen = choose(parts, len(buckets), arguments.parts, arguments.seed)
     used = {part.bucket for part in chosen}
     empty = [bucket.name for index, bucket in enumerate(buckets) if index not in used]
     reason = (
         f"no answers of {drafting.reach + 2} tokens or more with such contexts in {arguments.data}, whose "
-        f"longest text has {longest_text} tokens"
+        f"longest text has {max(len(ids) for ids, _ in texts)} tokens"
     )
     if empty and (arguments.contexts or not used):
         raise ValueError(f"--contexts {','.join(empty)}: {reason}; leave them out or add data")
@@ -198,7 +189,9 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
         chosen = [part._replace(bucket=places[part.bucket]) for part in chosen]
         buckets = [bucket for index, bucket in enumerate(buckets) if index in used]
     samplings = _samplings(arguments, manifest)
-    return Evaluation(arguments, config, checkpoint, manifest, samplings, drafting, frequent_tokens, buckets, chosen)
+    return Evaluation(
+        arguments, config, checkpoint, manifest, samplings, drafting, frequent_tokens, buckets, texts, chosen
+    )
 
 
 def _drafting(arguments: argparse.Namespace, config: Any) -> tuple[Drafting, str | None]:
@@ -249,7 +242,7 @@ def predict(evaluation: Evaluation) -> tuple[list[list[Steps]], list[Likelihood]
     steps: list[list[Steps]] = [[] for _ in predictors]
     likelihoods: list[list[Likelihood]] = [[] for _ in predictors]
     by_text = _by_text(evaluation.parts)
-    samples = (_sample(stored, by_text[stored.number]) for stored in _texts(arguments.data, by_text))
+    samples = (_sample(evaluation.texts[number][0], parts) for number, parts in by_text.items())
     for parts, lesson in zip(by_text.values(), target.teach(samples), strict=True):
         for index, predictor in enumerate(predictors):
             for part in parts:
@@ -267,13 +260,8 @@ def predict(evaluation: Evaluation) -> tuple[list[list[Steps]], list[Likelihood]
 
 def serve(evaluation: Evaluation) -> list[list[dict[str, Any]]]:
     """Of each sampling, what an engine did with each part."""
-    arguments, drafting = evaluation.arguments, evaluation.drafting
-    by_text = _by_text(evaluation.parts)
-    prompts, max_tokens = [], []
-    for stored in _texts(arguments.data, by_text):
-        for part in by_text[stored.number]:
-            prompts.append(stored.input_ids[: part.start])
-            max_tokens.append(part.end - part.start - drafting.reach)
+    prompts = [evaluation.texts[part.text][0][: part.start].tolist() for part in evaluation.parts]
+    max_tokens = [part.end - part.start - evaluation.drafting.reach for part in evaluation.parts]
     ends = evaluation.config.eos_token_id
     stops = {"stop_token_ids": ends if isinstance(ends, list) else [ends]} if ends is not None else {}
     runs = [
@@ -334,6 +322,17 @@ def _compare(
     return found
 
 
+def _contradiction(sampling: Sampling, manifest: dict[str, Any]) -> str | None:
+    """What the manifest says otherwise; None if nothing."""
+    stored = manifest.get("sampling", {})
+    none = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    wanted = sampling._asdict() | none
+    if stored.get("top_k") == -1:
+        stored = stored | {"top_k": 0}
+    others = [f"{name} {stored[name]}" for name, value in wanted.items() if stored.get(name, value) != value]
+    return f"by their manifest the answers were drawn with {', '.join(others)}" if others else None
+
+
 def mismatch(sampling: Sampling, likelihood: Likelihood) -> str | None:
     """Why the answers do not look as if they had been drawn so; None if they do."""
     if sampling.temperature == 0:
@@ -367,13 +366,6 @@ def _read_manifest(data: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _check_tokens(stored: Stored, vocab_size: int) -> None:
-    if (most := max(stored.input_ids)) >= vocab_size:
-        raise ValueError(
-            f"{stored.place}: token {most} is not in the target's vocabulary of {vocab_size}: give data of this target"
-        )
-
-
 def _by_text(parts: Sequence[Part]) -> dict[int, list[Part]]:
     found: dict[int, list[Part]] = {}
     for part in parts:
@@ -381,17 +373,13 @@ def _by_text(parts: Sequence[Part]) -> dict[int, list[Part]]:
     return found
 
 
-def _texts(data: Path, by_text: dict[int, list[Part]]) -> Iterator[Stored]:
-    return (stored for stored in read_stored(data) if stored.number in by_text)
-
-
-def _sample(stored: Stored, parts: Sequence[Part]) -> Sample:
+def _sample(ids: Tensor, parts: Sequence[Part]) -> Sample:
     """A text up to its last part; of the answers only the parts are supervised."""
     length = max(part.end for part in parts)
     mask = torch.zeros(length, dtype=torch.bool)
     for part in parts:
         mask[part.start : part.end] = True
-    return Sample(torch.tensor(stored.input_ids[:length]), mask, torch.arange(length))
+    return Sample(ids[:length], mask, torch.arange(length))
 
 
 def _temperatures(value: str) -> list[float]:
