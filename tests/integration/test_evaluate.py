@@ -44,7 +44,7 @@ def test_the_walk_takes_the_steps_of_an_engine_with_copies_and_with_noise(tmp_pa
     evaluate.add_arguments(parser)
     argv = ["--target", str(PAIR / "target"), "--draft", str(PAIR / "draft"), "--data", str(data), "--contexts", "1k"]
     argv += ["--tokens", str(TOKENS), "--nodes", str(NODES), "--copy-length", str(COPY_LENGTH), "--device", "cpu"]
-    argv += ["--engine-args", json.dumps({"kv_cache_memory_bytes": 32 << 20, "gpu_memory_utilization": 0.1})]
+    argv += ["--engine-args", json.dumps({"gpu_memory_utilization": 0.1})]
     evaluation = evaluate.prepare(parser.parse_args(argv))
     drawn: list[list[dict]] = []
 

@@ -24,7 +24,7 @@ from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
 from vllm_longspec.options import DEFAULT_COPY_LENGTH, DEFAULT_LEVELS, parse_copy_length, parse_tree_shape
 from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint, find_file
 from vllm_longspec.scheduling.schedule import default_schedule
-from vllm_longspec.targets.families import size_of
+from vllm_longspec.targets.families import layer_sizes, size_of
 from vllm_longspec.training.acceptance import Sum, compare, describe, number, plot, summary
 from vllm_longspec.training.continuations import Bucket, Part, choose, parse_contexts, parts_of
 from vllm_longspec.training.engine import run_engine
@@ -268,6 +268,7 @@ def serve(evaluation: Evaluation) -> list[list[dict[str, Any]]]:
         {"prompts": prompts, "max_tokens": max_tokens, "sampling": {**sampling._asdict(), **stops}}
         for sampling in evaluation.samplings
     ]
+    print(f"Serving {len(prompts)} prompts in an engine, {len(runs)} times", flush=True)
     longest = max(len(prompt) + tokens for prompt, tokens in zip(prompts, max_tokens, strict=True))
     return run_engine(engine_settings(evaluation, longest), runs)
 
@@ -284,8 +285,13 @@ def engine_settings(evaluation: Evaluation, longest: int) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
         "per_request_spec_decode_metrics": "detailed",
-        **arguments.engine_args,
     }
+    if arguments.device == "cpu":
+        # vLLM would take a share of the memory, which Triton's interpreter copies.
+        *_, kv_heads, head_size = layer_sizes(evaluation.config)
+        token_bytes = 2 * evaluation.config.num_hidden_layers * kv_heads * head_size * 4
+        settings["kv_cache_memory_bytes"] = max(32 << 20, 2 * settings["max_model_len"] * token_bytes)
+    settings |= arguments.engine_args
     settings["speculative_config"] = {
         "model": arguments.draft,
         "tree_shape": list(drafting.shape.levels),

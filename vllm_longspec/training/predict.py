@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_longspec.training.continuations import Part
 from vllm_longspec.training.copies import Trust, find_copy
-from vllm_longspec.training.layer import GlideLayer
+from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 from vllm_longspec.training.sampling import Sampling, lower, noise_given, truncate
 from vllm_longspec.training.teachers import Lesson
 from vllm_longspec.training.walk import Level, Passage, Vocabulary, accepted_of_listed, coupled, walk
@@ -140,10 +140,11 @@ class Predictor:
         ids = lesson.sample.input_ids[: part.end].to(device)[None]
         # What is in float32 here is accumulated in float32 by the engine's kernels, whatever its own type.
         keys, values = (each[None, : part.end].float() for each in (lesson.keys, lesson.values))
-        positions = torch.arange(part.end, device=device)[None]
-        _, window_keys, window_values = self.glide.self_qkv(self.target.embed(ids), positions)
+        window_start = max(0, part.start - SELF_ATTENTION_WINDOW)
+        positions = torch.arange(window_start, part.end, device=device)[None]
+        _, window_keys, window_values = self.glide.self_qkv(self.target.embed(ids[:, window_start:]), positions)
         ends = torch.tensor([part.end - 1], device=device)
-        return Passage(ids, part.start, ends, (keys, values), (window_keys, window_values))
+        return Passage(ids, part.start, ends, (keys, values), (window_keys, window_values), window_start)
 
     def _copy(self, ids: Tensor, root: int) -> tuple[list[int], list[float]]:
         """A path from the text, as long as can be listed, and its scores."""

@@ -38,7 +38,8 @@ class Passage:
     prompt_length: int
     ends: Tensor  # int64 [batch], index of the last token of the continuation
     cross: KeysValues  # the target's last layer, each [batch, tokens, kv_heads, head_dim]
-    window: KeysValues  # the draft's self-attention at every position, same shape
+    window: KeysValues  # the draft's self-attention, each [batch, tokens - window_start, kv_heads, head_dim]
+    window_start: int = 0  # no root is nearer to it than the window is long, unless it is 0
 
 
 class Level(NamedTuple):
@@ -76,7 +77,8 @@ def grow(
     ids, device = passage.ids, passage.ids.device
     batch, num_tokens = ids.shape
     window_indices = roots[:, None] + torch.arange(-SELF_ATTENTION_WINDOW, 0, device=device)
-    gather = window_indices.clamp(min=0)[:, :, None, None].expand(-1, -1, *passage.window[0].shape[2:])
+    places = (window_indices - passage.window_start).clamp(min=0)
+    gather = places[:, :, None, None].expand(-1, -1, *passage.window[0].shape[2:])
     past = tuple(part.gather(1, gather) for part in passage.window)
     # While a tree is drafted, every row sees the target's keys up to the root and without it.
     cross_mask = (torch.arange(num_tokens, device=device) < roots[:, None])[:, None]
