@@ -11,8 +11,9 @@ from benchmarks.training.acceptance import generate, load_prompts
 from benchmarks.training.target import load_target
 from vllm_longspec.training import evaluate
 from vllm_longspec.training.continuations import Part
+from vllm_longspec.training.draft import load_draft
 from vllm_longspec.training.engine import run_engine
-from vllm_longspec.training.plain_target import PlainTarget, load_draft
+from vllm_longspec.training.plain_target import PlainTarget
 from vllm_longspec.training.predict import Predictor
 from vllm_longspec.training.sampling import Sampling
 from vllm_longspec.training.teachers import Sample

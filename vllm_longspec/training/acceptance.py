@@ -158,10 +158,9 @@ def describe(result: dict[str, Any]) -> str:
         found = {each["from"]: each["tokens_per_step"] for each in context["by_output_position"]}
         rows.append([context["context"], *(number(found.get(start)) for start in starts)])
     parts += ["By position in the answer:", table(rows)]
-    compared = [each for each in contexts if "engine" in each]
-    if compared:
+    if "engine" in result:
         rows = [["context", "walk", "engine", "difference", "+-", "engine's steps", "result"]]
-        for context in compared:
+        for context in (*contexts, {"context": "all", "engine": result["engine"]}):
             each = Comparison(**context["engine"])
             error = "-" if each.standard_error is None else f"{each.standard_error:.1%}"
             verdict = each.verdict

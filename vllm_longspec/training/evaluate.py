@@ -27,9 +27,10 @@ from vllm_longspec.scheduling.schedule import default_schedule
 from vllm_longspec.targets.families import layer_sizes, size_of
 from vllm_longspec.training.acceptance import Sum, compare, describe, number, plot, summary
 from vllm_longspec.training.continuations import Bucket, Part, choose, parse_contexts, parts_of
+from vllm_longspec.training.draft import check_draft, load_draft
 from vllm_longspec.training.engine import run_engine
 from vllm_longspec.training.plain_data import read_texts
-from vllm_longspec.training.plain_target import PlainTarget, check_draft, load_draft
+from vllm_longspec.training.plain_target import PlainTarget
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor, Steps
 from vllm_longspec.training.sampling import Sampling
 from vllm_longspec.training.teachers import Sample
@@ -307,24 +308,27 @@ def engine_settings(evaluation: Evaluation, longest: int) -> dict[str, Any]:
 def _compare(
     evaluation: Evaluation, result: dict[str, Any], steps: Sequence[Steps], served: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """Puts the comparison of each bucket into a result, and returns those that disagree."""
+    """Puts the comparison of each context, and of all together, into a result, and returns those that disagree."""
+    # A request whose first token ends it takes no step.
+    pairs = [
+        (mine.part.bucket, Sum.of(mine.accepted), Sum.of(other["accepted"]))
+        for mine, other in zip(steps, served, strict=True)
+        if other["accepted"]
+    ]
     found = []
-    for index, context in enumerate(result["contexts"]):
-        pairs = [
-            (Sum.of(mine.accepted), Sum.of(other["accepted"]))
-            for mine, other in zip(steps, served, strict=True)
-            if mine.part.bucket == index and other["accepted"]
-        ]
-        if not pairs:
-            raise ValueError(f"the engine took no step with context {context['context']}: give more --tokens")
-        walked, engine = ([pair[side] for pair in pairs] for side in (0, 1))
+    places: list[tuple[str, dict[str, Any], list]] = [
+        (f"context {context['context']}", context, [pair for pair in pairs if pair[0] == index])
+        for index, context in enumerate(result["contexts"])
+    ]
+    for name, place, own in (*places, ("all contexts", result, pairs)):
+        if not own:
+            raise ValueError(f"the engine took no step, {name}: give more --tokens")
+        _, walked, engine = zip(*own, strict=True)
         compared = compare(walked, engine, evaluation.arguments.tolerance)
-        context["engine"] = compared._asdict()
+        place["engine"] = compared._asdict()
         if compared.verdict == "differ":
-            found.append(
-                f"context {context['context']}, temperature {result['temperature']:g}: {number(compared.walk)} and "
-                f"{number(compared.engine)} tokens a step"
-            )
+            values = f"{number(compared.walk)} and {number(compared.engine)} tokens a step"
+            found.append(f"{name}, temperature {result['temperature']:g}: {values}")
     return found
 
 
