@@ -26,6 +26,10 @@ COMMANDS = {
         "vllm_longspec.frequent_tokens",
         "count the tokens that texts consist of most, for a smaller head of the draft",
     ),
+    "train": (
+        "vllm_longspec.training.train",
+        "train a GLIDE draft for a target",
+    ),
 }
 
 
