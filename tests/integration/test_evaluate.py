@@ -11,12 +11,12 @@ from benchmarks.training.acceptance import generate, load_prompts
 from benchmarks.training.target import load_target
 from vllm_longspec.training import evaluate
 from vllm_longspec.training.continuations import Part
-from vllm_longspec.training.draft import load_draft
+from vllm_longspec.training.draft import TargetVocabulary, load_draft
 from vllm_longspec.training.engine import run_engine
-from vllm_longspec.training.plain_target import PlainTarget
 from vllm_longspec.training.predict import Predictor
 from vllm_longspec.training.sampling import Sampling
 from vllm_longspec.training.teachers import Sample
+from vllm_longspec.training.teachers.hf import HfTeacher
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise, noised_logits
 
 PROMPT_LENGTH, TOKENS, NODES, COPY_LENGTH, SEED = 150, 30, 40, 12, 5
@@ -72,19 +72,19 @@ def test_the_walk_takes_the_steps_of_an_engine_with_copies_and_with_noise(tmp_pa
     assert len(evaluation.drafting.shape.levels) < max(max(each.accepted) for each in walked)
 
     # What copies are worth has been learned from these.
-    target = PlainTarget(str(PAIR / "target"), torch.float32, "cpu")
+    vocabulary = TargetVocabulary.of(evaluation.shared, "cpu", torch.float32)
     glide = load_draft(evaluation.checkpoint, evaluation.config, "cpu")
     ids = torch.cat((prompt_ids[2], torch.tensor(drawn[1][0]["token_ids"])))
     assert ids[PROMPT_LENGTH:][:TOKENS].tolist() == drawn[0][0]["token_ids"]
     samples = [Sample(each, torch.tensor(loss_mask), torch.arange(LENGTH)) for each in (*texts, ids)]
-    *before, lesson = target.teach(samples)
-    learning = Predictor(target.vocabulary(), glide, evaluation.drafting, Sampling(0.0))
+    *before, lesson = HfTeacher(evaluation.shared, "cpu", torch.float32).teach(samples)
+    learning = Predictor(vocabulary, glide, evaluation.drafting, Sampling(0.0))
     for each, part in zip(before, evaluation.parts, strict=True):
         learning.steps(each, part)
     part = Part(2, PROMPT_LENGTH, LENGTH, 0, 0)
-    predictor = WithNoiseOfVllm(target.vocabulary(), glide, evaluation.drafting, SAMPLING, trust=learning.trust)
+    predictor = WithNoiseOfVllm(vocabulary, glide, evaluation.drafting, SAMPLING, trust=learning.trust)
     accepted = predictor.steps(lesson, part).accepted
     assert accepted == drawn[0][0]["accepted"]
     # Without the noise they are others.
     evaluation.drafting.couple_noise = False
-    assert Predictor(target.vocabulary(), glide, evaluation.drafting, SAMPLING).steps(lesson, part).accepted != accepted
+    assert Predictor(vocabulary, glide, evaluation.drafting, SAMPLING).steps(lesson, part).accepted != accepted

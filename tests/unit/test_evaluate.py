@@ -27,11 +27,12 @@ from vllm_longspec.training.continuations import (
     parts_of,
 )
 from vllm_longspec.training.copies import Trust, find_copy
-from vllm_longspec.training.plain_data import read_texts
-from vllm_longspec.training.plain_target import PlainTarget
+from vllm_longspec.training.draft import TargetVocabulary
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor
 from vllm_longspec.training.sampling import FORBIDDEN, Sampling, noise_given, truncate
+from vllm_longspec.training.target import load_shared
 from vllm_longspec.training.teachers import Sample
+from vllm_longspec.training.teachers.hf import HfTeacher
 from vllm_longspec.training.walk import Level, accepted_of_listed
 from vllm_longspec.tree.shape import TreeShape
 
@@ -92,22 +93,6 @@ def test_choice_of_parts_is_even_and_repeatable():
             counts[part.text] += 1
     # 100 expected of each, standard deviation 9
     assert min(counts.values()) > 60 and max(counts.values()) < 140
-
-
-def test_lines_that_are_no_data_are_named(tmp_path):
-    good = json.dumps({"input_ids": [1, 2], "loss_mask": [0, 1]})
-    bad = ["[]", "{", '{"input_ids": [1]}', '{"input_ids": [1, 2], "loss_mask": [1]}']
-    bad.append('{"input_ids": ["a"], "loss_mask": [1]}')
-    for number, line in enumerate(bad):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_text(f"{good}\n\n{line}\n")
-        with pytest.raises(ValueError, match=rf"{number}.jsonl, line 3: not a JSON object with input_ids"):
-            read_texts(path, 9)
-    with pytest.raises(ValueError, match=r"0.jsonl, line 3"):
-        read_texts(tmp_path, 9)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has no \*.jsonl"):
-        read_texts(tmp_path / "empty", 9)
 
 
 def test_noise_given_its_token_is_that_which_drew_it():
@@ -224,7 +209,8 @@ def test_a_coupled_draft_accepts_with_noise_given_the_text_what_it_does_with_the
         lambda scaled: truncate(scaled, sampling),
         noises,
     )
-    teacher = PlainTarget(TARGET, torch.float32, "cpu")
+    shared = load_shared(TARGET)
+    teacher, vocabulary = HfTeacher(shared, "cpu", torch.float32), TargetVocabulary.of(shared, "cpu", torch.float32)
     mask = torch.arange(length + num_tokens) >= length
     lessons = list(teacher.teach(Sample(row, mask, torch.arange(len(row))) for row in ids))
     parts = [Part(text, length, length + num_tokens, 0, 0) for text in range(len(ids))]
@@ -238,7 +224,7 @@ def test_a_coupled_draft_accepts_with_noise_given_the_text_what_it_does_with_the
         """Of each text, over all seeds."""
         found = [[0, 0] for _ in parts]
         for seed in seeds:
-            predictor = cls(teacher.vocabulary(), glide, drafting, sampling, seed)
+            predictor = cls(vocabulary, glide, drafting, sampling, seed)
             for total, lesson, part in zip(found, lessons, parts, strict=True):
                 each = Sum.of(predictor.steps(lesson, part).accepted)
                 total[:] = total[0] + each.steps, total[1] + each.tokens
@@ -255,7 +241,7 @@ def test_a_coupled_draft_accepts_with_noise_given_the_text_what_it_does_with_the
     assert alone.standard_error is not None and alone.difference < -4 * alone.standard_error
     # The text passes for what it is, and not for another.
     for other, is_named in ((sampling, False), (Sampling(0.3), True), (Sampling(0.0), True)):
-        predictor = Predictor(teacher.vocabulary(), glide, drafting, other)
+        predictor = Predictor(vocabulary, glide, drafting, other)
         found = [predictor.likelihood(lesson, part) for lesson, part in zip(lessons, parts, strict=True)]
         total = Likelihood(*map(sum, zip(*found, strict=True)))
         assert (evaluate.mismatch(other, total) is not None) == is_named
@@ -359,7 +345,7 @@ def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypa
         (["--contexts", "8k"], "--contexts 8k is longer than the 4096 positions of"),
         (["--draft", TARGET], "--draft is no GLIDE draft"),
         (["--draft", "{other}"], "does not fit target"),
-        (["--data", "{foreign}"], "foreign.jsonl, line 2: token 9999 is not in the target's vocabulary of 4096"),
+        (["--data", "{foreign}"], "foreign.jsonl has token 9999, but the target's vocabulary has 4096"),
         (["--data", "{tmp}/nothing.jsonl"], "nothing.jsonl"),
         (["--nodes", "69"], "--nodes must be from 1 to 68"),
         (["--tree-shape", "300"], "at most 255 are supported"),

@@ -17,6 +17,7 @@ from vllm_longspec.proposers.glide.checkpoint import (
 )
 from vllm_longspec.proposers.glide.fit import check_fit
 from vllm_longspec.training.layer import GlideLayer
+from vllm_longspec.training.target import SharedTarget
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class TargetVocabulary:
     embedding: Tensor  # [vocab_size, hidden_size]
     weight: Tensor  # [vocab_size, hidden_size] of the head
     logit_scale: float  # factor of the logits
+
+    @classmethod
+    def of(cls, shared: SharedTarget, device: str, dtype: torch.dtype) -> "TargetVocabulary":
+        moved = shared.to(device, dtype)
+        return cls(moved.embedding, moved.head, moved.logit_scale)
 
     def embed(self, ids: Tensor) -> Tensor:
         """float32 [..., hidden_size]"""

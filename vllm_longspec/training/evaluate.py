@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,13 +28,15 @@ from vllm_longspec.scheduling.schedule import default_schedule
 from vllm_longspec.targets.families import layer_sizes, size_of
 from vllm_longspec.training.acceptance import Sum, compare, describe, number, plot, summary
 from vllm_longspec.training.continuations import Bucket, Part, choose, parse_contexts, parts_of
-from vllm_longspec.training.draft import check_draft, load_draft
+from vllm_longspec.training.data import TokenStore
+from vllm_longspec.training.data import prepare as store_texts
+from vllm_longspec.training.draft import TargetVocabulary, check_draft, load_draft
 from vllm_longspec.training.engine import run_engine
-from vllm_longspec.training.plain_data import read_texts
-from vllm_longspec.training.plain_target import PlainTarget
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor, Steps
 from vllm_longspec.training.sampling import Sampling
+from vllm_longspec.training.target import SharedTarget, load_shared, load_tokenizer
 from vllm_longspec.training.teachers import Sample
+from vllm_longspec.training.teachers.hf import HfTeacher
 
 DEFAULT_CONTEXTS = "2k,8k,32k,128k"
 # Of the stored tokens, the least share of the target's most probable ones with which an answer passes for greedy:
@@ -81,15 +84,20 @@ class Evaluation:
     """What is measured, all of it checked before a weight is loaded."""
 
     arguments: argparse.Namespace
-    config: Any  # the target's
+    shared: SharedTarget
     checkpoint: DraftCheckpoint
     manifest: dict[str, Any]
     samplings: list[Sampling]
     drafting: Drafting
     frequent_tokens: str | None
     buckets: list[Bucket]
-    texts: Sequence[tuple[Tensor, Tensor]]  # ids and loss mask of each
+    texts: TokenStore
     parts: list[Part]
+    folder: TemporaryDirectory  # of the texts, for as long as this object is there
+
+    @property
+    def config(self) -> Any:
+        return self.shared.config
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -147,8 +155,6 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     Raises:
         ValueError: an argument, the draft or the data cannot be used.
     """
-    from transformers import AutoConfig
-
     for name in ("parts", "tokens"):
         if getattr(arguments, name) < (2 if name == "tokens" else 1):
             raise ValueError(f"--{name} is {getattr(arguments, name)}: give more")
@@ -156,7 +162,8 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
         raise ValueError(f"--tolerance must be between 0 and 1, such as 0.03, got {arguments.tolerance}")
     if arguments.plot and arguments.plot.suffix not in (".svg", ".png"):
         raise ValueError(f"--plot {arguments.plot} must end with .svg or .png")
-    config = AutoConfig.from_pretrained(arguments.target).get_text_config()
+    shared = load_shared(arguments.target)
+    config = shared.config
     checkpoint = check_draft(arguments.draft, arguments.target, config)
     manifest = _read_manifest(arguments.data)
     drafting, frequent_tokens = _drafting(arguments, config)
@@ -168,11 +175,18 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
             f"--contexts {buckets[-1].name} is longer than the {config.max_position_embeddings} positions of "
             f"{arguments.target}: leave it out"
         )
-    texts = read_texts(arguments.data, config.vocab_size)
+    folder = TemporaryDirectory()
+    texts = store_texts(
+        [str(arguments.data)],
+        Path(folder.name),
+        lambda: load_tokenizer(shared),
+        shared.vocab_size,
+        config.max_position_embeddings,
+    )
     parts = (
         part
-        for number, (_, loss_mask) in enumerate(texts)
-        for part in parts_of(number, loss_mask, buckets, arguments.tokens, drafting.reach)
+        for number in range(len(texts))
+        for part in parts_of(number, texts[number][1], buckets, arguments.tokens, drafting.reach)
         if part.end <= longest
     )
     chosen = choose(parts, len(buckets), arguments.parts, arguments.seed)
@@ -180,7 +194,7 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     empty = [bucket.name for index, bucket in enumerate(buckets) if index not in used]
     reason = (
         f"no answers of {drafting.reach + 2} tokens or more with such contexts in {arguments.data}, whose "
-        f"longest text has {max(len(ids) for ids, _ in texts)} tokens"
+        f"longest text has {max(texts.lengths)} tokens"
     )
     if empty and (arguments.contexts or not used):
         raise ValueError(f"--contexts {','.join(empty)}: {reason}; leave them out or add data")
@@ -191,7 +205,7 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
         buckets = [bucket for index, bucket in enumerate(buckets) if index in used]
     samplings = _samplings(arguments, manifest)
     return Evaluation(
-        arguments, config, checkpoint, manifest, samplings, drafting, frequent_tokens, buckets, texts, chosen
+        arguments, shared, checkpoint, manifest, samplings, drafting, frequent_tokens, buckets, texts, chosen, folder
     )
 
 
@@ -231,14 +245,14 @@ def _samplings(arguments: argparse.Namespace, manifest: dict[str, Any]) -> list[
 def predict(evaluation: Evaluation) -> tuple[list[list[Steps]], list[Likelihood]]:
     """Of each sampling, the steps of all parts and the likelihood of their tokens."""
     arguments = evaluation.arguments
-    dtype: Any = arguments.dtype and getattr(torch, arguments.dtype)
-    if dtype is None:
-        dtype = torch.float32 if arguments.device == "cpu" else "auto"
-    target = PlainTarget(arguments.target, dtype, arguments.device)
+    shared = evaluation.shared
+    stored = torch.float32 if arguments.device == "cpu" else shared.embedding.dtype
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else stored
+    target = HfTeacher(shared, arguments.device, dtype)
+    vocabulary = TargetVocabulary.of(shared, arguments.device, dtype)
     glide = load_draft(evaluation.checkpoint, evaluation.config, arguments.device)
     predictors = [
-        Predictor(target.vocabulary(), glide, evaluation.drafting, sampling, arguments.seed)
-        for sampling in evaluation.samplings
+        Predictor(vocabulary, glide, evaluation.drafting, sampling, arguments.seed) for sampling in evaluation.samplings
     ]
     steps: list[list[Steps]] = [[] for _ in predictors]
     likelihoods: list[list[Likelihood]] = [[] for _ in predictors]
@@ -252,7 +266,7 @@ def predict(evaluation: Evaluation) -> tuple[list[list[Steps]], list[Likelihood]
         if sys.stderr.isatty():
             print(f"\r{len(steps[0])} of {len(evaluation.parts)} parts", end="", file=sys.stderr, flush=True)
     target.close()
-    del target, glide, predictors
+    del target, vocabulary, glide, predictors
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
