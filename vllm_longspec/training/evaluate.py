@@ -152,6 +152,8 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     for name in ("parts", "tokens"):
         if getattr(arguments, name) < (2 if name == "tokens" else 1):
             raise ValueError(f"--{name} is {getattr(arguments, name)}: give more")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {arguments.device}, but PyTorch finds no GPU: give --device cpu")
     if not 0 < arguments.tolerance < 1:
         raise ValueError(f"--tolerance must be between 0 and 1, such as 0.03, got {arguments.tolerance}")
     if arguments.plot and arguments.plot.suffix not in (".svg", ".png"):
@@ -213,6 +215,8 @@ def _drafting(arguments: argparse.Namespace, config: Any) -> tuple[Drafting, str
 
 
 def _samplings(arguments: argparse.Namespace, manifest: dict[str, Any]) -> list[Sampling]:
+    from vllm import SamplingParams
+
     stored = manifest.get("sampling", {})
     temperatures = arguments.temperatures
     if temperatures is None:
@@ -221,6 +225,12 @@ def _samplings(arguments: argparse.Namespace, manifest: dict[str, Any]) -> list[
         name: getattr(arguments, name) if getattr(arguments, name) is not None else stored.get(name, default)
         for name, default in Sampling._field_defaults.items()
     }
+    for temperature in temperatures:
+        try:
+            SamplingParams(temperature=temperature, **chosen)
+        except Exception as error:
+            # vLLM's own errors of validation are no ValueErrors; they name the parameter.
+            raise ValueError(str(error)) from None
     # vLLM's -1 is none as well.
     chosen["top_k"] = max(0, chosen["top_k"])
     return [
@@ -393,14 +403,17 @@ def _sample(ids: Tensor, parts: Sequence[Part]) -> Sample:
 
 
 def _temperatures(value: str) -> list[float]:
-    temperatures = [float(each) for each in value.split(",")]
-    if min(temperatures) < 0:
-        raise argparse.ArgumentTypeError(f"{value!r} has a temperature below 0")
-    return temperatures
+    try:
+        return [float(each) for each in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no list of numbers such as 0,0.6,1") from None
 
 
 def _json_object(value: str) -> dict[str, Any]:
-    content = json.loads(value)
+    try:
+        content = json.loads(value)
+    except ValueError:
+        content = None
     if not isinstance(content, dict):
         raise argparse.ArgumentTypeError(f"{value!r} is no JSON object")
     return content
