@@ -152,8 +152,11 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     for name in ("parts", "tokens"):
         if getattr(arguments, name) < (2 if name == "tokens" else 1):
             raise ValueError(f"--{name} is {getattr(arguments, name)}: give more")
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {arguments.device}, but PyTorch finds no GPU: give --device cpu")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {arguments.device} cannot be used ({reason}): give cuda or cpu") from None
     if not 0 < arguments.tolerance < 1:
         raise ValueError(f"--tolerance must be between 0 and 1, such as 0.03, got {arguments.tolerance}")
     if arguments.plot and arguments.plot.suffix not in (".svg", ".png"):
