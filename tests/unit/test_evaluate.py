@@ -197,7 +197,7 @@ def test_nodes_are_listed_and_accepted_as_the_oracle_does():
 def test_a_coupled_draft_accepts_with_noise_given_the_text_what_it_does_with_the_noise_that_drew_it():
     target, glide = pair_acceptance.load_pair(PAIR, "cpu")
     prompts = pair_acceptance.load_prompts(PAIR / "prompts.jsonl", PAIR / "target" / "tokenizer.json", 12, "cpu")
-    length, num_tokens, shape = 48, 60, TreeShape((2, 3))
+    length, num_tokens, shape = 48, 50, TreeShape((2, 3))
     sampling = Sampling(0.9, top_k=50)
     noises: list[torch.Tensor] = []
     ids = pair_acceptance.generate(
@@ -350,6 +350,9 @@ def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypa
         (["--nodes", "69"], "--nodes must be from 1 to 68"),
         (["--tree-shape", "300"], "at most 255 are supported"),
         (["--copy-length", "-1"], "copy_length must be an integer from 0"),
+        (["--temperatures", "-1"], "temperature must be"),
+        (["--top-p", "0"], "top_p must be in (0, 1]"),
+        (["--device", "cuda:77"], "--device cuda:77"),
         (["--tolerance", "3"], "--tolerance must be between 0 and 1"),
         (["--plot", "plot.doc"], "must end with .svg or .png"),
         (["--tokens", "1"], "--tokens is 1: give more"),

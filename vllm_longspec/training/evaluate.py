@@ -158,6 +158,11 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     for name in ("parts", "tokens"):
         if getattr(arguments, name) < (2 if name == "tokens" else 1):
             raise ValueError(f"--{name} is {getattr(arguments, name)}: give more")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {arguments.device} cannot be used ({reason}): give cuda or cpu") from None
     if not 0 < arguments.tolerance < 1:
         raise ValueError(f"--tolerance must be between 0 and 1, such as 0.03, got {arguments.tolerance}")
     if arguments.plot and arguments.plot.suffix not in (".svg", ".png"):
@@ -227,6 +232,8 @@ def _drafting(arguments: argparse.Namespace, config: Any) -> tuple[Drafting, str
 
 
 def _samplings(arguments: argparse.Namespace, manifest: dict[str, Any]) -> list[Sampling]:
+    from vllm import SamplingParams
+
     stored = manifest.get("sampling", {})
     temperatures = arguments.temperatures
     if temperatures is None:
@@ -235,6 +242,12 @@ def _samplings(arguments: argparse.Namespace, manifest: dict[str, Any]) -> list[
         name: getattr(arguments, name) if getattr(arguments, name) is not None else stored.get(name, default)
         for name, default in Sampling._field_defaults.items()
     }
+    for temperature in temperatures:
+        try:
+            SamplingParams(temperature=temperature, **chosen)
+        except Exception as error:
+            # vLLM's own errors of validation are no ValueErrors; they name the parameter.
+            raise ValueError(str(error)) from None
     # vLLM's -1 is none as well.
     chosen["top_k"] = max(0, chosen["top_k"])
     return [
@@ -407,14 +420,17 @@ def _sample(ids: Tensor, parts: Sequence[Part]) -> Sample:
 
 
 def _temperatures(value: str) -> list[float]:
-    temperatures = [float(each) for each in value.split(",")]
-    if min(temperatures) < 0:
-        raise argparse.ArgumentTypeError(f"{value!r} has a temperature below 0")
-    return temperatures
+    try:
+        return [float(each) for each in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no list of numbers such as 0,0.6,1") from None
 
 
 def _json_object(value: str) -> dict[str, Any]:
-    content = json.loads(value)
+    try:
+        content = json.loads(value)
+    except ValueError:
+        content = None
     if not isinstance(content, dict):
         raise argparse.ArgumentTypeError(f"{value!r} is no JSON object")
     return content
