@@ -12,10 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vllm_longspec.training.attention import Intervals, interval_attention
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 from vllm_longspec.training.teachers import Lesson, Sample
+
+# Rows times depths above which the backward pass computes the MLP again.
+RECOMPUTE_ABOVE = 1 << 16
 
 
 class Layout(NamedTuple):
@@ -97,11 +101,14 @@ def draft_hidden(
     embeddings: Tensor,  # [num_window_tokens, hidden_size] of `packed.layout.ids`
     packed: Packed,
     withheld: Sequence[int],
+    recompute_above: int = RECOMPUTE_ABOVE,
 ) -> Tensor:
     """`GlideLayer.forward` of every row, for each number of withheld keys, of which 1 is the row's own.
 
     Args:
         withheld: increasing, from 1 on
+        recompute_above: rows times depths above which the backward pass computes the MLP again, by parts, in place of
+            keeping what it needs of all rows
 
     Returns:
         [len(withheld), num_rows, hidden_size]
@@ -119,9 +126,25 @@ def draft_hidden(
     hidden = residual + added * attention.o_proj(attended.flatten(1).to(residual.dtype))
 
     queries = glide.cross_q(hidden[None], positions)[0]
-    cross = torch.stack(_at_depths(queries, packed, withheld, glide.scale))  # [depths, rows, heads, head_dim]
-    hidden = hidden + added * glide.cross_attn.o_proj(cross.flatten(2).to(residual.dtype))
-    return hidden + added * glide.mlp(glide.post_cross_attention_layernorm(hidden))
+    crosses = _at_depths(queries, packed, withheld, glide.scale)
+
+    def finish(hidden: Tensor, cross: Tensor) -> Tensor:
+        hidden = hidden + added * glide.cross_attn.o_proj(cross.flatten(-2).to(residual.dtype))
+        return hidden + added * glide.mlp(glide.post_cross_attention_layernorm(hidden))
+
+    if len(hidden) * len(withheld) <= recompute_above or not torch.is_grad_enabled():
+        return finish(hidden, torch.stack(crosses))
+    return torch.stack(
+        [
+            torch.cat(
+                [
+                    checkpoint(finish, *part, use_reentrant=False)
+                    for part in zip(hidden.split(recompute_above), cross.split(recompute_above), strict=True)
+                ]
+            )
+            for cross in crosses
+        ]
+    )
 
 
 def _at_depths(
