@@ -137,6 +137,8 @@ def block_mask(first: Tensor, end: Tensor, num_keys: int) -> BlockMask:
         order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         return blocks.sum(1).int()[None, None], order.int()[None, None].contiguous()
 
+    first, end = first.int(), end.int()
+
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (first[row] <= key) & (key < end[row])
 

@@ -163,26 +163,25 @@ def _at_depths(
     output, log_sum = interval_attention(queries, packed.keys, packed.values, shared, scale)
     if len(withheld) == 1:
         return [output]
-    rows, heads, head_dim = queries.shape
-    keys, values = packed.keys.to(queries.dtype), packed.values.to(queries.dtype)
-    grouped = queries.reshape(rows, keys.shape[1], -1, head_dim)
+    rows, _, head_dim = queries.shape
+    wide, kv_heads = log_sum.dtype, packed.keys.shape[1]
+    # [rows, kv_heads, group, head_dim]; without the last for what belongs to a head
+    grouped = queries.to(wide).reshape(rows, kv_heads, -1, head_dim)
+    mixed, log_sum = output.to(wide).view_as(grouped), log_sum.view(rows, kv_heads, -1)
     factor = head_dim**-0.5 if scale is None else scale
-    outputs, wide = [output], log_sum.dtype
-    output = output.to(wide)
+    outputs = [output]
     for number in range(withheld[-1] - 1, withheld[0] - 1, -1):
         # The key that is seen with `number` withheld, and not with one more.
         index = end - 1 - number
-        is_there = index >= first
+        is_there = (index >= first)[:, None, None]
         index = index.clamp(min=0)
-        score = (grouped * keys[index][:, :, None]).sum(-1).to(wide).reshape(rows, heads) * factor
-        score = score.masked_fill(~is_there[:, None], NOTHING_THERE)
+        key, value = packed.keys[index].to(wide)[:, :, None], packed.values[index].to(wide)[:, :, None]
+        score = ((grouped * key).sum(-1) * factor).masked_fill(~is_there, NOTHING_THERE)
         total = torch.logaddexp(log_sum, score)
-        value = values[index][:, :, None].expand_as(grouped).reshape(rows, heads, head_dim)
-        share = (score - total).exp().masked_fill(~is_there[:, None], 0.0)[..., None]
-        output = output * (1 - share) + value.to(wide) * share
-        log_sum = total
+        share = (score - total).exp().masked_fill(~is_there, 0.0)[..., None]
+        mixed, log_sum = mixed + share * (value - mixed), total
         if number in withheld:
-            outputs.append(output.to(queries.dtype))
+            outputs.append(mixed.to(queries.dtype).view_as(output))
     return outputs[::-1]
 
 

@@ -144,7 +144,8 @@ def make_teacher(config: TrainConfig, shared: SharedTarget, device: torch.device
         plain = HfTeacher(shared, "cpu", torch.float32)
         reference = list(plain.teach(samples))
         plain.close()
-    teacher: Teacher = VllmTeacher(config.target, revision=config.revision, **config.engine)
+    longest = min(max(stage.max_length for stage in config.stages), shared.config.max_position_embeddings)
+    teacher: Teacher = VllmTeacher(config.target, longest, revision=config.revision, **config.engine)
     if samples:
         try:
             check_agreement(reference, list(teacher.teach(samples)), dtype)
