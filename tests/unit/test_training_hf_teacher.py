@@ -56,7 +56,7 @@ def test_lessons(targets, family):
     model = kind.from_pretrained(path, dtype=torch.float32).eval()
     if family == "phi3":
         decoder = model.model
-        # The table for long texts, as vLLM takes it where the context is not limited.
+        # The table for long texts.
         decoder.rotary_emb.original_inv_freq = inverse_frequencies(shared.config).float()
     for lesson in lessons:
         cache = DynamicCache()
@@ -112,3 +112,32 @@ def test_targets_without_what_a_draft_shares(tmp_path, targets):
 
 def test_every_family_has_a_target(targets):
     assert set(FAMILY_SETTINGS) <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", ["llama", "ministral3", "phi3", "glm4"])
+def test_a_drafts_rotation_is_that_of_vllm(targets, family):
+    """Of types llama3, yarn, longrope for long contexts, and of pairs of neighbours in a part of the head."""
+    from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    path = targets(family)
+    config = load_shared(str(path)).config
+    # Of a Phi's, which has a rotation of its own for contexts above 256.
+    model = ModelConfig(str(path), skip_tokenizer_init=True, dtype="float32", max_model_len=2048)
+    served = VllmConfig(model_config=model, device_config=DeviceConfig("cpu"))
+    with set_current_vllm_config(served):
+        rotary = get_rope(
+            getattr(config, "head_dim", None) or 32,
+            config.max_position_embeddings,
+            is_neox_style=family != "glm4",
+            rope_parameters=dict(config.rope_parameters),
+            dtype=torch.float32,
+        )
+    layer = GlideLayer(config)
+    torch.manual_seed(0)
+    positions = torch.tensor([0, 1, 7, 255, 256, 300, 1999])
+    heads = torch.randn(len(positions), 2, layer.self_attn.head_dim)
+    forward = getattr(rotary, "forward_native", rotary.forward)
+    expected, _ = forward(positions, heads.flatten(1).clone(), heads.flatten(1).clone())
+    found = layer.rotate(heads[None], positions[None])[0]
+    torch.testing.assert_close(found, expected.view_as(found), atol=1e-3, rtol=1e-3)

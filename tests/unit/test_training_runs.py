@@ -161,6 +161,44 @@ def test_a_killed_run_leaves_whole_checkpoints(tmp_path, target, data):
     assert checkpoints.read_state(last)["step"] == int(last.name[5:])
 
 
+def test_two_processes_train_what_one_does(tmp_path, target, data):
+    """Each takes one of the two batches that one process takes behind each other, with whole and with split weights."""
+    one = tmp_path / "one"
+    stages = "stages=[{steps: 4, learning_rate: 2e-3}]"
+    command(target, data, one, stages)
+    values = {
+        "target": str(target),
+        "data": [str(data)],
+        "stages": [{"steps": 4, "learning_rate": 2e-3}],
+        "tokens_per_batch": 256,
+        "held_out": {"samples": 3},
+        "report": {"steps": 2},
+    }
+    two, split = tmp_path / "two", tmp_path / "split"
+    script = tmp_path / "both.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from vllm_longspec.training.config import build\n"
+        "from vllm_longspec.training.train import make_accelerator, train\n"
+        f"two = build({ {**values, 'out': str(two)} })\n"
+        f"split = build({ {**values, 'out': str(split), 'sharding': 'fsdp2'} })\n"
+        "accelerator = make_accelerator(two, Path(two.out))\n"
+        "train(two, accelerator=accelerator)\n"
+        "train(split, accelerator=accelerator)\n"
+        # Split weights and moments are read again.
+        "train(split, resume=True, accelerator=accelerator)\n"
+        "accelerator.end_training()\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run([sys.executable, *torchrun], env=environment, check=True, timeout=300)
+    expected = load_file(one / "model.safetensors")
+    for run in (two, split):
+        for name, weight in load_file(run / "model.safetensors").items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5, msg=f"{run} {name}")
+        assert [each["step"] for each in metrics(run)] == [each["step"] for each in metrics(one)]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, target, data, monkeypatch):
     out, seen = tmp_path / "run", []
     learning_rate = loop.learning_rate

@@ -84,17 +84,24 @@ def _dense(
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
+    # Shapes that come often are worth kernels of their own; after so many PyTorch would no longer compile at all.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # Uncompiled it holds all scores.
     return torch.compile(flex_attention)
 
 
+def _padding(length: int) -> int:
+    """To one of a few lengths, so that few kernels are compiled. Padding costs no work: no row sees it."""
+    step = max(BLOCK, 1 << max(0, length.bit_length() - 3))
+    return -length % step
+
+
 def _flex(queries: Tensor, keys: Tensor, values: Tensor, seen: Intervals, scale: float) -> tuple[Tensor, Tensor]:
     rows = len(queries)
-    padding = -rows % BLOCK
     # Added rows see nothing.
-    first, end = (pad(bound, (0, padding)) for bound in seen)
+    first, end = (pad(bound, (0, _padding(rows))) for bound in seen)
     queries, keys, values = (
-        pad(part, (0, 0, 0, 0, 0, -len(part) % BLOCK)).transpose(0, 1)[None] for part in (queries, keys, values)
+        pad(part, (0, 0, 0, 0, 0, _padding(len(part)))).transpose(0, 1)[None] for part in (queries, keys, values)
     )
     output, auxiliary = _compiled_flex()(
         queries,
@@ -129,6 +136,8 @@ def block_mask(first: Tensor, end: Tensor, num_keys: int) -> BlockMask:
     def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
         order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         return blocks.sum(1).int()[None, None], order.int()[None, None].contiguous()
+
+    first, end = first.int(), end.int()
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (first[row] <= key) & (key < end[row])

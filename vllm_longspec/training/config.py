@@ -18,7 +18,7 @@ TEACHERS = ("hf", "vllm")
 INITIALISATIONS = ("normal", "last_layer")
 DEPTH_WEIGHTS = ("expected", "equal")
 SHARDINGS = ("none", "fsdp2")
-DTYPES = (AUTO, "float32", "bfloat16", "float16")
+DTYPES = (AUTO, "float32", "bfloat16")
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
 

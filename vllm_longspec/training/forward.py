@@ -12,10 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vllm_longspec.training.attention import Intervals, interval_attention
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 from vllm_longspec.training.teachers import Lesson, Sample
+
+# Rows times depths above which the backward pass computes the MLP again.
+RECOMPUTE_ABOVE = 1 << 16
 
 
 class Layout(NamedTuple):
@@ -97,11 +101,14 @@ def draft_hidden(
     embeddings: Tensor,  # [num_window_tokens, hidden_size] of `packed.layout.ids`
     packed: Packed,
     withheld: Sequence[int],
+    recompute_above: int = RECOMPUTE_ABOVE,
 ) -> Tensor:
     """`GlideLayer.forward` of every row, for each number of withheld keys, of which 1 is the row's own.
 
     Args:
         withheld: increasing, from 1 on
+        recompute_above: rows times depths above which the backward pass computes the MLP again, by parts, in place of
+            keeping what it needs of all rows
 
     Returns:
         [len(withheld), num_rows, hidden_size]
@@ -119,9 +126,25 @@ def draft_hidden(
     hidden = residual + added * attention.o_proj(attended.flatten(1).to(residual.dtype))
 
     queries = glide.cross_q(hidden[None], positions)[0]
-    cross = torch.stack(_at_depths(queries, packed, withheld, glide.scale))  # [depths, rows, heads, head_dim]
-    hidden = hidden + added * glide.cross_attn.o_proj(cross.flatten(2).to(residual.dtype))
-    return hidden + added * glide.mlp(glide.post_cross_attention_layernorm(hidden))
+    crosses = _at_depths(queries, packed, withheld, glide.scale)
+
+    def finish(hidden: Tensor, cross: Tensor) -> Tensor:
+        hidden = hidden + added * glide.cross_attn.o_proj(cross.flatten(-2).to(residual.dtype))
+        return hidden + added * glide.mlp(glide.post_cross_attention_layernorm(hidden))
+
+    if len(hidden) * len(withheld) <= recompute_above or not torch.is_grad_enabled():
+        return finish(hidden, torch.stack(crosses))
+    return torch.stack(
+        [
+            torch.cat(
+                [
+                    checkpoint(finish, *part, use_reentrant=False)
+                    for part in zip(hidden.split(recompute_above), cross.split(recompute_above), strict=True)
+                ]
+            )
+            for cross in crosses
+        ]
+    )
 
 
 def _at_depths(
@@ -140,26 +163,25 @@ def _at_depths(
     output, log_sum = interval_attention(queries, packed.keys, packed.values, shared, scale)
     if len(withheld) == 1:
         return [output]
-    rows, heads, head_dim = queries.shape
-    keys, values = packed.keys.to(queries.dtype), packed.values.to(queries.dtype)
-    grouped = queries.reshape(rows, keys.shape[1], -1, head_dim)
+    rows, _, head_dim = queries.shape
+    wide, kv_heads = log_sum.dtype, packed.keys.shape[1]
+    # [rows, kv_heads, group, head_dim]; without the last for what belongs to a head
+    grouped = queries.to(wide).reshape(rows, kv_heads, -1, head_dim)
+    mixed, log_sum = output.to(wide).view_as(grouped), log_sum.view(rows, kv_heads, -1)
     factor = head_dim**-0.5 if scale is None else scale
-    outputs, wide = [output], log_sum.dtype
-    output = output.to(wide)
+    outputs = [output]
     for number in range(withheld[-1] - 1, withheld[0] - 1, -1):
         # The key that is seen with `number` withheld, and not with one more.
         index = end - 1 - number
-        is_there = index >= first
+        is_there = (index >= first)[:, None, None]
         index = index.clamp(min=0)
-        score = (grouped * keys[index][:, :, None]).sum(-1).to(wide).reshape(rows, heads) * factor
-        score = score.masked_fill(~is_there[:, None], NOTHING_THERE)
+        key, value = packed.keys[index].to(wide)[:, :, None], packed.values[index].to(wide)[:, :, None]
+        score = ((grouped * key).sum(-1) * factor).masked_fill(~is_there, NOTHING_THERE)
         total = torch.logaddexp(log_sum, score)
-        value = values[index][:, :, None].expand_as(grouped).reshape(rows, heads, head_dim)
-        share = (score - total).exp().masked_fill(~is_there[:, None], 0.0)[..., None]
-        output = output * (1 - share) + value.to(wide) * share
-        log_sum = total
+        share = (score - total).exp().masked_fill(~is_there, 0.0)[..., None]
+        mixed, log_sum = mixed + share * (value - mixed), total
         if number in withheld:
-            outputs.append(output.to(queries.dtype))
+            outputs.append(mixed.to(queries.dtype).view_as(output))
     return outputs[::-1]
 
 

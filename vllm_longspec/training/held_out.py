@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 from vllm_longspec.training.forward import lay_out, pack
 from vllm_longspec.training.learner import Learner
-from vllm_longspec.training.losses import ACCEPTED, AGREED, LOSS
+from vllm_longspec.training.losses import ACCEPTED, AGREED, CHUNK_BYTES, LOSS
 from vllm_longspec.training.teachers import Lesson
-
-# Logits of one chunk of rows take so much.
-_CHUNK_BYTES = 1 << 28
 
 
 @torch.no_grad()
@@ -30,6 +27,7 @@ def measure(
         both draw the same token at temperature 1 with the same noise, as a draft that knows the target's noise does.
         And `chain` by `greedy` and `coupled`: tokens a step of a chain as deep as the tree, one more than it drafts.
     """
+    model.eval()
     levels = len(learner.acceptance)
     withheld = tuple(range(1, levels + 1))
     sums = torch.zeros(levels, 4, dtype=torch.float64)
@@ -42,6 +40,7 @@ def measure(
         generator = torch.Generator(device=device).manual_seed(seed + number)
         sums[:, 3] += _coupled(learner, hidden, packed.hidden, generator)
         num_rows += len(layout.labels)
+    model.train()
     shares = sums / max(1, num_rows)
     found: dict[str, Any] = {
         name: [round(share, 4) for share in shares[:, column].tolist()]
@@ -62,7 +61,7 @@ def _coupled(
     """float64 [depths] on the CPU: rows at which both draw the same token."""
     head, scale = learner.shared.head, learner.shared.logit_scale
     matches = torch.zeros(len(hidden), dtype=torch.float64)
-    chunk = max(1, _CHUNK_BYTES // (4 * len(head) * (len(hidden) + 2)))
+    chunk = max(1, CHUNK_BYTES[head.device.type] // (4 * len(head) * (len(hidden) + 2)))
     for start in range(0, hidden.shape[1], chunk):
         rows = slice(start, start + chunk)
         target = scale * (target_hidden[rows].to(head.dtype) @ head.T).float()

@@ -79,7 +79,8 @@ def rotary_scale(config: Any) -> float:
 def _transformers_rope(config: Any) -> tuple[Tensor, float]:
     """Angles per position and the scale of yarn or longrope, as Transformers computes them.
 
-    Of longrope's two tables it is the one that vLLM takes where the context is not limited: that for long texts.
+    Of longrope's two tables it is that for long texts, which vLLM takes if --max-model-len is more than the context
+    that the model was first trained for.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

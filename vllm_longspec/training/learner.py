@@ -38,9 +38,9 @@ class Learner(nn.Module):
         # Estimates by depth. All are as good until something is known.
         self.register_buffer("acceptance", torch.ones(levels), persistent=False)
 
-    def forward(self, packed: Packed, withheld: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of losses over rows, averaged over depths, `draft_loss`'s statistics by depth, and what the head
-        multiplies, without gradient, [len(withheld), num_rows, hidden_size].
+    def forward(self, packed: Packed, withheld: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The sum of losses over rows, averaged over depths, `draft_loss`'s statistics by depth, and, but for training,
+        what the head multiplies, [len(withheld), num_rows, hidden_size].
         """
         hidden = draft_hidden(self.glide, self.shared.embedding[packed.layout.ids], packed, withheld)
         total, statistics = draft_loss(
@@ -54,7 +54,7 @@ class Learner(nn.Module):
             self.weights,
             self.compiled_losses,
         )
-        return total / len(withheld), statistics, hidden.detach()
+        return total / len(withheld), statistics, None if self.training else hidden
 
     @torch.no_grad()
     def learn_acceptance(self, statistics: Tensor, num_rows: Tensor) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,6 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vllm_longspec.training import checkpoints, held_out
 from vllm_longspec.training.batches import Cursor, Step, drawn_depths
@@ -56,17 +59,13 @@ class Result(NamedTuple):
 
 def make_accelerator(config: TrainConfig, run: Path) -> Any:
     """For this process, which may be one of several that torchrun has started."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate import Accelerator
 
     on_cpu = config.device == "cpu" or (config.device == AUTO and not torch.cuda.is_available())
-    plugin = None
-    if config.sharding == "fsdp2":
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=False)
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[compute_dtype(config)]
+    precision = "bf16" if compute_dtype(config) == torch.bfloat16 else "no"
     return Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
-        fsdp_plugin=plugin,
         log_with=list(config.report.to) or None,
         project_dir=run,
     )
@@ -168,15 +167,22 @@ class _Fit:
             config.depth_weights == "expected",
             compiled,
         )
-        matrices = [each for each in glide.parameters() if each.requires_grad and each.ndim == 2]
-        others = [each for each in glide.parameters() if each.requires_grad and each.ndim != 2]
-        optimiser = torch.optim.AdamW(
+        self.learner.to(self.device)
+        self.is_sharded = config.sharding == "fsdp2" and accelerator.num_processes > 1
+        if self.is_sharded:
+            # One layer is one group: it is whole from the forward pass to the backward pass.
+            mesh = init_device_mesh(self.device.type, (accelerator.num_processes,))
+            fully_shard(self.learner, mesh=mesh, reshard_after_forward=False)
+        parameters = [each for each in self.learner.parameters() if each.requires_grad]
+        matrices = [each for each in parameters if each.ndim == 2]
+        others = [each for each in parameters if each.ndim != 2]
+        self.optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=0.0,
             betas=(0.9, 0.95),
             fused=self.device.type == "cuda",
         )
-        self.model, self.optimiser = accelerator.prepare(self.learner, optimiser)
+        self.model: nn.Module = self.learner if self.is_sharded else accelerator.prepare(self.learner)
         self.step, self.stage, self.cursor = 0, 0, Cursor()
         self.clock_state: dict[str, Any] = {}
         self.measured: dict[str, Any] = {}
@@ -199,7 +205,6 @@ class _Fit:
             if self.accelerator.is_main_process:
                 checkpoints.export(self.folder, self.draft_config, weights, self.saved_dtype)
             self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
         return Result(self.learner.glide, self.step, self.measured)
 
     def _run_stage(self, stage: Stage, source: Source) -> None:
@@ -242,7 +247,10 @@ class _Fit:
             withheld = drawn_depths(config.levels, config.depths_per_batch, config.seed, self.step, number)
             packed = pack(lessons, layout, self.device)
             is_last = number + 1 == len(step.batches)
-            with accelerator.no_sync(self.model) if not is_last else nullcontext():
+            if self.is_sharded:
+                self.learner.set_requires_gradient_sync(is_last)
+            is_shared = is_last or self.is_sharded
+            with nullcontext() if is_shared else accelerator.no_sync(self.model), accelerator.autocast():
                 loss, by_depth, _ = self.model(packed, withheld)
                 # Ranks' gradients are averaged, and the loss is per row of all ranks.
                 accelerator.backward(loss * (accelerator.num_processes / num_rows))
@@ -251,6 +259,7 @@ class _Fit:
             rows_by_depth[depths] += len(packed.layout.labels)
             total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(stage, done)
         total, statistics, rows_by_depth = (
@@ -294,7 +303,8 @@ class _Fit:
         self.last_measured = time.monotonic()
         if not self.lessons:
             return
-        self.measured = held_out.measure(self.model, self.learner, self.lessons, self.device, self.config.seed)
+        with self.accelerator.autocast():
+            self.measured = held_out.measure(self.model, self.learner, self.lessons, self.device, self.config.seed)
         self.reporter.metrics(self.step, "held_out", self.measured)
         chain = self.measured["chain"]
         self.reporter.say(
@@ -309,7 +319,7 @@ class _Fit:
 
     def _save(self) -> None:
         weights = self._weights()
-        optimiser = get_optimizer_state_dict(self.learner, self.optimiser.optimizer, options=_FULL)
+        optimiser = get_optimizer_state_dict(self.learner, self.optimiser, options=_FULL)
         state = {
             "optimiser": optimiser,
             "step": self.step,
@@ -336,7 +346,7 @@ class _Fit:
         weights = {f"glide.{name}": weight for name, weight in state["weights"].items()}
         # The estimates of acceptance are no part of the weights.
         set_model_state_dict(self.learner, weights, options=_FULL)
-        set_optimizer_state_dict(self.learner, self.optimiser.optimizer, state["optimiser"], options=_FULL)
+        set_optimizer_state_dict(self.learner, self.optimiser, state["optimiser"], options=_FULL)
         self.step, self.stage, self.cursor = state["step"], state["stage"], Cursor(*state["cursor"])
         self.clock_state = state["clock"]
         self.learner.acceptance.copy_(state["acceptance"])

@@ -22,8 +22,9 @@ from torch import Tensor
 # Columns of the statistics of each depth, sums over rows.
 LOSS, ACCEPTED, AGREED = range(3)
 _LK_DECAY = 3.0
-# Logits of one chunk of rows, in float32, of the target and of all depths, take so much.
-_CHUNK_BYTES = 1 << 28
+# Logits of one chunk of rows, in float32, of the target and of all depths, take so much: on a GPU the head is worth
+# reading for many rows at a time.
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 _SMALLEST = 1e-20
 
 
@@ -87,13 +88,13 @@ def draft_loss(
 
     Args:
         compiled: whether to fuse what is done with logits by torch.compile
-        chunk: rows at a time; as many as `_CHUNK_BYTES` hold by default
+        chunk: rows at a time; as many as `CHUNK_BYTES` hold by default
 
     Returns:
         float32 or float64 [], and of the same type [depths, 3] sums over rows by `LOSS`, `ACCEPTED`, `AGREED`
     """
     if chunk is None:
-        chunk = max(1, _CHUNK_BYTES // (4 * len(head) * (len(hidden) + 1)))
+        chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(head) * (len(hidden) + 1)))
     return _ChunkedLoss.apply(
         hidden, target_hidden, labels, head, scale, depth_weights, acceptance, weights, compiled, chunk
     )

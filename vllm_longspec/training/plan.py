@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from vllm_longspec.targets.families import layer_sizes, layer_weights, num_experts, target_weights
 from vllm_longspec.training.batches import Plan
 from vllm_longspec.training.config import TrainConfig
+from vllm_longspec.training.forward import RECOMPUTE_ABOVE
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
-from vllm_longspec.training.losses import _CHUNK_BYTES
+from vllm_longspec.training.losses import CHUNK_BYTES
 
 # Of a GPU with 990 TFLOP/s of bfloat16, such as an H100: shares that a prefill and the draft's training are taken to
 # reach.
@@ -123,9 +124,12 @@ def _memory(config: TrainConfig, target: Any, shared: Any, tokens: int) -> list[
     trained = 16 * draft
     shared_bytes = 2 * tied * shared.vocab_size * hidden
     lessons = 2 * tokens * (2 * kv_heads * head_size + hidden) * config.accumulation
-    # What the backward pass needs of a row: the residual stream, attention and MLP of each depth, in bfloat16.
-    activations = 2 * tokens * (4 * hidden + 3 * heads * head_size + depths * (4 * hidden + 4 * intermediate))
-    logits = 3 * _CHUNK_BYTES
+    # What the backward pass needs of a row: the residual stream, attention and MLP of each depth, in bfloat16. Of many
+    # rows the MLP is computed again.
+    kept = min(tokens * depths, RECOMPUTE_ABOVE)
+    activations = 2 * tokens * (4 * hidden + 3 * heads * head_size + depths * (2 * hidden + heads * head_size))
+    activations += 2 * kept * (2 * hidden + 4 * intermediate)
+    logits = 4 * CHUNK_BYTES["cuda"]
     teacher = 2 * (target_weights(target, shared.vocab_size, 1)) if config.teacher == "hf" else 0
     prefill = 2 * tokens * (4 * hidden + 3 * intermediate) if config.teacher == "hf" else 0
     parts = {

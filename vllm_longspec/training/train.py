@@ -8,6 +8,7 @@ The folder gets the draft, checkpoints/, metrics.jsonl and run.yaml, the configu
 """
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ CONFIG = "run.yaml"
 # Of tokens that teachers are compared at.
 _COMPARED_TOKENS = 512
 # Differences of two right computations, relative to the size of what is compared, by dtype.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,13 +60,16 @@ def run(arguments: argparse.Namespace) -> None:
 
         print(plan(config))
         return
-    result = train(config, arguments.resume)
-    if result is not None:
+    train(config, arguments.resume)
+    if os.environ.get("RANK", "0") == "0":
         print(f"vllm serve {config.target} --speculative-model {config.out}")
 
 
-def train(config: TrainConfig, resume: bool = False) -> Result | None:
-    """A whole run. Returns None where there is nothing left to do.
+def train(config: TrainConfig, resume: bool = False, accelerator: Any = None) -> Result:
+    """A whole run.
+
+    Args:
+        accelerator: that of `make_accelerator`, which stays the caller's to end; by default the run has one of its own
 
     Raises:
         ValueError: what is wrong with the configuration, the target, the data or a file, in one line.
@@ -75,7 +79,9 @@ def train(config: TrainConfig, resume: bool = False) -> Result | None:
     _check_folder(config, folder, checkpoint, resume)
     check_served(config.target, config.revision)
     shared = load_shared(config.target, config.revision)
-    accelerator = make_accelerator(config, folder)
+    is_own = accelerator is None
+    if accelerator is None:
+        accelerator = make_accelerator(config, folder)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +113,8 @@ def train(config: TrainConfig, resume: bool = False) -> Result | None:
         return fit(config, shared, glide, teacher, sources, folder, accelerator, resume=checkpoint, lessons=lessons)
     finally:
         teacher.close()
+        if is_own:
+            accelerator.end_training()
 
 
 def first_weights(config: TrainConfig, shared: SharedTarget) -> GlideLayer:
@@ -136,7 +144,8 @@ def make_teacher(config: TrainConfig, shared: SharedTarget, device: torch.device
         plain = HfTeacher(shared, "cpu", torch.float32)
         reference = list(plain.teach(samples))
         plain.close()
-    teacher: Teacher = VllmTeacher(config.target, revision=config.revision, **config.engine)
+    longest = min(max(stage.max_length for stage in config.stages), shared.config.max_position_embeddings)
+    teacher: Teacher = VllmTeacher(config.target, longest, revision=config.revision, **config.engine)
     if samples:
         try:
             check_agreement(reference, list(teacher.teach(samples)), dtype)
