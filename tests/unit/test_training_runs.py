@@ -268,6 +268,7 @@ def test_a_stage_by_the_clock(tmp_path, target, data):
         (["teacher=vllm"], [], "anchor_positions is not supported with teacher vllm"),
         (["held_out.samples=40"], [], "the data have 40 samples, and 40 are held out"),
         (["report.to=mlflow"], [], "report.to is one of wandb, tensorboard, trackio, not 'mlflow'"),
+        (["report.to=trackio"], [], "report.to has trackio, which is not installed: pip install trackio"),
     ],
 )
 def test_settings_that_are_wrong(tmp_path, target, data, settings, options, message):
