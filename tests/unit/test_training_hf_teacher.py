@@ -70,6 +70,22 @@ def test_lessons(targets, family):
         torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_of_all_pairs_is_made(targets, monkeypatch, family):
+    """It would not fit for long samples, and keeps attention from its fast kernels. Gaps in positions make none."""
+    masks = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    samples = [sample(40, 20), sample(50, 30, gap=1000)]
+    list(HfTeacher(load_shared(str(targets(family))), "cpu", torch.float32).teach(samples))
+    assert masks == [None, None]
+
+
 def test_a_compiled_teacher(targets, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     torch._dynamo.utils.counters.clear()
