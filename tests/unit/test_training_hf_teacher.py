@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher in Transformers gives the last layer's keys and values and the hidden states of every family."""
 
+import functools
+import json
 from typing import Any
 
 import pytest
@@ -70,6 +72,39 @@ def test_lessons(targets, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_of_all_pairs_is_made(targets, monkeypatch, family):
+    """It would not fit for long samples, and keeps attention from its fast kernels. Gaps in positions make none."""
+    masks = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    samples = [sample(40, 20), sample(50, 30, gap=1000)]
+    list(HfTeacher(load_shared(str(targets(family))), "cpu", torch.float32).teach(samples))
+    assert masks == [None, None]
+
+
+def test_a_compiled_teacher(targets, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.utils.counters.clear()
+    shared = load_shared(str(targets("qwen3")))
+    samples = [sample(30, 20), sample(31, 20), sample(40, 5)]
+    lessons = zip(
+        HfTeacher(shared, "cpu", torch.float32).teach(samples),
+        HfTeacher(shared, "cpu", torch.float32, compiled=True).teach(samples),
+        strict=True,
+    )
+    for expected, found in lessons:
+        for name in ("keys", "values", "hidden"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    # Not one for each layer.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_drafts_rotation_is_that_of_its_target(targets, family):
     """A key of the target, turned back, is the same at all positions."""
     torch.manual_seed(0)
@@ -90,7 +125,15 @@ def test_a_drafts_rotation_is_that_of_its_target(targets, family):
 def test_what_is_served_is_what_may_be_trained(tmp_path, targets):
     check_served(str(targets("llama")))
     sliding = write_target(tmp_path / "sliding", "mistral", sliding_window=64)
-    with pytest.raises(ValueError, match="sliding window of 64"):
+    with pytest.raises(ValueError, match=r"sliding window of 64 .* give another --target"):
+        check_served(str(sliding))
+    (tmp_path / "empty").mkdir()
+    for missing in ("empty", "none"):
+        with pytest.raises(ValueError, match=r"--target .* has no config\.json that can be read"):
+            check_served(str(tmp_path / missing))
+    other = json.loads((sliding / "config.json").read_text()) | {"model_type": "gpt2"}
+    (sliding / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"has model_type 'gpt2' .* but the families with GLIDE drafts are llama"):
         check_served(str(sliding))
 
 

@@ -28,7 +28,7 @@ from vllm_longspec.training.train import check_agreement, first_weights, train
 FAMILIES = sorted(GLIDE_ARCHITECTURES)
 # A stage at offset positions, then one at real ones.
 STAGES = "stages=[{steps: 8, learning_rate: 2e-3, anchor_positions: 700}, {steps: 8, learning_rate: 1e-3}]"
-QUICK = [STAGES, "tokens_per_batch=256", "held_out.samples=3", "report.steps=2", "accumulation=2"]
+QUICK = [STAGES, "tokens_per_batch=256", "held_out.samples=3", "report.steps=2", "accumulation=2", "device=cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -173,6 +173,7 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         "tokens_per_batch": 256,
         "held_out": {"samples": 3},
         "report": {"steps": 2},
+        "device": "cpu",
     }
     two, split = tmp_path / "two", tmp_path / "split"
     script = tmp_path / "both.py"
@@ -199,21 +200,29 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         assert [each["step"] for each in metrics(run)] == [each["step"] for each in metrics(one)]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, target, data, monkeypatch):
+@pytest.mark.parametrize(
+    ("minutes", "not_finite"), [(1e-9, "weights are not finite at step 3"), (1e9, "the loss is nan and its gradient")]
+)
+def test_what_is_not_finite_stops_the_run(tmp_path, target, data, monkeypatch, minutes, not_finite):
     out, seen = tmp_path / "run", []
     learning_rate = loop.learning_rate
 
     def explode(stage, done):
         seen.append(done)
+        # Two groups of parameters ask at each step.
         return float("inf") if len(seen) > 4 else learning_rate(stage, done)
 
     monkeypatch.setattr(loop, "learning_rate", explode)
     with pytest.raises(SystemExit) as error:
-        command(target, data, out, "checkpoints.minutes=1e-9", "report.steps=1000")
+        command(target, data, out, f"checkpoints.minutes={minutes}", "report.steps=1000")
     message = str(error.value)
-    assert "the loss is nan" in message and "\n" not in message and "learning_rate" in message
-    # The weights were still good at the step before the one that made them infinite, or are named as they are.
-    assert str(newest(out)) in message
+    assert not_finite in message and "\n" not in message and "learning_rate" in message
+    if checkpoints.newest(out) is None:
+        assert "no checkpoint is there yet" in message
+        return
+    # What is named is good.
+    assert f"the last good checkpoint is {newest(out)}:" in message and newest(out).name == "step-00000002"
+    assert all(weight.isfinite().all() for weight in load_file(newest(out) / "model.safetensors").values())
 
 
 def test_a_disk_that_is_full(tmp_path, target, data, monkeypatch):
@@ -238,6 +247,7 @@ def test_a_disk_that_is_full(tmp_path, target, data, monkeypatch):
             "held_out": {"samples": 3},
             "report": {"steps": 2},
             "accumulation": 2,
+            "device": "cpu",
         }
     )
     with pytest.raises(ValueError, match=r"cannot be written to .* \(No space left on device\): make room") as error:
@@ -257,6 +267,21 @@ def test_a_stage_by_the_clock(tmp_path, target, data):
     assert metrics(out)[-1]["done"] == 1.0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [["dtype=float32"], ["compile_target=true"], ["depths_per_batch=1"]], ids=str)
+def test_a_gpu_trains_as_a_cpu_does(tmp_path, target, data, settings):
+    """With flex_attention, compiled losses, and bfloat16 unless told otherwise."""
+    stages = "stages=[{steps: 6, learning_rate: 2e-3}]"
+    # A CPU needs no kernels compiled for the same result.
+    command(target, data, tmp_path / "cpu", stages, *(each for each in settings if "compile" not in each))
+    command(target, data, tmp_path / "gpu", "device=auto", stages, *settings)
+    expected, found = (metrics(tmp_path / device) for device in ("cpu", "gpu"))
+    for one, other in zip(expected, found, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3 if settings == ["dtype=float32"] else 3e-2)
+        assert "peak_memory_gib" in other
+    assert read_draft(str(tmp_path / "gpu"), expected=True).architecture == "LlamaGlideDecoderLayer"
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
@@ -268,6 +293,7 @@ def test_a_stage_by_the_clock(tmp_path, target, data):
         (["teacher=vllm"], [], "anchor_positions is not supported with teacher vllm"),
         (["held_out.samples=40"], [], "the data have 40 samples, and 40 are held out"),
         (["report.to=mlflow"], [], "report.to is one of wandb, tensorboard, trackio, not 'mlflow'"),
+        (["report.to=trackio"], [], "report.to has trackio, which is not installed: pip install trackio"),
     ],
 )
 def test_settings_that_are_wrong(tmp_path, target, data, settings, options, message):

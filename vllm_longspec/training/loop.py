@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -59,8 +60,15 @@ class Result(NamedTuple):
 
 def make_accelerator(config: TrainConfig, run: Path) -> Any:
     """For this process, which may be one of several that torchrun has started."""
-    from accelerate import Accelerator
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise ValueError("training needs accelerate: pip install 'vllm-longspec[train]'") from None
 
+    for tracker in config.report.to:
+        # Accelerate would leave it out without a word.
+        if find_spec(tracker) is None:
+            raise ValueError(f"report.to has {tracker}, which is not installed: pip install {tracker}, or leave it out")
     on_cpu = config.device == "cpu" or (config.device == AUTO and not torch.cuda.is_available())
     precision = "bf16" if compute_dtype(config) == torch.bfloat16 else "no"
     return Accelerator(
@@ -267,19 +275,19 @@ class _Fit:
         )
         value, size = (total / num_rows).item(), float(norm)
         if not math.isfinite(value) or not math.isfinite(size):
-            raise ValueError(self._not_finite(value, size))
+            raise ValueError(self._not_finite(f"the loss is {value} and its gradient {size}", self.step + 1))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.learner.learn_acceptance(statistics, rows_by_depth)
         recent.add(value, size, statistics, rows_by_depth)
         return value
 
-    def _not_finite(self, loss: float, norm: float) -> str:
+    def _not_finite(self, what: str, step: int) -> str:
         last = checkpoints.newest(self.folder)
         kept = "no checkpoint is there yet" if last is None else f"the last good checkpoint is {last}"
         return (
-            f"the loss is {loss} and its gradient {norm} at step {self.step + 1} of the run, so it stops; {kept}: give "
-            "a smaller learning_rate, or another dtype, and --resume"
+            f"{what} at step {step} of the run, so it stops; {kept}: give a smaller learning_rate, or another "
+            "dtype, and --resume"
         )
 
     def _agreed(self) -> tuple[float, bool]:
@@ -319,6 +327,9 @@ class _Fit:
 
     def _save(self) -> None:
         weights = self._weights()
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            # The next loss would not be finite, and this checkpoint not good.
+            raise ValueError(self._not_finite("weights are not finite", self.step))
         optimiser = get_optimizer_state_dict(self.learner, self.optimiser, options=_FULL)
         state = {
             "optimiser": optimiser,
