@@ -31,7 +31,6 @@ class MagicDecProposer(Proposer):
     target: nn.Module
     inputs: DraftInputs
     selection: BlockSelection | None = None  # None: every layer attends the last tokens
-    tables: torch.Tensor  # int32 [num_layers, max_num_reqs, num_blocks] of a step, if there is a selection
     layer_names: Sequence[str] = ()  # in the order in which they attend, once the cache is laid out
 
     def __init__(self, vllm_config: VllmConfig, shape: TreeShape, device: torch.device):
@@ -51,7 +50,9 @@ class MagicDecProposer(Proposer):
 
     def _allocate(self, block_size: int, num_layers: int) -> None:
         part, max_model_len = self.part, self.vllm_config.model_config.max_model_len
-        self.inputs = DraftInputs.allocate(part, block_size, self.max_num_reqs, max_model_len, self.device)
+        self.inputs = DraftInputs.allocate(
+            part, block_size, self.max_num_reqs, max_model_len, num_layers, self.device
+        )
         if part.selection == "scores":
             self.selection = BlockSelection.allocate(
                 part.sinks,
@@ -63,7 +64,6 @@ class MagicDecProposer(Proposer):
                 block_size,
                 self.device,
             )
-            self.tables = self.inputs.block_table.new_zeros(num_layers, *self.inputs.block_table.shape)
 
     def set_cache(self, kv_cache_config: KVCacheConfig) -> None:
         # Builders of metadata of its own, whose buffers no graph of verification reads.
@@ -87,7 +87,7 @@ class MagicDecProposer(Proposer):
         inputs = self.inputs
         num_bytes, kind = inputs.num_bytes, "last"
         if self.selection is not None:
-            num_bytes += self.selection.num_bytes + self.tables.nbytes
+            num_bytes += self.selection.num_bytes
             kind = "chosen or last"
         return (
             f"drafts attend {self.part.sinks} first and {self.part.budget} {kind} tokens, at most "
@@ -107,7 +107,7 @@ class MagicDecProposer(Proposer):
                     requests.block_table,
                     requests.idx_mapping,
                     self.inputs.positions[:num_reqs],
-                    self.tables[:, :num_reqs],
+                    self.inputs.block_tables[:, :num_reqs],
                 )
             logits = self.target.compute_logits(self._forward(num_reqs))
             noise = None
@@ -161,7 +161,7 @@ class MagicDecProposer(Proposer):
             max_query_len=1,
             seq_lens=inputs.seq_lens,
             max_seq_len=inputs.max_seq_len,
-            block_tables=(inputs.block_table[:num_reqs],),
+            block_tables=(inputs.block_tables[0, :num_reqs],),
             slot_mappings=inputs.slot_mapping[:, :num_reqs],
             kv_cache_config=self.kv_cache_config,
             seq_lens_cpu_upper_bound=self.seq_lens_bound,
@@ -169,5 +169,5 @@ class MagicDecProposer(Proposer):
         )
         if self.selection is not None:
             for layer, name in enumerate(self.layer_names):
-                metadata[name] = metadata[name].with_block_table(self.tables[layer, :num_reqs])
+                metadata[name] = metadata[name].with_block_table(inputs.block_tables[layer, :num_reqs])
         return metadata
