@@ -276,7 +276,7 @@ def create_speculative_config(
 def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Callable[..., PretrainedConfig]":
     """The `hf_overrides` of the draft that is being built; must be picklable."""
     setup = _current.get()
-    return original(*args) if setup is None else setup.hf_overrides(original(*args))
+    return original(*args) if setup is None else setup.hf_overrides(original(*args), *args)
 
 
 def create_engine_config(
@@ -290,6 +290,7 @@ def create_engine_config(
         self.attention_backend = given_backend
     if (options := options_of(vllm_config.speculative_config)) is not None:
         support.check_engine(vllm_config, draft_of(options.proposer))
+        proposers.setup_of(options.proposer).check_engine(vllm_config)
         preserved = vllm_config.model_config.sleep_preserve_parameter_names
         if vllm_config.model_config.enable_sleep_mode and _DRAFT_PARAMETERS not in preserved:
             # Waking up from level 2 is followed by a reload of the target's weights, not of the draft's.

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks import PAIR
 from benchmarks.reporting import markdown
@@ -47,7 +46,9 @@ def kept_part(budget: int | None, num_tokens: int) -> Kept | None:
 def passage_of(glide: GlideLayer, target: Target, passages: Passages) -> Passage:
     ids = passages.ids
     keys, values = (part.transpose(1, 2) for part in passages.caches[-1])
-    _, window_keys, window_values = glide.self_qkv(target.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None])
+    _, window_keys, window_values = glide.self_qkv(
+        target.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None]
+    )
     ends = torch.tensor(passages.ends, device=ids.device)
     return Passage(ids, passages.prompt_length, ends, (keys, values), (window_keys, window_values))
 
@@ -68,9 +69,7 @@ def cross(target: Target, glide: GlideLayer, passages: Passages, shape: list[int
 
 
 @torch.inference_mode()
-def rounds(
-    target: Target, glide: GlideLayer, passages: Passages, num_rounds: int, budget: int | None
-) -> list[int]:
+def rounds(target: Target, glide: GlideLayer, passages: Passages, num_rounds: int, budget: int | None) -> list[int]:
     """Tokens emitted by each verification of each request, after `num_rounds` rounds and a chain that nothing checked.
 
     Only tokens of the continuation are computed: at the first drafted token that is another one a request's drafts are

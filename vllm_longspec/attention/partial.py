@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block tables of a part of a request's cache: its first tokens and its last ones, in whole blocks.
 
-The table has the blocks of the first tokens, then those from the one with the first of the last `budget` tokens on. Only
-the last block may be partly filled, so any kernel for paged caches attends the part as if it were a shorter request.
+The table has the blocks of the first tokens, then those from the one with the first of the last `budget` tokens on.
+Only the last block may be partly filled, so any kernel for paged caches attends the part as if it were a shorter
+request.
 """
 
 from dataclasses import dataclass

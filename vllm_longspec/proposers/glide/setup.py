@@ -111,7 +111,7 @@ class GlideSetup(DraftSetup):
             "draft_load_config": draft_load_config(engine_args, given.get("draft_load_config"), self.checkpoint),
         }
 
-    def hf_overrides(self, overrides: "HfOverrides") -> "HfOverrides":
+    def hf_overrides(self, overrides: "HfOverrides", of_target: "HfOverrides | dict[str, Any] | None") -> "HfOverrides":
         return functools.partial(_override, self.checkpoint.architecture, overrides)
 
     @staticmethod

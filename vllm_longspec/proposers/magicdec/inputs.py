@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the target gets in a step of drafting: a row for each request, and a block table of a part of its cache.
 
-The part is the first `sinks` tokens and the last `budget` ones, up to the row itself (`attention/partial.py`). Keys were
-rotated at their true positions when they were cached, and so is the row's query. Where each layer has a table of its
-own (`choose_blocks.py`), it attends as many tokens, and only the table is not written here.
+The part is the first `sinks` tokens and the last `budget` ones, up to the row itself (`attention/partial.py`). Keys
+were rotated at their true positions when they were cached, and so is the row's query. Where each layer has a table of
+its own (`choose_blocks.py`), it attends as many tokens, and only the table is not written here.
 """
 
 from dataclasses import dataclass
