@@ -11,6 +11,8 @@ count as drafted; the next chain goes on from them. After some rounds, and one m
 verifies all of them over its whole cache. Without a round this is the draft's chain alone. K and V that a check writes
 stay in the cache until the verification, for the draft and for later checks.
 
+Beside the tokens stand the speeds over plain decoding that the cost of a step expects of them for Llama-3-8B's shape.
+
     python -m benchmarks.training.partial {cross,rounds} [--models FOLDER] [--device cpu] [--contexts 3584]
         [--budgets 512,1024,2048] [--prompts 8] [--tokens 96] [--temperatures 0,1]
 """
@@ -18,21 +20,30 @@ stay in the cache until the verification, for the draft and for later checks.
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from benchmarks import PAIR
+from benchmarks import PAIR, shapes
 from benchmarks.reporting import markdown
 from benchmarks.training.acceptance import Kept, Passage, Rescore, accepted_nodes, coupled, load_pair, load_prompts
 from benchmarks.training.acceptance import walk as walk_drafts
-from benchmarks.training.sparse import Passages, Selection, draw, forward, keep, make_passages, numbers
+from benchmarks.training.sparse import SINKS, Passages, Selection, draw, forward, keep, make_passages, numbers
 from benchmarks.training.target import Target
+from vllm_longspec.proposers.glide.cost import GlideCost
+from vllm_longspec.proposers.magicdec.cost import MagicDecCost
+from vllm_longspec.scheduling.adaptive import typical_acceptance
+from vllm_longspec.scheduling.cost import ROW, StepCost
 from vllm_longspec.training.layer import GlideLayer
+from vllm_longspec.tree.shape import TreeShape
 
 SHAPES = ([4, 16, 16, 16, 16], [1, 1, 1, 1])
 GAMMA = 4
 MAX_ROUNDS = 3
 BLOCK_SIZE = 16
+# For which speeds are modelled: a shape of benchmarks/shapes.py, and contexts with their batches.
+MODEL = "llama-3-8b-262k"
+LOADS = ((131072, 4), (32768, 16), (16384, 16))
 
 
 def kept_part(budget: int | None, num_tokens: int) -> Kept | None:
@@ -116,6 +127,37 @@ def rounds(target: Target, glide: GlideLayer, passages: Passages, num_rounds: in
         roots = torch.where(active, roots + counts, roots)
 
 
+def speed_up(variant: list[int] | int, budget: int | None, emitted: float, context: int, batch: int) -> float:
+    """Speed over plain decoding that the cost of a step expects if a verification emits `emitted` tokens.
+
+    Of a tree the likeliest nodes are verified, as many as pay best; how many tokens fewer nodes accept is what it is of
+    a typical draft.
+    """
+    model = SimpleNamespace(**shapes.SHAPES[MODEL])
+    num_attended = None if budget is None else SINKS + budget
+    glide = GlideCost.of_shape(
+        model,
+        vocab_size=model.vocab_size,
+        draft_vocab_size=model.vocab_size,
+        is_quantised=True,
+        shape=TreeShape(tuple(variant) if isinstance(variant, list) else (1,) * GAMMA),
+        num_attended=num_attended,
+    )
+    step = StepCost.of_shape(model, vocab_size=model.vocab_size, drafting=glide)
+    if isinstance(variant, list):
+        most = sum(variant)
+        numbers = [most] if max(variant) == 1 else [number for number in (1, 3, 7, 15, 31, most) if number <= most]
+        share = {number: typical_acceptance(number) / typical_acceptance(most) for number in numbers}
+        return max((1 + share[number] * (emitted - 1)) / step(batch, number, context * batch) for number in numbers)
+    # A check is a step of MagicDec's draft with more rows.
+    cache = context * batch * step.token
+    check = MagicDecCost(step.target, step.token, num_attended or context)(batch, 1, cache)
+    check += ROW * batch * (GAMMA + 1) * step.target
+    drafting = (variant + 1) * glide(batch, GAMMA, cache) + variant * check
+    num_nodes = variant * (GAMMA + 1) + GAMMA
+    return emitted / replace(step, drafting=lambda *_: drafting)(batch, num_nodes, context * batch)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cross", "rounds"])
@@ -136,12 +178,13 @@ def main() -> None:
     )
     prompts = by_length[max(by_length)]
     budgets = [None, *args.budgets]
+    variants: list[tuple[list[int] | int, int | None]]
     if args.what == "cross":
         variants = [(shape, budget) for shape in SHAPES for budget in budgets]
     else:
         variants = [(number, budget) for number in range(MAX_ROUNDS + 1) for budget in budgets]
     rows = [["context", "temperature", "tree shape" if args.what == "cross" else "rounds", "budget", "steps"]]
-    rows[0].append("tokens a verification")
+    rows[0] += ["tokens a verification", *(f"{context // 1024}k, batch {batch}" for context, batch in LOADS)]
     for context in args.contexts:
         if context > prompts.shape[1]:
             parser.error(f"--contexts: the longest prompts have {prompts.shape[1]} tokens")
@@ -155,7 +198,9 @@ def main() -> None:
             for (variant, budget), found in zip(variants, emitted, strict=True):
                 name = " ".join(map(str, variant)) if isinstance(variant, list) else str(variant)
                 rows.append([str(context), f"{temperature:g}", name, str(budget or "all"), str(len(found))])
-                rows[-1].append(f"{sum(found) / len(found):.2f}" if found else "")
+                if found:
+                    mean = sum(found) / len(found)
+                    rows[-1] += [f"{mean:.2f}", *(f"{speed_up(variant, budget, mean, *load):.2f}x" for load in LOADS)]
             print(markdown([rows[0], *rows[-len(variants) :]]), flush=True)
 
 

@@ -423,6 +423,7 @@ def test_next_to_nothing_is_drafted_where_a_step_of_drafting_costs_one_of_decodi
 def test_batches_without_a_graph_never_draft():
     engine = Engine(16, 131072)
     assert sum(engine.serve(0.9, 100)) > 200
+    assert isinstance(engine.cost.drafting, MagicDecCost)
     engine.cost = engine.adaptive.cost = replace(engine.cost, drafting=replace(engine.cost.drafting, largest_batch=15))
     assert set(engine.serve(0.9, 200)) == {0}
 
