@@ -153,6 +153,16 @@ def test_trained_draft(pairs, family, tree_shape, least):
     assert result.metrics["vllm:prefix_cache_hits"] >= plain.metrics["vllm:prefix_cache_hits"] > 0
 
 
+def test_a_draft_that_sees_a_part_of_the_cache(pairs):
+    """Short prompts are their own part; of long ones the draft sees three or four blocks, and the target all."""
+    target, draft = pairs["qwen2"]
+    requests = batches(source_code(LENGTHS))
+    plain = generate(target, requests)
+    result = generate(target, requests, **speculative(draft, [2, 4, 4], cross_attention_budget=64))
+    assert_lossless(plain, result)
+    assert result.acceptance_length >= 2
+
+
 def test_noise_makes_drafts_of_sampled_requests_better(pairs):
     """Drafts ranked with the target's noise: the same tokens in fewer steps, greedy requests as without it."""
     target, draft = pairs["qwen2"]
