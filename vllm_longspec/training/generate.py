@@ -33,7 +33,7 @@ from vllm_longspec.version import __version__
 
 MANIFEST = "manifest.json"
 DEFAULT_MAX_TOKENS = 4096
-DEFAULT_SHARD_SIZE = 1000
+DEFAULT_SHARD_SIZE = 256
 # Added to the name of a file that is being written.
 _UNFINISHED = ".unfinished"
 _KINDS = ("messages", "prompt", "input_ids")
@@ -119,7 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='such as {"enable_thinking": false}',
     )
     parser.add_argument("--text", action="store_true", help="write the answers' text beside their tokens")
-    parser.add_argument("--shard-size", type=int, default=DEFAULT_SHARD_SIZE, metavar="N", help="answers in a file")
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        default=DEFAULT_SHARD_SIZE,
+        metavar="N",
+        help=f"answers in a file ({DEFAULT_SHARD_SIZE})",
+    )
     parser.add_argument("--draft", metavar="DRAFT", help="generate faster with this draft; answers stay what they are")
     parser.add_argument(
         "--engine",
