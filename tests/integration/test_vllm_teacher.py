@@ -2,6 +2,7 @@
 """An engine teaches what Transformers computes: the last layer's K and V, and hidden states of supervised rows."""
 
 import json
+import pickle
 import random
 import subprocess
 import time
@@ -24,7 +25,14 @@ from tests.process import run_alone
 from tests.quantised_models import write_cache_scales
 from vllm_longspec import plugin
 from vllm_longspec.proposers.capture.proposer import first_head
-from vllm_longspec.proposers.capture.spool import CaptureRequest, Part, read_failure, read_parts, write_part
+from vllm_longspec.proposers.capture.spool import (
+    CaptureRequest,
+    Part,
+    read_failure,
+    read_parts,
+    write_failure,
+    write_part,
+)
 from vllm_longspec.proposers.capture.writer import Captured, Slice, SpoolWriter
 from vllm_longspec.training.teachers import Lesson, Sample
 from vllm_longspec.training.teachers.engine import engine_arguments
@@ -269,6 +277,14 @@ def test_a_spool_without_room(tmp_path, settings, message):
     ],
 )
 def test_an_engine_that_does_not_start(tmp_path, monkeypatch, script, error, message):
+    run_instead(monkeypatch, script)
+    with pytest.raises(error, match=message):
+        VllmTeacher("any", 100, spool=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def run_instead(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A script in the place of the engine's process, after it got the settings."""
     run = subprocess.Popen
 
     def start(command: list[str], **settings: Any) -> Any:
@@ -276,9 +292,34 @@ def test_an_engine_that_does_not_start(tmp_path, monkeypatch, script, error, mes
         return run([command[0], "-c", f"{program}; pipe.recv(); {script}"], **settings)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    with pytest.raises(error, match=message):
-        VllmTeacher("any", 100, spool=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("sys.exit(5)", "the teacher's engine stopped with 5"),
+        ("pipe.send(('failed', 'a step failed')); pipe.recv()", "the teacher's engine failed: a step failed"),
+    ],
+)
+def test_an_engine_that_fails_while_it_teaches(tmp_path, monkeypatch, script, message):
+    sizes = pickle.dumps(("ready", (100, TargetSizes(2, 32, 128, torch.float32))))
+    run_instead(monkeypatch, f"pipe.send_bytes({sizes!r}); pipe.recv(); {script}")
+    failing = VllmTeacher("any", 100, spool=tmp_path)
+    with pytest.raises(RuntimeError, match=message):
+        list(failing.teach([SAMPLES[1], SAMPLES[2]]))
+    failing.close()
+    failing.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_spool_that_cannot_be_written(tmp_path, monkeypatch):
+    sizes = pickle.dumps(("ready", (100, TargetSizes(2, 32, 128, torch.float32))))
+    run_instead(monkeypatch, f"pipe.send_bytes({sizes!r}); pipe.recv(); pipe.recv()")
+    full = VllmTeacher("any", 100, spool=tmp_path)
+    write_failure(full.spool, "No space left on device")
+    with pytest.raises(RuntimeError, match="engine cannot write what it captured: No space left on device"):
+        list(full.teach([SAMPLES[1]]))
+    full.close()
 
 
 @pytest.mark.parametrize(

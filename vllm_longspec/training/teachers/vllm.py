@@ -101,6 +101,7 @@ class VllmTeacher:
         # A trainer that fails or is garbage leaves neither process nor files.
         self._finalizer = weakref.finalize(self, _end, self._process, self._connection, self.spool)
         try:
+            # Small enough to be sent to a process that reads nothing.
             self._connection.send(
                 {
                     "target": target,
@@ -141,7 +142,8 @@ class VllmTeacher:
         finally:
             if ahead and self._finalizer.alive:
                 # Nobody asks for the rest.
-                self._connection.send(("abort",))
+                with contextlib.suppress(OSError):
+                    self._connection.send(("abort",))
                 for assembly in ahead:
                     shutil.rmtree(assembly.folder, ignore_errors=True)
 
@@ -176,8 +178,13 @@ class VllmTeacher:
 
     def _submit(self, assembly: "Assembly") -> None:
         assembly.folder.mkdir()
-        sample = assembly.sample
-        self._connection.send(("sample", assembly.folder.name, sample.input_ids.cpu().numpy(), assembly.rows.numpy()))
+        input_ids = assembly.sample.input_ids.cpu().numpy()
+        try:
+            self._connection.send(("sample", assembly.folder.name, input_ids, assembly.rows.numpy()))
+        except OSError:
+            # The engine has said why, or has no more to say.
+            while True:
+                self._receive()
 
     def _collect(self, assembly: "Assembly", ahead: Iterable["Assembly"]) -> Lesson:
         while True:
