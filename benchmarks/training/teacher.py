@@ -54,10 +54,11 @@ def plain_seconds(target: str, batches: Sequence[list[list[int]]], options: dict
     # Spawned, so that an engine finds nothing that another one has left in this process.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_prefill, target, batches, options).result()
+        return pool.submit(prefill, target, batches, options).result()
 
 
-def _prefill(target: str, batches: Sequence[list[list[int]]], options: dict[str, Any]) -> list[float]:
+def prefill(target: str, batches: Sequence[list[list[int]]], options: dict[str, Any]) -> list[float]:
+    """The same in this process."""
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.usage.usage_lib import UsageContext
 

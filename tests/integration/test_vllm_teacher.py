@@ -355,6 +355,8 @@ def test_options_of_the_method(tmp_path, options, message):
 
 def test_the_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # Forked of a process that has imported vLLM, not spawned.
+    monkeypatch.setattr(teacher, "plain_seconds", lambda *arguments: run_alone(teacher.prefill, *arguments)[0])
     result = tmp_path / "teacher.json"
     command = ["--shape", "toy", "--contexts", "40", "--tokens", "100", "--supervised", "8", "--out", str(result)]
     teacher.main([*command, "--engine", json.dumps(ENGINE)])
