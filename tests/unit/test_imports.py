@@ -37,10 +37,13 @@ ALLOWED = {
     "proposers.capture": {"attention", "options", "proposers", "tree"},
     "training": {
         "compat",
+        "copying",
+        "frequent_tokens",
         "options",
         "proposers",
         "proposers.capture",
         "proposers.glide",
+        "scheduling",
         "targets",
         "tree",
         "version",
