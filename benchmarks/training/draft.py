@@ -80,6 +80,7 @@ def train_draft(
         out=str(run),
         seed=seed,
         device="cpu" if device == "cpu" else "auto",
+        compile_target=device != "cpu",
         levels=len(DEFAULT_LEVELS),
         depths_per_batch=1,
         depth_weights="equal",

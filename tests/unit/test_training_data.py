@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from vllm_longspec.training import data
 from vllm_longspec.training.batches import Cursor, Plan, drawn_depths
 from vllm_longspec.training.config import Stage
 from vllm_longspec.training.data import Counts, TokenStore, prepare
@@ -141,6 +142,16 @@ def test_no_data(tmp_path):
         stored(tmp_path, {"input_ids": [1, 2], "loss_mask": [0, 0]})
     with pytest.raises(ValueError, match="has no JSON lines"):
         prepare([str(tmp_path / "none")], tmp_path / "cache", tokenizer, 10, 10)
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.np, "save", full)
+    with pytest.raises(ValueError, match=r"cannot be written to .*cache \(No space left on device\): make room"):
+        stored(tmp_path, {"text": "how are you"})
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_tokens_are_written_once(tmp_path):

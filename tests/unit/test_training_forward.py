@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
+from vllm_longspec.training import attention
 from vllm_longspec.training.attention import BLOCK, NOTHING, Intervals, block_mask, interval_attention
 from vllm_longspec.training.forward import draft_hidden, lay_out, pack
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer, attend
@@ -203,6 +205,20 @@ def test_attention_to_intervals(device, num_rows, num_keys, heads, kv_heads, hea
     wanted = torch.autograd.grad((expected * upstream).sum() + (sums * weights).sum(), inputs)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, **close)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize(("num_rows", "num_keys", "heads"), [(300, 500, 4), (130, 1000, 2), (1, 1, 2)])
+def test_flex_attention_without_compiling(monkeypatch, num_rows, num_keys, heads):
+    """Masks, padding and sums are those of the CPU; kernels are tested on GPUs."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    queries, keys, values = torch.randn(num_rows, heads, 32), torch.randn(num_keys, 2, 32), torch.randn(num_keys, 2, 32)
+    seen = intervals(num_rows, num_keys, num_rows)
+    output, log_sum = attention._flex(queries, keys, values, seen, 0.3)
+    expected, expected_sum = interval_attention(queries, keys, values, seen, 0.3)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(log_sum, expected_sum)
 
 
 @needs_gpu

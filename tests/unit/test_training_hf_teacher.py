@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher in Transformers gives the last layer's keys and values and the hidden states of every family."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -67,6 +68,39 @@ def test_lessons(targets, family):
         torch.testing.assert_close(lesson.values, cache.layers[-1].values[0].transpose(0, 1))
         found = shared.logit_scale * lesson.hidden @ shared.head.float().T
         torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_of_all_pairs_is_made(targets, monkeypatch, family):
+    """It would not fit for long samples, and keeps attention from its fast kernels. Gaps in positions make none."""
+    masks = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    samples = [sample(40, 20), sample(50, 30, gap=1000)]
+    list(HfTeacher(load_shared(str(targets(family))), "cpu", torch.float32).teach(samples))
+    assert masks == [None, None]
+
+
+def test_a_compiled_teacher(targets, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.utils.counters.clear()
+    shared = load_shared(str(targets("qwen3")))
+    samples = [sample(30, 20), sample(31, 20), sample(40, 5)]
+    lessons = zip(
+        HfTeacher(shared, "cpu", torch.float32).teach(samples),
+        HfTeacher(shared, "cpu", torch.float32, compiled=True).teach(samples),
+        strict=True,
+    )
+    for expected, found in lessons:
+        for name in ("keys", "values", "hidden"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    # Not one for each layer.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vllm_longspec.training.losses import ACCEPTED, AGREED, LOSS, LossWeights, depth_weights, draft_loss
+from vllm_longspec.training.losses import ACCEPTED, AGREED, LOSS, LossWeights, depth_weights, draft_loss, row_losses
 
 NONE = {"next_token": 0.0, "kl": 0.0}
 
@@ -90,6 +90,15 @@ def test_the_losses_are_least_where_the_draft_is_the_target():
         assert abs(total.item()) < 1e-9
         assert statistics[:, AGREED].tolist() == [11] * 3
         torch.testing.assert_close(statistics[:, ACCEPTED], torch.full((3,), 11.0, dtype=torch.float64))
+
+
+def test_the_losses_are_one_graph():
+    """So that compiling them makes few kernels."""
+    compiled = torch.compile(row_losses, backend="aot_eager", fullgraph=True)
+    draft, target = torch.randn(3, 8, 20, requires_grad=True), torch.randn(8, 20)
+    arguments = (draft, target, torch.randint(20, (8,)), LossWeights(0.1, 0.2, 0.3, 0.4, 0.5), torch.ones(3))
+    for found, expected in zip(compiled(*arguments), row_losses(*arguments), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_all_logits_never_exist_at_once():

@@ -28,7 +28,7 @@ from vllm_longspec.training.train import check_agreement, first_weights, train
 FAMILIES = sorted(GLIDE_ARCHITECTURES)
 # A stage at offset positions, then one at real ones.
 STAGES = "stages=[{steps: 8, learning_rate: 2e-3, anchor_positions: 700}, {steps: 8, learning_rate: 1e-3}]"
-QUICK = [STAGES, "tokens_per_batch=256", "held_out.samples=3", "report.steps=2", "accumulation=2"]
+QUICK = [STAGES, "tokens_per_batch=256", "held_out.samples=3", "report.steps=2", "accumulation=2", "device=cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -173,6 +173,7 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         "tokens_per_batch": 256,
         "held_out": {"samples": 3},
         "report": {"steps": 2},
+        "device": "cpu",
     }
     two, split = tmp_path / "two", tmp_path / "split"
     script = tmp_path / "both.py"
@@ -238,6 +239,7 @@ def test_a_disk_that_is_full(tmp_path, target, data, monkeypatch):
             "held_out": {"samples": 3},
             "report": {"steps": 2},
             "accumulation": 2,
+            "device": "cpu",
         }
     )
     with pytest.raises(ValueError, match=r"cannot be written to .* \(No space left on device\): make room") as error:
@@ -257,6 +259,21 @@ def test_a_stage_by_the_clock(tmp_path, target, data):
     assert metrics(out)[-1]["done"] == 1.0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [["dtype=float32"], ["compile_target=true"], ["depths_per_batch=1"]], ids=str)
+def test_a_gpu_trains_as_a_cpu_does(tmp_path, target, data, settings):
+    """With flex_attention, compiled losses, and bfloat16 unless told otherwise."""
+    stages = "stages=[{steps: 6, learning_rate: 2e-3}]"
+    # A CPU needs no kernels compiled for the same result.
+    command(target, data, tmp_path / "cpu", stages, *(each for each in settings if "compile" not in each))
+    command(target, data, tmp_path / "gpu", "device=auto", stages, *settings)
+    expected, found = (metrics(tmp_path / device) for device in ("cpu", "gpu"))
+    for one, other in zip(expected, found, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3 if settings == ["dtype=float32"] else 3e-2)
+        assert "peak_memory_gib" in other
+    assert read_draft(str(tmp_path / "gpu"), expected=True).architecture == "LlamaGlideDecoderLayer"
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
@@ -268,6 +285,7 @@ def test_a_stage_by_the_clock(tmp_path, target, data):
         (["teacher=vllm"], [], "anchor_positions is not supported with teacher vllm"),
         (["held_out.samples=40"], [], "the data have 40 samples, and 40 are held out"),
         (["report.to=mlflow"], [], "report.to is one of wandb, tensorboard, trackio, not 'mlflow'"),
+        (["report.to=trackio"], [], "report.to has trackio, which is not installed: pip install trackio"),
     ],
 )
 def test_settings_that_are_wrong(tmp_path, target, data, settings, options, message):

@@ -112,6 +112,7 @@ class TrainConfig:
     teacher_device: str = AUTO
     # What target and draft compute in; the draft's own weights are float32. "auto" is bfloat16 on GPUs.
     dtype: str = AUTO
+    # Of the target in Transformers, norms and MLPs.
     compile_target: bool = False
     compile_losses: bool | str = AUTO
     init: str = "normal"

@@ -127,6 +127,11 @@ def prepare(
         try:
             _write(files, temporary, _Encoder(load_tokenizer), vocab_size, max_length, progress)
             temporary.rename(place)
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())
+            raise ValueError(
+                f"tokens cannot be written to {folder} ({reason}): make room, or give another --out"
+            ) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return TokenStore(place)
@@ -178,7 +183,11 @@ def _write(
 
 def _lines(files: Iterable[Path], progress: Callable[[int], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
-        with file.open("rb") as lines:
+        try:
+            lines = file.open("rb")
+        except OSError as error:
+            raise ValueError(f"--data {file} cannot be read ({error.strerror}): change its permissions") from None
+        with lines:
             for number, line in enumerate(lines, start=1):
                 progress(len(line))
                 if not line.strip():

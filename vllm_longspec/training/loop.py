@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -59,8 +60,15 @@ class Result(NamedTuple):
 
 def make_accelerator(config: TrainConfig, run: Path) -> Any:
     """For this process, which may be one of several that torchrun has started."""
-    from accelerate import Accelerator
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise ValueError("training needs accelerate: pip install 'vllm-longspec[train]'") from None
 
+    for tracker in config.report.to:
+        # Accelerate would leave it out without a word.
+        if find_spec(tracker) is None:
+            raise ValueError(f"report.to has {tracker}, which is not installed: pip install {tracker}, or leave it out")
     on_cpu = config.device == "cpu" or (config.device == AUTO and not torch.cuda.is_available())
     precision = "bf16" if compute_dtype(config) == torch.bfloat16 else "no"
     return Accelerator(

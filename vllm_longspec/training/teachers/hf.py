@@ -54,7 +54,7 @@ class HfTeacher:
 
     Args:
         tokens_at_once: of samples that are computed together, where they are short; a longer one is computed alone
-        compiled: whether to compile the layers of the target, which takes a while at the first samples
+        compiled: whether to compile norms and MLPs, whose parts are otherwise kernels of their own
     """
 
     def __init__(
@@ -76,8 +76,10 @@ class HfTeacher:
             )
             rotary.rope_type = "default"
         if compiled:
-            for layer in self.decoder.layers:
-                layer.compile()
+            # A whole layer would be compiled once for each, since it knows its number.
+            for module in self.decoder.modules():
+                if type(module).__name__.endswith(("RMSNorm", "MLP")):
+                    module.compile()
 
     def teach(self, samples: Iterable[Sample]) -> Iterator[Lesson]:
         for group in self._groups(samples):
