@@ -32,6 +32,7 @@ from vllm_longspec.training.data import TokenStore
 from vllm_longspec.training.data import prepare as store_texts
 from vllm_longspec.training.draft import TargetVocabulary, check_draft, load_draft
 from vllm_longspec.training.engine import run_engine
+from vllm_longspec.training.layer import rope_type_of
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor, Steps
 from vllm_longspec.training.sampling import Sampling
 from vllm_longspec.training.target import SharedTarget, load_shared, load_tokenizer
@@ -314,6 +315,9 @@ def engine_settings(evaluation: Evaluation, longest: int) -> dict[str, Any]:
         "disable_log_stats": False,
         "per_request_spec_decode_metrics": "detailed",
     }
+    if rope_type_of(evaluation.config) == "longrope":
+        # vLLM takes the table for short contexts where they are limited to such.
+        settings["max_model_len"] = evaluation.config.max_position_embeddings
     if arguments.device == "cpu":
         # vLLM would take a share of the memory, which Triton's interpreter copies.
         *_, kv_heads, head_size = layer_sizes(evaluation.config)
