@@ -34,6 +34,7 @@ ALLOWED = {
         "tree",
     },
     "proposers.magicdec": {"attention", "interpreter", "options", "proposers", "targets", "tree"},
+    "bench": {"training"},
     "training": {"compat", "options", "proposers", "proposers.glide", "targets", "tree"},
     "scheduling": {"compat", "options", "proposers", "targets", "tree"},
     "runner": {"attention", "copying", "options", "proposers", "scheduling", "targets", "tree"},
