@@ -22,6 +22,10 @@ COMMANDS = {
         "vllm_longspec.frequent_tokens",
         "count the tokens that texts consist of most, for a smaller head of the draft",
     ),
+    "generate": (
+        "vllm_longspec.training.generate",
+        "let a target answer prompts, as data to train its draft with",
+    ),
 }
 
 

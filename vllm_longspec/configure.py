@@ -163,6 +163,7 @@ def configure(
             copy_length=copy_length,
             num_lookahead_tokens=setup.num_lookahead_tokens(num_nodes),
             partial_attention=part,
+            spool=own.get("spool"),
         ),
         options,
     )

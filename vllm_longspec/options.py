@@ -34,6 +34,7 @@ OPTION_NAMES = (
     "sinks",
     "budget",
     "selection",
+    "spool",
 )
 
 # Attribute of vLLM's SpeculativeConfig, which is pickled to every process.
@@ -61,6 +62,7 @@ class LongSpecOptions:
     copy_length: int = 0  # tokens that are copied from the request's own text beside the drafted tree; 0 for none
     num_lookahead_tokens: int = 0  # cache slots from the root's on that a draft writes at most, which are reserved
     partial_attention: PartialAttention | None = None  # None for a draft that attends all or nothing
+    spool: str | None = None  # folder to which what is captured goes, for an engine that teaches
 
     @property
     def max_depth(self) -> int:
