@@ -149,8 +149,8 @@ def test_vicunas_template_is_shipped(tokenizer):
     class WithoutTemplate:
         chat_template = None
 
-        def apply_chat_template(self, messages, chat_template, **keywords):
-            assert chat_template == VICUNA_TEMPLATE
+        def apply_chat_template(self, messages, chat_template, tools, **keywords):
+            assert chat_template == VICUNA_TEMPLATE and tools is None
             return tokenizer.apply_chat_template(messages, chat_template=chat_template, **keywords)
 
     ids = Renderer(WithoutTemplate(), "lmsys/vicuna-7b-v1.5-16k", 4000).render("Hello")

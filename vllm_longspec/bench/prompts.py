@@ -8,9 +8,10 @@ benchmark leaves long texts out instead; both leave out prompts of 1,200 tokens 
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from vllm_longspec.bench.workloads import Workload, read_records
+from vllm_longspec.training import generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ class Chosen:
     prompts: list[Prompt] = field(default_factory=list)
     num_short: int = 0
     num_cut: int = 0
+    num_long: int = 0
 
     def describe(self) -> str:
         """One line."""
@@ -53,6 +55,8 @@ class Chosen:
             what += f"; {self.num_cut} lost the middle of their text"
         if self.num_short:
             what += f"; {self.num_short} of {SHORTEST:,} tokens or fewer were left out"
+        if self.num_long:
+            what += f"; {self.num_long} too long for the window were left out"
         return what
 
 
@@ -78,25 +82,33 @@ class Renderer:
         as_they_are: bool = False,
     ):
         self.tokenizer = tokenizer
+        self.target = target
         self.max_tokens = max_tokens
         self.template = template
         self.as_they_are = as_they_are
-        if tokenizer.chat_template is None and template is None and not as_they_are:
-            if not any(name in target.lower() for name in ("vicuna", "longchat")):
-                raise ValueError(
-                    f"the tokenizer of {target} has no chat template: give one by --chat-template, or give "
-                    "--no-chat-template for texts as they are"
-                )
-            self.template = VICUNA_TEMPLATE
+        if tokenizer.chat_template is None and template is None:
+            if any(name in target.lower() for name in ("vicuna", "longchat")):
+                self.template = VICUNA_TEMPLATE
+            elif not as_they_are:
+                self._refuse("texts as they are")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"the tokenizer of {self.target} has no chat template: give one by --chat-template, or give "
+            f"--no-chat-template for {what}"
+        )
 
     def render(self, text: str) -> list[int]:
+        """The token ids of a text as a user's message."""
         if self.as_they_are:
             return self.tokenizer.encode(text)
+        return self.render_messages([{"role": "user", "content": text}], None)
+
+    def render_messages(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
+        if self.template is None and self.tokenizer.chat_template is None:
+            self._refuse("workloads of plain texts only, without messages")
         ids: Any = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            chat_template=self.template,
-            add_generation_prompt=True,
-            return_dict=False,
+            messages, tools=tools, chat_template=self.template, add_generation_prompt=True, return_dict=False
         )
         return list(ids)
 
@@ -151,3 +163,45 @@ def choose(workload: Workload, folder: Path | None, renderer: Renderer, max_prom
             f"--workload {workload.name}: none of its {len(records)} texts makes more than {SHORTEST:,} tokens"
         )
     return chosen
+
+
+def choose_own(path: Path, renderer: Renderer, vocab_size: int, max_prompts: int | None, seed: int) -> Chosen:
+    """The user's prompts, one a line, in an order that the seed decides.
+
+    A line is what `vllm-longspec generate` reads: `messages`, which go through the chat template, `prompt`, a text that
+    is tokenised as it is, or `input_ids`. What is too long is left out: what it may lose is not known.
+
+    Raises:
+        ValueError: a line is no prompt, or none is short enough.
+    """
+    generate.check_prompts(path, vocab_size)
+    prompts = list(generate.read_prompts([path]))
+    random.Random(seed).shuffle(prompts)
+    chosen = Chosen(str(path))
+    for prompt in prompts:
+        if len(chosen.prompts) == max_prompts:
+            break
+        token_ids = _own_token_ids(prompt, renderer)
+        if len(token_ids) > renderer.max_tokens:
+            chosen.num_long += 1
+            continue
+        chosen.prompts.append(Prompt(prompt.place, token_ids, 0))
+    if not chosen.prompts:
+        raise ValueError(
+            f"--workload {path}: none of its {len(prompts)} prompts fits {renderer.max_tokens:,} tokens: give a larger "
+            "--max-model-len or fewer --output-len"
+        )
+    return chosen
+
+
+def _own_token_ids(prompt: generate.Prompt, renderer: Renderer) -> list[int]:
+    if prompt.kind == "input_ids":
+        return prompt.content
+    if prompt.kind == "prompt":
+        return renderer.tokenizer.encode(prompt.content)
+    try:
+        return renderer.render_messages(generate.to_answer(prompt.content), prompt.tools)
+    except ValueError:
+        raise
+    except Exception as error:  # templates raise errors of their own
+        raise ValueError(f"{prompt.place}: the chat template refuses it ({error})") from error
