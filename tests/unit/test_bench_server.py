@@ -53,7 +53,7 @@ def has_ended(pid):
 
 
 def test_nothing_of_a_server_is_left(start):
-    seconds = []
+    seconds: list[float] = []
     with start(on_ready=seconds.append) as server:
         with server.request("GET", "/child") as response:
             child = int(response.read())
