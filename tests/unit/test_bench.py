@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-longspec bench` against a server that only speaks vLLM's protocol, and what it makes of what was measured."""
 
+import argparse
 import json
 import re
 import threading
@@ -10,14 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks import PAIR
+from benchmarks import PAIR, ROOT
 from vllm_longspec import commands
 from vllm_longspec.bench import command, plots
 from vllm_longspec.bench.cells import Answer, Cell, Key
 from vllm_longspec.bench.client import read_stream
 from vllm_longspec.bench.figures import all_figures
-from vllm_longspec.bench.methods import read_methods
+from vllm_longspec.bench.methods import METHODS, read_methods
 from vllm_longspec.bench.server import ServerError
+from vllm_longspec.bench.workloads import WORKLOADS
 
 TARGET = str(PAIR / "target")
 STEPS = [(3, 2), (3, 0), (1, 1)]  # drafted, accepted
@@ -83,6 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
             last["metrics"] = {"speculative_decoding": steps}
         lines = [f"data: {json.dumps(event)}\n\n" for event in (*events, last)]
         self.send("".join([*lines, "data: [DONE]\n\n"]))
+
+
+@pytest.fixture(autouse=True)
+def signals_are_left_alone(monkeypatch):
+    monkeypatch.setattr(command, "exit_on_signals", lambda: None)
 
 
 @pytest.fixture
@@ -163,9 +170,21 @@ def test_a_run_that_stopped_goes_on(server, prompts, tmp_path, capsys):
     bench(server, prompts, out, *options, "--resume")
     assert len(server.requests) == 6 and all(request["temperature"] == 1.0 for request in server.requests[4:])
     assert len(json.loads((out / "report.json").read_text())["figures"]) == 2
+    # A run grows: what is there stays in the report.
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"input_ids": [9]}\n')
+    bench(server, other, out, "--warmups", "0", "--resume")
+    assert len(server.requests) == 7
+    report = json.loads((out / "report.json").read_text())
+    assert [(each["workload"], each["temperature"]) for each in report["figures"]] == [
+        ("other.jsonl", 0.0),
+        ("own.jsonl", 0.0),
+        ("own.jsonl", 1.0),
+    ]
+    assert len(report["prompts"]) == 2
     with prompts.open("a") as file:
         file.write('{"input_ids": [9]}\n')
-    assert "was measured with another prompts" in error_of(capsys, server, prompts, out, *options, "--resume")
+    assert "was measured with another set of prompts" in error_of(capsys, server, prompts, out, *options, "--resume")
 
 
 def test_runs_are_compared(server, prompts, tmp_path, capsys):
@@ -312,7 +331,7 @@ def cell(method, answers, seconds=1.0, workload="w", is_speculative=True, digest
         "ttfts": [0.5] * len(answers),
         **latencies,
     }
-    return Cell(Key(method, workload, 0.0), None, {"device": "x"}, digest, result, answers, is_speculative)
+    return Cell(Key(method, workload, 0.0), None, {"device": "x"}, digest, "two", result, answers, is_speculative)
 
 
 def test_figures_are_those_of_the_answers():
@@ -394,3 +413,19 @@ def test_the_page_holds_all_and_asks_for_nothing(tmp_path):
     table = (tmp_path / "report.md").read_text()
     assert "| <b>&.jsonl | tree | 1 | 3.00x | 3.00 | 3.0 |" in table
     assert json.loads((tmp_path / "report.json").read_text())["figures"][1]["speedup"] == 3.0
+
+
+def test_the_page_about_it_names_its_options_and_no_others():
+    page = (ROOT / "docs" / "benchmarking.md").read_text()
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = {option for option in parser._option_string_actions if option.startswith("--")} - {"--help"}
+    said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page))
+    assert options - said == set()
+    # Of vLLM's own.
+    assert said - options == {"--per-request-spec-decode-metrics", "--speculative-config"}
+    for name in (*WORKLOADS, *METHODS):
+        assert f"`{name}`" in page
+    for workload in WORKLOADS.values():
+        assert f"`{workload.repository}`" in page and workload.revision[:7] in page
+        assert f"`{workload.local_file}`" in page

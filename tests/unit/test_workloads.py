@@ -3,12 +3,14 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import PAIR
-from vllm_longspec.bench.prompts import SHORTEST, VICUNA_TEMPLATE, Renderer, choose
+from vllm_longspec.bench.prompts import SHORTEST, VICUNA_TEMPLATE, Renderer, choose, choose_own
 from vllm_longspec.bench.workloads import WORKLOADS, read_records
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -81,13 +83,8 @@ def test_without_a_network_the_file_is_named(monkeypatch):
         asked.append((arguments, keywords))
         raise ConnectionError("no route to huggingface.co\nsecond line")
 
-    class Module:
-        pass
-
     asked: list = []
-    module = Module()
-    module.load_dataset = load_dataset
-    monkeypatch.setitem(__import__("sys").modules, "datasets", module)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(
         ValueError, match=r"no route to huggingface\.co\); without a network, take data/qmsum\.jsonl"
     ) as error:
@@ -102,7 +99,7 @@ def test_without_a_network_the_file_is_named(monkeypatch):
     ):
         list(read_records(WORKLOADS["aime24"], None))
     assert asked[1][1]["revision"] == WORKLOADS["aime24"].revision
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'vllm-longspec\[bench\]'"):
         list(read_records(WORKLOADS["qmsum"], None))
 
@@ -164,3 +161,42 @@ def test_texts_may_be_left_as_they_are(tokenizer):
     assert tokenizer.decode(renderer.fit("Hello")[0]) == "Hello"
     renderer = Renderer(tokenizer, "a/target", 4000, template="[{{ messages[0]['content'] }}]")
     assert tokenizer.decode(renderer.fit("Hello")[0]) == "[Hello]"
+
+
+def own(tmp_path, *lines):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_users_prompts_are_rendered_by_kind(tmp_path, tokenizer):
+    conversation = [{"role": role, "content": f"{role}!"} for role in ("system", "user", "assistant")]
+    path = own(
+        tmp_path, {"messages": conversation}, {"prompt": "as it is"}, {"input_ids": [3, 4]}, {"prompt": "a " * 99}
+    )
+    chosen = choose_own(path, Renderer(tokenizer, "a/target", 64), 4096, None, seed=0)
+    texts = {int(prompt.place.rsplit(maxsplit=1)[1]): prompt.token_ids for prompt in chosen.prompts}
+    # The answer at the end is what is asked for.
+    assert tokenizer.decode(texts[1]) == "<system>system!<user>user!<assistant>"
+    assert tokenizer.decode(texts[2]) == "as it is"
+    assert texts[3] == [3, 4] and len(texts) == 3
+    assert chosen.describe().endswith("; 1 too long for the window were left out")
+
+
+def test_what_is_wrong_with_the_users_prompts_is_said(tmp_path, tokenizer):
+    renderer = Renderer(tokenizer, "a/target", 8)
+    with pytest.raises(ValueError, match=r"own\.jsonl line 2: token id 5000 is not in the target's vocabulary"):
+        choose_own(own(tmp_path, {"prompt": "x"}, {"input_ids": [5000]}), renderer, 4096, None, seed=0)
+    with pytest.raises(ValueError, match="none of its 1 prompts fits 8 tokens: give a larger --max-model-len"):
+        choose_own(own(tmp_path, {"prompt": "x " * 99}), renderer, 4096, None, seed=0)
+    refusing = Renderer(tokenizer, "a/target", 64, template="{{ raise_exception('roles must alternate') }}")
+    message = {"messages": [{"role": "user", "content": "x"}]}
+    with pytest.raises(ValueError, match=r"line 1: the chat template refuses it \(roles must alternate\)"):
+        choose_own(own(tmp_path, message), refusing, 4096, None, seed=0)
+
+    class WithoutTemplate:
+        chat_template = None
+
+    untemplated = Renderer(WithoutTemplate(), "a/base-model", 64, as_they_are=True)
+    with pytest.raises(ValueError, match="no chat template: give one by --chat-template"):
+        choose_own(own(tmp_path, message), untemplated, 4096, None, seed=0)

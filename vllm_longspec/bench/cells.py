@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_longspec.bench.methods import Method
-from vllm_longspec.bench.prompts import Prompt
+from vllm_longspec.bench.prompts import Chosen, Prompt
 from vllm_longspec.training.generate import write_atomically
 
 _MANIFEST = "run.json"
@@ -48,6 +48,8 @@ class Cell:
     environment: dict[str, str]
     # Of the prompts' token ids: only the same can be compared.
     prompts: str
+    # What the prompts are, and what was left out.
+    description: str
     result: dict[str, Any]  # of `vllm bench`
     answers: list[Answer]
     # Of the server, where requests have no metrics of their own.
@@ -85,14 +87,23 @@ def cell_of(
     key: Key,
     method: Method,
     environment: dict[str, str],
-    prompts: Sequence[Prompt],
+    chosen: Chosen,
     result: dict[str, Any],
     answers: list[Answer],
 ) -> Cell:
     names = [*_KEPT, *(name for name in result if name.startswith("spec_decode_"))]
     kept = {name: result[name] for name in names if name in result}
     is_speculative = method.speculative_config is not None or "spec_decode_num_drafts" in result
-    return Cell(key, method.speculative_config, environment, digest(prompts), kept, answers, is_speculative)
+    return Cell(
+        key,
+        method.speculative_config,
+        environment,
+        digest(chosen.prompts),
+        chosen.describe(),
+        kept,
+        answers,
+        is_speculative,
+    )
 
 
 class Store:
@@ -134,20 +145,36 @@ class Store:
     def add(self, cell: Cell) -> None:
         write_atomically(self._path(cell.key), json.dumps(cell.to_json()) + "\n")
 
-    def find(self, key: Key, method: Method, prompts: Sequence[Prompt]) -> Cell | None:
-        """A cell that was measured.
+    def has(self, key: Key, method: Method, prompts: Sequence[Prompt]) -> bool:
+        """Whether a cell was measured.
 
         Raises:
             ValueError: with another configuration or other prompts.
         """
         path = self._path(key)
         if not path.exists():
-            return None
+            return False
         cell = Cell.from_json(json.loads(path.read_text()))
-        for what, wanted, found in (
-            ("speculative configuration", method.speculative_config, cell.speculative_config),
-            ("prompts", digest(prompts), cell.prompts),
+        for what, is_same in (
+            ("method", cell.speculative_config == method.speculative_config),
+            ("set of prompts", cell.prompts == digest(prompts)),
         ):
-            if wanted != found:
+            if not is_same:
                 raise ValueError(f"--resume: {path} was measured with another {what}: give another folder by --out")
-        return cell
+        return True
+
+    def all(self, methods: Sequence[str], workloads: Sequence[str]) -> list[Cell]:
+        """All cells of the run, by workload and method: these first and in this order."""
+
+        def place(name: str, names: Sequence[str]) -> tuple[int, str]:
+            return (names.index(name), "") if name in names else (len(names), name)
+
+        cells = [Cell.from_json(json.loads(path.read_text())) for path in (self.folder / _CELLS).glob("*.json")]
+        return sorted(
+            cells,
+            key=lambda cell: (
+                cell.key.temperature,
+                place(cell.key.workload, workloads),
+                place(cell.key.method, methods),
+            ),
+        )

@@ -10,6 +10,7 @@ measured is written at once; `--resume` goes on with a run that was stopped.
 """
 
 import argparse
+import functools
 import json
 import os
 import time
@@ -20,7 +21,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
-from vllm_longspec.bench.cells import Cell, Key, Store, cell_of
+from vllm_longspec.bench.cells import Key, Store, cell_of
 from vllm_longspec.bench.client import Load, measure
 from vllm_longspec.bench.environment import environment
 from vllm_longspec.bench.figures import all_figures
@@ -34,6 +35,8 @@ from vllm_longspec.version import __version__
 
 DEFAULT_OUTPUT_LEN = 1024
 DEFAULT_WARMUPS = 2
+# At once, also into a pipe: progress bars go another way.
+say = functools.partial(print, flush=True)
 # Of large targets.
 _START_TIMEOUT = 3600.0
 _PACKAGES = ("torch", "triton", "vllm", "transformers")
@@ -161,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments, target)
     store = Store(arguments.out, settings, arguments.resume)
     for each in chosen.values():
-        print(each.describe())
+        say(each.describe())
     bench = Bench(arguments, methods, target, tokenizer, chosen, store)
     exit_on_signals()
     try:
@@ -169,14 +172,13 @@ def run(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise ValueError(f"stopped; what was measured is in {arguments.out}: go on with --resume") from None
     finally:
-        if bench.cells:
-            environments = list({json.dumps(cell.environment): cell.environment for cell in bench.cells}.values())
-            lines = [each.describe() for each in chosen.values()]
-            report = Report(settings, environments, lines, all_figures(bench.cells), baseline)
+        cells = store.all([method.name for method in methods], list(chosen))
+        if cells:
+            environments = list({json.dumps(cell.environment): cell.environment for cell in cells}.values())
+            lines = list(dict.fromkeys(cell.description for cell in cells))
+            report = Report(settings, environments, lines, all_figures(cells), baseline)
             files = report.write(arguments.out)
-            print(
-                f"\n{report.summary()}\n{files[-1]} has all of it; beside it are the same figures as JSON and Markdown"
-            )
+            say(f"\n{report.summary()}\n{files[-1]} has all of it; beside it are the same figures as JSON and Markdown")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -237,6 +239,7 @@ _OWN = {
     "max_model_len": "--max-model-len",
     "speculative_config": "--methods or --method",
     "seed": "--seed",
+    "served_model_name": "nothing: it is the target's",
     "per_request_spec_decode_metrics": "nothing: it is set",
 }
 
@@ -372,11 +375,11 @@ class Bench:
         # Of a server that runs, neither its machine nor its versions are known.
         self.environment = environment(_PACKAGES) if url is None else {"server": url}
         self.environment["vllm-longspec"] = __version__
-        self.found = {
-            key: cell
+        self.done = {
+            key
             for method in methods
             for key in self._keys(method)
-            if (cell := store.find(key, method, chosen[key.workload].prompts)) is not None
+            if store.has(key, method, chosen[key.workload].prompts)
         }
         self._seconds: list[float] = []  # of what was measured
 
@@ -387,14 +390,8 @@ class Bench:
             for workload in self.chosen
         ]
 
-    @property
-    def cells(self) -> list[Cell]:
-        """What there is, methods side by side."""
-        keys = zip(*map(self._keys, self.methods), strict=True)
-        return [self.found[key] for beside in keys for key in beside if key in self.found]
-
     def _num_missing(self) -> int:
-        return sum(key not in self.found for method in self.methods for key in self._keys(method))
+        return sum(key not in self.done for method in self.methods for key in self._keys(method))
 
     def run(self) -> None:
         """Measures, one method after the other.
@@ -402,10 +399,10 @@ class Bench:
         Raises:
             ServerError: a server failed. What was measured until then is kept.
         """
-        if self.found:
-            print(f"{len(self.found)} measurements are there, {self._num_missing()} are missing")
+        if self.done:
+            say(f"{len(self.done)} measurements are there, {self._num_missing()} are missing")
         for method in self.methods:
-            missing = [key for key in self._keys(method) if key not in self.found]
+            missing = [key for key in self._keys(method) if key not in self.done]
             if not missing:
                 continue
             if self.arguments.url is not None:
@@ -413,19 +410,19 @@ class Bench:
                 continue
             engine = engine_arguments(self.arguments) | {"seed": self.arguments.seed}
             log = self.arguments.out / "logs" / f"{method.name}.log"
-            print(f"\n{method.name}: starting a server; its log is {log}")
+            say(f"\n{method.name}: starting a server; its log is {log}")
             with run_server(
                 [self.target.name, *flags(engine), *method.arguments()],
                 {**os.environ, **method.environment},
                 log,
                 timeout=_START_TIMEOUT,
-                on_ready=lambda seconds: print(f"  ready after {seconds:.0f} s"),
+                on_ready=lambda seconds: say(f"  ready after {seconds:.0f} s"),
             ) as server:
                 self._measure(method, missing, server.url, server)
 
     def _measure(self, method: Method, keys: Sequence[Key], url: str, server: Server | None) -> None:
         for key in keys:
-            print(f"{method.name} on {key.workload} at temperature {key.temperature:g}{self._time_left()}")
+            say(f"{method.name} on {key.workload} at temperature {key.temperature:g}{self._time_left()}")
             prompts = self.chosen[key.workload].prompts
             load = Load(
                 output_len=self.arguments.output_len,
@@ -444,9 +441,9 @@ class Bench:
                     raise ServerError(f"{method.name} on {key.workload}: {error}.") from error
                 raise ServerError(f"{method.name} on {key.workload}: vllm serve exited while it answered.") from error
             self._seconds.append(time.monotonic() - start)
-            cell = cell_of(key, method, self.environment, prompts, result, answers)
+            cell = cell_of(key, method, self.environment, self.chosen[key.workload], result, answers)
             self.store.add(cell)
-            self.found[key] = cell
+            self.done.add(key)
 
     def _time_left(self) -> str:
         if not self._seconds:
