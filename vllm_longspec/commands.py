@@ -30,6 +30,10 @@ COMMANDS = {
         "vllm_longspec.training.generate",
         "let a target answer prompts, as data to train its draft with",
     ),
+    "train": (
+        "vllm_longspec.training.train",
+        "train a GLIDE draft for a target",
+    ),
 }
 
 

@@ -34,6 +34,8 @@ SHAPES = ([1], [1, 1, 1, 1], [2, 4, 4], [4, 16, 16, 16, 16])
 
 # (logits [batch, nodes, vocabulary], positions of the nodes [batch]) -> the same, by which their children are ranked
 Rescore = Callable[[Tensor, Tensor], Tensor]
+# roots [batch] -> bool [batch, tokens], which keys of the target's the draft attends, of those before its root
+Kept = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def grow_levels(
     shape: Sequence[int],
     drafted: Tensor | None = None,
     rescore: Rescore | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Grow one tree a request, level by level.
 
@@ -129,6 +132,7 @@ def grow_levels(
         shape: nodes per level
         drafted: int64 [tokens], the only tokens that the draft draws; None for all
         rescore: makes the logits that rank tokens of the draft's; None ranks by the draft's own
+        kept: the part of the target's keys that the cross-attention sees; None for all before the root
 
     Yields:
         of each level, [batch, width]: cumulative log-probabilities, float32, and whether a node is on the
@@ -140,7 +144,10 @@ def grow_levels(
     gather = window_indices.clamp(min=0)[:, :, None, None].expand(-1, -1, *passage.window[0].shape[2:])
     past = tuple(part.gather(1, gather) for part in passage.window)
     # While a tree is drafted, every row sees the target's keys up to the root and without it.
-    cross_mask = (torch.arange(num_tokens, device=device) < roots[:, None])[:, None]
+    cross_mask = torch.arange(num_tokens, device=device) < roots[:, None]
+    if kept is not None:
+        cross_mask &= kept(roots)
+    cross_mask = cross_mask[:, None]
 
     tokens = ids.gather(1, roots[:, None])
     scores = torch.zeros(batch, 1, device=device)
@@ -184,9 +191,10 @@ def accepted_nodes(
     shape: Sequence[int],
     drafted: Tensor | None = None,
     rescore: Rescore | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Count the nodes of each request's tree that are on the continuation's path, int64 [batch]; see `grow_levels`."""
-    levels = grow_levels(target, glide, passage, roots, shape, drafted, rescore)
+    levels = grow_levels(target, glide, passage, roots, shape, drafted, rescore, kept)
     return torch.stack([on_path.any(1) for _, on_path in levels]).sum(0)
 
 
@@ -197,6 +205,7 @@ def walk(
     shape: list[int],
     drafted: Tensor | None = None,
     rescore: Rescore | None = None,
+    kept: Kept | None = None,
 ) -> list[tuple[int, int, int]]:
     """All steps of all requests as (request, index of the root in the continuation, tokens emitted).
 
@@ -210,7 +219,14 @@ def walk(
             return steps
         # Finished requests stay in the batch, at a root from where a whole tree still fits.
         emitted = 1 + accepted_nodes(
-            target, glide, passage, roots.clamp(max=passage.ids.shape[1] - len(shape) - 1), shape, drafted, rescore
+            target,
+            glide,
+            passage,
+            roots.clamp(max=passage.ids.shape[1] - len(shape) - 1),
+            shape,
+            drafted,
+            rescore,
+            kept,
         )
         columns = (active, roots - passage.prompt_length, emitted)
         for request, (counts, root, count) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):

@@ -25,6 +25,7 @@ PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 USER = {"role": "user", "content": "def f("}
 ANSWER = {"role": "assistant", "content": "x)"}
 TEMPLATE = (
+    "{% if messages[0].role == 'tool' %}{{ raise_exception('a tool first') }}{% endif %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 
@@ -127,6 +128,7 @@ def test_answers_and_the_same_again_after_a_stop(tmp_path, target):
         {"input_ids": [476, 260, 325, 258]},
         {"input_ids": [5] * 128},
         {"messages": [USER]},
+        {"messages": [{"role": "tool", "content": "1"}]},
     ]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["--target", str(target), "--prompts", str(prompts), "--out", str(out), "--engine", json.dumps(ENGINE)]
@@ -134,11 +136,12 @@ def test_answers_and_the_same_again_after_a_stop(tmp_path, target):
     _, printed = run_alone(generate, command)
     assert "2 prompts left out" not in printed
     assert "1 prompts left out, too long for the window of 128 tokens: " + f"{prompts} line 4" in printed
+    assert f"1 prompts left out, refused by the chat template: {prompts} line 6 (a tool first)" in printed
     assert "1 conversations ended with an answer" in printed
     assert [len(shard.read_text().splitlines()) for shard in sorted(out.glob("*.jsonl"))] == [3, 3, 2]
     manifest = json.loads((out / MANIFEST).read_text())
     assert manifest["finished"] and manifest["sampling"]["temperature"] == 0.7
-    assert manifest["counts"]["answers"] == 8 and manifest["versions"]["vllm"].startswith("0.32")
+    assert manifest["counts"]["answers"] == 8 and manifest["versions"]["vllm"].startswith("0.3")
     answers = records(out)
     assert answers.keys() == {f"{prompt}.{sample}" for prompt in (0, 1, 2, 4) for sample in (0, 1)}
     for record in answers.values():
@@ -171,6 +174,8 @@ def test_refused_before_the_engine_starts(tmp_path):
     for more, message in (
         ([], "has no chat template: give prompt or input_ids instead"),
         (["--samples", "0"], "--samples must be 1 or more, got 0"),
+        (["--temperature", "-1"], "--temperature -1.0: temperature must be non-negative"),
+        (["--top-p", "2"], "--top-p 2.0: top_p must be in (0, 1]"),
         (["--engine", '{"model": "a"}'], "--engine has 'model': give --target instead"),
         (["--engine", '{"tensor_size": 2}'], "'tensor_size', which is no engine argument of vLLM's"),
         (

@@ -2,7 +2,9 @@
 """An engine teaches what Transformers computes: the last layer's K and V, and hidden states of supervised rows."""
 
 import json
+import pickle
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 
+from benchmarks.training import teacher
 from tests.engine import running
 from tests.integration.test_tensor_parallel import TWO_RANKS
 from tests.models import write_target
@@ -22,11 +25,18 @@ from tests.process import run_alone
 from tests.quantised_models import write_cache_scales
 from vllm_longspec import plugin
 from vllm_longspec.proposers.capture.proposer import first_head
-from vllm_longspec.proposers.capture.spool import CaptureRequest, Part, read_failure, read_parts, write_part
+from vllm_longspec.proposers.capture.spool import (
+    CaptureRequest,
+    Part,
+    read_failure,
+    read_parts,
+    write_failure,
+    write_part,
+)
 from vllm_longspec.proposers.capture.writer import Captured, Slice, SpoolWriter
 from vllm_longspec.training.teachers import Lesson, Sample
 from vllm_longspec.training.teachers.engine import engine_arguments
-from vllm_longspec.training.teachers.vllm import Assembly, TargetSizes, VllmTeacher
+from vllm_longspec.training.teachers.vllm import Assembly, TargetSizes, VllmTeacher, visible_devices
 
 plugin.register()
 
@@ -62,12 +72,12 @@ SAMPLES = [
 
 @contextmanager
 def teaching(target: Path, max_length: int, **settings: Any) -> Iterator[VllmTeacher]:
-    teacher = VllmTeacher(str(target), max_length, engine=ENGINE, **settings)
+    taught_by = VllmTeacher(str(target), max_length, **ENGINE, **settings)
     try:
-        yield teacher
+        yield taught_by
     finally:
-        teacher.close()
-        assert not teacher.spool.exists()
+        taught_by.close()
+        assert not taught_by.spool.exists()
 
 
 @torch.inference_mode()
@@ -97,10 +107,10 @@ def test_an_engine_agrees_with_transformers(tmp_path, monkeypatch):
     spool = tmp_path / "spool"
     spool.mkdir()
     room = 2048 * 2 * 2 * 32 * 4 + 60 * 128 * 4
-    with teaching(target, 2048, spool=spool, spool_bytes=room) as teacher:
-        assert_equal([next(teacher.teach(SAMPLES))], lessons[:1])
+    with teaching(target, 2048, spool=spool, spool_bytes=room) as taught_by:
+        assert_equal([next(taught_by.teach(SAMPLES))], lessons[:1])
         taught = []
-        for lesson in teacher.teach(SAMPLES):
+        for lesson in taught_by.teach(SAMPLES):
             taught.append(lesson)
             assert sum(file.stat().st_size for file in spool.rglob("*") if file.is_file()) <= room + (64 << 10)
         assert_equal(taught, lessons)
@@ -115,7 +125,7 @@ def test_an_engine_agrees_with_transformers(tmp_path, monkeypatch):
             (too_large, f"bytes of the teacher's spool, which may have {room}: give a larger spool_bytes"),
         ):
             with pytest.raises(ValueError, match=message):
-                list(teacher.teach([SAMPLES[1], wrong]))
+                list(taught_by.teach([SAMPLES[1], wrong]))
     assert not list(spool.iterdir())
 
 
@@ -186,6 +196,21 @@ def test_a_cache_of_fp8(tmp_path):
     assert (lesson.hidden - other.hidden).abs().mean() < 0.2 * other.hidden.abs().mean()
 
 
+def test_devices_of_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_devices(None) is None
+    assert visible_devices("4,5") == "4,5"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert visible_devices(None) == "1"
+    assert visible_devices(["4", "5,6"]) == "5,6"
+    with pytest.raises(ValueError, match="devices has 1 entries, but this is process 1 of the host"):
+        visible_devices(["4"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    assert visible_devices(None) == "7"
+
+
 def test_heads_of_ranks():
     """With more ranks than heads, one of those that have the same head."""
     assert [first_head(rank, 4, 8) for rank in range(4)] == [0, 2, 4, 6]
@@ -244,6 +269,60 @@ def test_a_spool_without_room(tmp_path, settings, message):
 
 
 @pytest.mark.parametrize(
+    ("script", "error", "message"),
+    [
+        ("sys.exit(3)", RuntimeError, "the teacher's engine stopped with 3: see what it printed above"),
+        ("pipe.send(('failed', 'out of memory'))", RuntimeError, "the teacher's engine failed: out of memory"),
+        ("pipe.send(('refused', 'no such target'))", ValueError, "^no such target$"),
+    ],
+)
+def test_an_engine_that_does_not_start(tmp_path, monkeypatch, script, error, message):
+    run_instead(monkeypatch, script)
+    with pytest.raises(error, match=message):
+        VllmTeacher("any", 100, spool=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def run_instead(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A script in the place of the engine's process, after it got the settings."""
+    run = subprocess.Popen
+
+    def start(command: list[str], **settings: Any) -> Any:
+        program = f"import sys; from multiprocessing.connection import Connection; pipe = Connection({command[-1]})"
+        return run([command[0], "-c", f"{program}; pipe.recv(); {script}"], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("sys.exit(5)", "the teacher's engine stopped with 5"),
+        ("pipe.send(('failed', 'a step failed')); pipe.recv()", "the teacher's engine failed: a step failed"),
+    ],
+)
+def test_an_engine_that_fails_while_it_teaches(tmp_path, monkeypatch, script, message):
+    sizes = pickle.dumps(("ready", (100, TargetSizes(2, 32, 128, torch.float32))))
+    run_instead(monkeypatch, f"pipe.send_bytes({sizes!r}); pipe.recv(); {script}")
+    failing = VllmTeacher("any", 100, spool=tmp_path)
+    with pytest.raises(RuntimeError, match=message):
+        list(failing.teach([SAMPLES[1], SAMPLES[2]]))
+    failing.close()
+    failing.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_spool_that_cannot_be_written(tmp_path, monkeypatch):
+    sizes = pickle.dumps(("ready", (100, TargetSizes(2, 32, 128, torch.float32))))
+    run_instead(monkeypatch, f"pipe.send_bytes({sizes!r}); pipe.recv(); pipe.recv()")
+    full = VllmTeacher("any", 100, spool=tmp_path)
+    write_failure(full.spool, "No space left on device")
+    with pytest.raises(RuntimeError, match="engine cannot write what it captured: No space left on device"):
+        list(full.teach([SAMPLES[1]]))
+    full.close()
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"model": "a"}, "model is not an option of a teacher's engine, which sets it itself: leave it out"),
@@ -272,3 +351,20 @@ def test_options_of_the_method(tmp_path, options, message):
     engine_args = EngineArgs(model=str(target), speculative_config={"method": "capture", **options})
     with pytest.raises(ValueError, match=message):
         engine_args.create_engine_config()
+
+
+def test_the_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # Forked of a process that has imported vLLM, not spawned.
+    monkeypatch.setattr(teacher, "plain_seconds", lambda *arguments: run_alone(teacher.prefill, *arguments)[0])
+    result = tmp_path / "teacher.json"
+    command = ["--shape", "toy", "--contexts", "40", "--tokens", "100", "--supervised", "8", "--out", str(result)]
+    teacher.main([*command, "--engine", json.dumps(ENGINE)])
+    found = json.loads(result.read_text())
+    (record,) = found["records"]
+    assert (record["context"], record["samples"], record["supervised"]) == (40, 2, 8)
+    assert record["captured_tokens_per_second"] > 0 and record["plain_tokens_per_second"] > 0
+    share = record["captured_tokens_per_second"] / record["plain_tokens_per_second"]
+    assert record["share"] == pytest.approx(share)
+    assert found["engine"]["load_format"] == "dummy" and found["environment"]["vllm"].startswith("0.3")
+    assert f"| 40 | 2 | {record['captured_tokens_per_second']:.0f} |" in capsys.readouterr().out

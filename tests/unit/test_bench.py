@@ -3,7 +3,9 @@
 
 import argparse
 import json
+import os
 import re
+import signal
 import threading
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -33,6 +35,8 @@ class FakeServer(ThreadingHTTPServer):
         self.requests: list[dict] = []
         # The request, counted from 0, that fails, and what is sent instead.
         self.failing: tuple[int, str] | None = None
+        # The request that has a process killed, and which.
+        self.killing: tuple[int, int] | None = None
         self.with_details = True
         self.drafts = self.accepted = 0
 
@@ -67,6 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         number = len(self.server.requests)
         self.server.requests.append(body)
+        if self.server.killing is not None and self.server.killing[0] == number:
+            os.kill(self.server.killing[1], signal.SIGKILL)
+            return
         if self.server.failing is not None and self.server.failing[0] == number:
             self.send(self.server.failing[1], 400)
             return
@@ -185,6 +192,28 @@ def test_a_run_that_stopped_goes_on(server, prompts, tmp_path, capsys):
     with prompts.open("a") as file:
         file.write('{"input_ids": [9]}\n')
     assert "was measured with another set of prompts" in error_of(capsys, server, prompts, out, *options, "--resume")
+
+
+def test_a_run_that_is_killed_keeps_what_was_measured(server, prompts, tmp_path):
+    out = tmp_path / "out"
+    options = ("--temperatures", "0,1", "--warmups", "0", "--max-prompts", "1")
+    ready, set_ready = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.read(ready, 1)
+            bench(server, prompts, out, *options)
+        finally:
+            os._exit(1)
+    server.killing = 1, pid
+    os.write(set_ready, b"x")
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    server.killing = None
+    bench(server, prompts, out, *options, "--resume")
+    # The one that was under way was sent twice.
+    assert [request["temperature"] for request in server.requests] == [0.0, 1.0, 1.0]
+    assert len(json.loads((out / "report.json").read_text())["figures"]) == 2
 
 
 def test_runs_are_compared(server, prompts, tmp_path, capsys):

@@ -3,24 +3,30 @@
 
 import json
 import math
+import pickle
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from benchmarks.shapes import SHAPES
 from tests.models import write_draft, write_target
+from tests.unit.test_graphs import config as graph_config
 from tests.unit.test_schedule import config
 from vllm_longspec import plugin
 from vllm_longspec.options import LongSpecOptions, PartialAttention, options_of
-from vllm_longspec.proposers.magicdec.cost import STEP, MagicDecCost
+from vllm_longspec.proposers.magicdec import setup as magicdec_setup
+from vllm_longspec.proposers.magicdec.cost import STEP, MagicDecCost, largest_batch_with_graph
 from vllm_longspec.proposers.magicdec.setup import MagicDecSetup
+from vllm_longspec.runner.graphs import DraftGraphs
 from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification
 from vllm_longspec.scheduling.cost import StepCost
@@ -106,6 +112,81 @@ def test_vllms_number_of_tokens_is_gamma_without_one(target):
     options = options_of(config)
     assert options is not None and options.tree_shape.levels == (1,) * 8
     assert config.num_speculative_tokens == 8
+
+
+def test_changes_to_the_targets_config_reach_its_draft(folder):
+    """Without them this config.json is of no model that vLLM knows."""
+    target = write_target(folder / "overridden", "qwen3")
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["NobodysForCausalLM"]}))
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 2048}
+    overrides = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "rope_parameters": rope,
+        "max_position_embeddings": 8192,
+        "num_hidden_layers": 1,
+    }
+    config = engine_config(str(target), {"method": "magicdec"}, hf_overrides=overrides)
+    draft, target_config = config.speculative_config.draft_model_config, config.model_config
+    assert draft.max_model_len == target_config.max_model_len == 8192
+    for name, value in overrides.items():
+        assert getattr(draft.hf_config, name) == getattr(target_config.hf_config, name) == value
+    # It is sent to the engine's processes.
+    assert pickle.loads(pickle.dumps(config)).speculative_config.draft_model_config.hf_config.rope_parameters == rope
+
+
+def test_a_budget_that_is_too_small_for_scores_is_refused_at_once(target):
+    scores = {"method": "magicdec", "selection": "scores"}
+    said = refused(target, {**scores, "budget": 175}, block_size=32)
+    assert said == (
+        'budget must be at least 192 tokens with selection "scores" and blocks of 32 tokens, got 175: give more, or '
+        '"selection": "recent"'
+    )
+    engine_config(target, {**scores, "budget": 192}, block_size=32)
+    # A longer draft needs more.
+    assert "at least 288" in refused(target, {**scores, "budget": 192, "gamma": 15}, block_size=32)
+    engine_config(target, {"method": "magicdec", "budget": 1}, block_size=32)
+
+
+def test_where_a_draft_is_no_graph_nothing_is_drafted_and_start_up_says_so(target, monkeypatch, caplog):
+    # vLLM's loggers have handlers of their own.
+    monkeypatch.setattr(magicdec_setup.logger, "propagate", True)
+    magicdec = {"method": "magicdec", "adaptive_verification": True}
+    config = engine_config(target, magicdec, enforce_eager=True)
+    (record,) = [record for record in caplog.records if record.name == magicdec_setup.logger.name]
+    assert "drafts nothing without full CUDA graphs" in record.getMessage()
+    assert "give adaptive_verification=false" in record.getMessage()
+    cost = MagicDecCost.of(config)
+    assert cost.largest_batch == 0 and cost(1, 4, 1e12) == math.inf and cost(1, 0, 1e12) == 0.0
+    caplog.clear()
+    # What the user wants drafted is.
+    engine_config(target, {"method": "magicdec", "adaptive_verification": False}, enforce_eager=True)
+    assert "drafts nothing" not in caplog.text
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 104, 512, 600])
+def test_the_cost_knows_which_batches_have_graphs(most, monkeypatch):
+    plugin.register()
+    rank = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    module = "vllm.v1.worker.gpu.cudagraph_utils"
+    monkeypatch.setattr(f"{module}.get_pp_group", lambda: rank)
+    monkeypatch.setattr(f"{module}.current_platform", SimpleNamespace(get_global_graph_pool=lambda: None))
+    vllm_config = graph_config(GAMMA, most, MagicDecSetup().schedule(GAMMA), True, TreeShape((1,) * GAMMA))
+    vllm_config.speculative_config.enforce_eager = False
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    choices = nodes_by_batch_size(vllm_config.speculative_config, most, True)
+    draft = DraftGraphs(vllm_config, torch.device("cpu"), CUDAGraphMode.FULL_DECODE_ONLY, choices)
+    draft.graphs = dict.fromkeys(draft._capture_descs[CUDAGraphMode.FULL])
+    draft._graphs_captured = True
+    largest = largest_batch_with_graph(vllm_config)
+    for batch_size in range(1, most + 1):
+        for number in choices[batch_size]:
+            assert number == 0 or (draft.find(batch_size, number) is not None) == (batch_size <= largest)
+    vllm_config.speculative_config.enforce_eager = True
+    assert largest_batch_with_graph(vllm_config) == 0
+    vllm_config.speculative_config.enforce_eager = False
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    assert largest_batch_with_graph(vllm_config) == 0
 
 
 def test_slots_are_reserved_for_what_a_draft_writes(target, llama):
@@ -337,6 +418,14 @@ def test_next_to_nothing_is_drafted_where_a_step_of_drafting_costs_one_of_decodi
     numbers = engine.serve(0.9, 500)
     assert numbers.count(0) > 0.96 * len(numbers)
     assert engine.throughput(0.9, numbers) >= 0.99
+
+
+def test_batches_without_a_graph_never_draft():
+    engine = Engine(16, 131072)
+    assert sum(engine.serve(0.9, 100)) > 200
+    assert isinstance(engine.cost.drafting, MagicDecCost)
+    engine.cost = engine.adaptive.cost = replace(engine.cost, drafting=replace(engine.cost.drafting, largest_batch=15))
+    assert set(engine.serve(0.9, 200)) == {0}
 
 
 def test_drafts_come_back_where_contexts_have_grown_and_where_they_are_accepted_again():

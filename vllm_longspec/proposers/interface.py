@@ -151,9 +151,19 @@ class DraftSetup(ABC):
     ) -> dict[str, Any]:
         """Options of vLLM's speculative configuration on top of the user's: `method` and `model` at least."""
 
-    def hf_overrides(self, overrides: "HfOverrides") -> "HfOverrides":
-        """Adds changes to the draft's Hugging Face config to vLLM's own; must be picklable."""
+    def hf_overrides(self, overrides: "HfOverrides", of_target: "HfOverrides | dict[str, Any] | None") -> "HfOverrides":
+        """Adds changes to the draft's Hugging Face config to vLLM's own; must be picklable.
+
+        Args:
+            overrides: vLLM's, which call the user's `--hf-overrides` if those are a function
+            of_target: the user's; vLLM applies a dict to the target alone
+        """
         return overrides
+
+    @staticmethod
+    def check_engine(vllm_config: "VllmConfig") -> None:
+        """Raises ValueError for a complete configuration that the proposer cannot run."""
+        return None
 
     @staticmethod
     def check_other(config: "SpeculativeConfig | None") -> None:

@@ -33,7 +33,7 @@ from vllm_longspec.version import __version__
 
 MANIFEST = "manifest.json"
 DEFAULT_MAX_TOKENS = 4096
-DEFAULT_SHARD_SIZE = 1000
+DEFAULT_SHARD_SIZE = 256
 # Added to the name of a file that is being written.
 _UNFINISHED = ".unfinished"
 _KINDS = ("messages", "prompt", "input_ids")
@@ -119,7 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='such as {"enable_thinking": false}',
     )
     parser.add_argument("--text", action="store_true", help="write the answers' text beside their tokens")
-    parser.add_argument("--shard-size", type=int, default=DEFAULT_SHARD_SIZE, metavar="N", help="answers in a file")
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        default=DEFAULT_SHARD_SIZE,
+        metavar="N",
+        help=f"answers in a file ({DEFAULT_SHARD_SIZE})",
+    )
     parser.add_argument("--draft", metavar="DRAFT", help="generate faster with this draft; answers stay what they are")
     parser.add_argument(
         "--engine",
@@ -135,6 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
         if (value := getattr(arguments, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
     engine = engine_arguments(arguments)
+    _check_sampling(arguments)
     vocab_size = _vocab_size(arguments.target, arguments.revision)
     prompt_files = {str(path): check_prompts(path, vocab_size) for path in arguments.prompts}
     kinds = set().union(*(prompts.kinds for prompts in prompt_files.values()))
@@ -161,6 +168,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     generator = Generator(arguments, settings, engine, needs_tokenizer=arguments.text or kinds != {"input_ids"})
     generator.run(read_prompts(arguments.prompts), total, done)
+
+
+def _given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    values = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -194,6 +206,17 @@ def engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError("--draft and the speculative_config of --engine are mutually exclusive: leave one out")
         engine["speculative_config"] = {"model": arguments.draft}
     return engine
+
+
+def _check_sampling(arguments: argparse.Namespace) -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    for name, value in _given_sampling(arguments).items():
+        try:
+            SamplingParams(**{name: value})
+        except (ValueError, VLLMValidationError) as error:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {error}") from error
 
 
 def _vocab_size(target: str, revision: str | None) -> int:
@@ -391,12 +414,11 @@ class Generator:
         self.next_shard = 1 + int(shards[-1].stem.removeprefix("answers-")) if shards else 0
 
     def _sampling_params(self) -> Any:
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = self.llm.get_default_sampling_params()
-        for name in ("temperature", "top_p", "top_k"):
-            if (value := getattr(self.arguments, name)) is not None:
-                setattr(params, name, value)
+        own = self.llm.model_config.get_diff_sampling_param()
+        params = SamplingParams.from_optional(**{**own, **_given_sampling(self.arguments)})
         if self.tokenizer is None:
             # vLLM asks the tokenizer what ends an answer.
             config = self.llm.model_config
@@ -430,7 +452,8 @@ class Generator:
             try:
                 ids = self._token_ids(prompt)
             except Exception as error:  # templates raise errors of their own
-                self.counts.leave_out(f"the chat template refuses it ({' '.join(str(error).split())})", prompt.place)
+                place = f"{prompt.place} ({' '.join(str(error).split())})"
+                self.counts.leave_out("refused by the chat template", place)
                 yield from [None] * len(missing)
                 continue
             room = self.max_model_len - len(ids)

@@ -89,8 +89,11 @@ class CaptureProposer(Proposer):
         """K and V of these slots in the last layer, as the target attends them."""
         cache = self.last_layer.kv_cache  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
         block_size = cache.shape[2]
-        kv = cache[slots // block_size, :, slots % block_size]
         scales = cache_scales(self.last_layer)
+        if scales is not None:
+            # As bytes, which can be indexed everywhere.
+            cache = cache.view(torch.uint8)
+        kv = cache[slots // block_size, :, slots % block_size].contiguous()
         if scales is None:
             return kv
         keys, values = as_stored(kv).float().chunk(2, dim=-1)
@@ -98,6 +101,13 @@ class CaptureProposer(Proposer):
 
     def _to_device(self, rows: list[np.ndarray]) -> torch.Tensor:
         return async_tensor_h2d(np.concatenate(rows), device=self.device)
+
+    def profile(self, num_reqs: int) -> None:
+        """What a step captures, and the one before it, if that is not copied yet."""
+        model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
+        width = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() + model.get_hidden_size()
+        num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        torch.empty(2, num_tokens, width, dtype=self.dtype, device=self.device)
 
     def describe(self) -> str:
         return "what requests ask for is captured"

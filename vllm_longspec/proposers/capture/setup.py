@@ -49,6 +49,12 @@ class CaptureSetup(DraftSetup):
         if engine_args.enable_prefix_caching is not False:
             # What is found in the cache is not computed, and what is not computed is not seen.
             raise ValueError("prefix caching is not supported with the method capture: give --no-enable-prefix-caching")
+        if parallel_config.data_parallel_size > 1:
+            # vLLM would draft for every batch.
+            raise ValueError(
+                f"data_parallel_size={parallel_config.data_parallel_size} is not supported with the method capture: "
+                "start an engine for each part of the samples"
+            )
         # vLLM wants to be told of a draft model. Its configuration is read again, its weights are not.
         return {
             "method": "draft_model",

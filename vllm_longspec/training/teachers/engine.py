@@ -32,7 +32,7 @@ def engine_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    given, max_length = settings["engine"], settings["max_length"]
+    given = settings["engine"]
     known = {field.name for field in fields(EngineArgs)}
     for name in given:
         if name in _OWN_ARGUMENTS or name.startswith(_OWN_PREFIX):
@@ -57,18 +57,21 @@ def engine_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
             "adaptive_verification": False,
         },
     }
-    max_model_len = given.get("max_model_len")
-    if max_model_len is None:
-        # A request must have room for a token after its prompt, which the target never computes here. So the sample
-        # may take all of the window.
-        EngineArgs(**{**arguments, "speculative_config": None, "max_model_len": max_length}).create_model_config()
-        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        arguments["max_model_len"] = max_length + 1
-    elif max_model_len <= max_length:
-        raise ValueError(
-            f"max_model_len is {max_model_len}, but samples may have {max_length} tokens, and a request one more: "
-            "leave it out"
-        )
+    max_length = settings["max_length"]
+    if (max_model_len := given.get("max_model_len")) is not None:
+        if max_length is not None and max_model_len <= max_length:
+            raise ValueError(
+                f"max_model_len is {max_model_len}, but samples may have {max_length} tokens, and a request one more: "
+                "leave it out"
+            )
+        return arguments
+    # Checks that the target has such a window, and says what it is if none is asked for.
+    plain = EngineArgs(**{**arguments, "speculative_config": None, "max_model_len": max_length})
+    max_length = plain.create_model_config().max_model_len
+    # A request must have room for a token after its prompt, which the target never computes here. So a sample may take
+    # all of the window.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    arguments["max_model_len"] = max_length + 1
     return arguments
 
 
@@ -84,11 +87,14 @@ def serve(connection: Connection, settings: Mapping[str, Any]) -> None:
         connection.send(
             (
                 "ready",
-                TargetSizes(
-                    model_config.get_total_num_kv_heads(),
-                    model_config.get_head_size(),
-                    model_config.get_hidden_size(),
-                    model_config.dtype,
+                (
+                    model_config.max_model_len - 1,
+                    TargetSizes(
+                        model_config.get_total_num_kv_heads(),
+                        model_config.get_head_size(),
+                        model_config.get_hidden_size(),
+                        model_config.dtype,
+                    ),
                 ),
             )
         )

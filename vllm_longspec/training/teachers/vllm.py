@@ -11,13 +11,14 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ _MAX_SAMPLES_AHEAD = 512
 # How long files may take after their request has ended.
 _LATE_SECONDS = 120.0
 _POLL_SECONDS = 0.002
+_END_SECONDS = 60.0
 # Of torchrun, for its own process group. An engine forms one too.
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TORCHRUN_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
@@ -63,14 +65,15 @@ class VllmTeacher:
 
     Args:
         target: a folder or repository.
-        max_length: tokens of the longest sample.
+        max_length: tokens of the longest sample; None for the target's window.
         revision: of the repository.
-        engine: arguments of vLLM's engine, such as `{"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}`.
-        devices: CUDA_VISIBLE_DEVICES of the engine, such as "4,5"; None for this process's own. A GPU that also
-            trains needs a `gpu_memory_utilization` that leaves room for it.
+        devices: CUDA_VISIBLE_DEVICES of the engine, such as "4,5"; of several processes on a host a list of these, by
+            torchrun's LOCAL_RANK. None for the GPU that the process trains on, where `gpu_memory_utilization` must
+            leave room for that.
         spool: folder of the files; None for /dev/shm.
         spool_bytes: the most bytes that they take, and the most that one sample may need; None for 4 GiB, or what the
             folder has room for.
+        engine: arguments of vLLM's engine, such as tensor_parallel_size=2 and gpu_memory_utilization=0.5.
 
     Raises:
         ValueError: an option is not supported, the spool has no room, or vLLM refuses the target or an argument.
@@ -80,33 +83,35 @@ class VllmTeacher:
     def __init__(
         self,
         target: str,
-        max_length: int,
+        max_length: int | None = None,
         *,
         revision: str | None = None,
-        engine: Mapping[str, Any] = {},
-        devices: str | None = None,
-        spool: Path | None = None,
+        devices: str | Sequence[str] | None = None,
+        spool: str | Path | None = None,
         spool_bytes: int | None = None,
+        **engine: Any,
     ):
-        folder = DEFAULT_SPOOL if spool is None else spool
-        self.max_length = max_length
+        folder = DEFAULT_SPOOL if spool is None else Path(spool)
         self.spool_bytes = _room(folder, spool_bytes)
         self.spool = Path(tempfile.mkdtemp(prefix="longspec-teacher-", dir=folder))
+        self.max_length: int
+        self.sizes: TargetSizes
         self.num_taught = 0
-        self._process, self._connection = _start(devices)
+        self._process, self._connection = _start(visible_devices(devices))
         # A trainer that fails or is garbage leaves neither process nor files.
         self._finalizer = weakref.finalize(self, _end, self._process, self._connection, self.spool)
         try:
+            # Small enough to be sent to a process that reads nothing.
             self._connection.send(
                 {
                     "target": target,
                     "revision": revision,
                     "max_length": max_length,
-                    "engine": dict(engine),
+                    "engine": engine,
                     "spool": str(self.spool),
                 }
             )
-            self.sizes: TargetSizes = self._receive()
+            self.max_length, self.sizes = self._receive()
         except BaseException:
             self.close()
             raise
@@ -137,7 +142,8 @@ class VllmTeacher:
         finally:
             if ahead and self._finalizer.alive:
                 # Nobody asks for the rest.
-                self._connection.send(("abort",))
+                with contextlib.suppress(OSError):
+                    self._connection.send(("abort",))
                 for assembly in ahead:
                     shutil.rmtree(assembly.folder, ignore_errors=True)
 
@@ -153,7 +159,7 @@ class VllmTeacher:
         self.num_taught += 1
         assembly = Assembly(sample, self.sizes, self.spool / name)
         num_tokens = len(sample.input_ids)
-        if not torch.equal(sample.positions, torch.arange(num_tokens)):
+        if not torch.equal(sample.positions.cpu(), torch.arange(num_tokens)):
             raise ValueError(
                 "an engine computes every position, so it cannot teach samples with anchor-offset positions: "
                 "give --teacher hf for this stage"
@@ -166,14 +172,19 @@ class VllmTeacher:
         if assembly.num_bytes > self.spool_bytes:
             raise ValueError(
                 f"a sample of {num_tokens} tokens takes {assembly.num_bytes} bytes of the teacher's spool, which may "
-                f"have {self.spool_bytes}: give a larger spool_bytes, or shorter samples"
+                f"have {self.spool_bytes}: give a larger spool_bytes, or a spool with more room"
             )
         return assembly
 
     def _submit(self, assembly: "Assembly") -> None:
         assembly.folder.mkdir()
-        sample = assembly.sample
-        self._connection.send(("sample", assembly.folder.name, sample.input_ids.int().numpy(), sample.rows.numpy()))
+        input_ids = assembly.sample.input_ids.cpu().numpy()
+        try:
+            self._connection.send(("sample", assembly.folder.name, input_ids, assembly.rows.numpy()))
+        except OSError:
+            # The engine has said why, or has no more to say.
+            while True:
+                self._receive()
 
     def _collect(self, assembly: "Assembly", ahead: Iterable["Assembly"]) -> Lesson:
         while True:
@@ -213,7 +224,7 @@ class Assembly:
     def __init__(self, sample: Sample, sizes: TargetSizes, folder: Path):
         self.sample = sample
         self.folder = folder
-        self.rows = sample.rows
+        self.rows = sample.rows.cpu()
         self.sizes = sizes
         self.num_bytes = sizes.num_bytes(len(sample.input_ids), len(self.rows))
         self.ended: float | None = None  # when the engine said so
@@ -275,6 +286,29 @@ def _room(folder: Path, asked_for: int | None) -> int:
     return asked_for
 
 
+def visible_devices(given: str | Sequence[str] | None) -> str | None:
+    """CUDA_VISIBLE_DEVICES of the engine of this process; None to leave it as it is.
+
+    Raises:
+        ValueError: there is none for this process.
+    """
+    local_rank = os.environ.get("LOCAL_RANK")
+    if isinstance(given, str | int):
+        return str(given)
+    if given is not None:
+        rank = int(local_rank or 0)
+        if rank >= len(given):
+            raise ValueError(
+                f"devices has {len(given)} entries, but this is process {rank} of the host, counted from 0: give one "
+                "for each"
+            )
+        return str(given[rank])
+    if local_rank is None or not torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return local_rank if not visible else visible.split(",")[int(local_rank)]
+
+
 def _start(devices: str | None) -> tuple[subprocess.Popen, Connection]:
     """Starts `engine.py` and connects to it."""
     environment = {
@@ -303,8 +337,9 @@ def _end(process: subprocess.Popen, connection: Connection, spool: Path) -> None
         connection.send(("close",))
     connection.close()
     try:
-        process.wait(timeout=60)
+        process.wait(timeout=_END_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        # With the processes that vLLM has started.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     shutil.rmtree(spool, ignore_errors=True)
