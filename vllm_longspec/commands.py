@@ -22,6 +22,10 @@ COMMANDS = {
         "vllm_longspec.proposers.glide.convert",
         "make a draft that vLLM loads of what LongSpec's training code wrote",
     ),
+    "evaluate": (
+        "vllm_longspec.training.evaluate",
+        "predict from stored answers what a draft's steps accept, by context, and check it in an engine",
+    ),
     "frequent-tokens": (
         "vllm_longspec.frequent_tokens",
         "count the tokens that texts consist of most, for a smaller head of the draft",

@@ -38,10 +38,13 @@ ALLOWED = {
     "bench": {"training", "version"},
     "training": {
         "compat",
+        "copying",
+        "frequent_tokens",
         "options",
         "proposers",
         "proposers.capture",
         "proposers.glide",
+        "scheduling",
         "targets",
         "tree",
         "version",

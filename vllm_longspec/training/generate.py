@@ -483,7 +483,7 @@ class Generator:
         )
 
     def _generate(self, requests: Iterator[Request | None], total: int) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
         from vllm import RequestOutput
 
         running: dict[str, Request] = {}

@@ -113,6 +113,17 @@ def load_shared(target: str, revision: str | None = None) -> SharedTarget:
     return SharedTarget(target, folder, config, config_json, embedding, head, is_wrapper)
 
 
+def load_tokenizer(target: SharedTarget) -> Any:
+    """Raises ValueError where the target has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(target.folder)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--target {target.name} has no tokenizer ({reason}): give input_ids as data") from None
+
+
 def local_folder(target: str, revision: str | None = None) -> Path:
     if os.path.isdir(target):
         return Path(target)

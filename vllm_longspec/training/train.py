@@ -22,7 +22,7 @@ from vllm_longspec.training.data import TokenStore, prepare
 from vllm_longspec.training.initialise import initialise, initialise_from_last_layer
 from vllm_longspec.training.layer import GlideLayer
 from vllm_longspec.training.loop import Result, compute_dtype, fit, make_accelerator
-from vllm_longspec.training.target import SharedTarget, check_served, load_shared
+from vllm_longspec.training.target import SharedTarget, check_served, load_shared, load_tokenizer
 from vllm_longspec.training.teachers import Lesson, Sample, Teacher
 
 CONFIG = "run.yaml"
@@ -177,21 +177,11 @@ def check_agreement(expected: Sequence[Lesson], found: Sequence[Lesson], dtype: 
 
 def prepare_data(config: TrainConfig, shared: SharedTarget) -> tuple[TokenStore, TokenStore]:
     """Samples to train with, and held-out ones."""
-
-    def load_tokenizer() -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(shared.folder)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"--target {config.target} has no tokenizer ({reason}): give input_ids as data") from None
-
     longest = min(max(stage.max_length for stage in config.stages), shared.config.max_position_embeddings)
     cache = Path(config.out) / "data"
 
     def stored(paths: Sequence[str]) -> TokenStore:
-        return prepare(paths, cache, load_tokenizer, shared.vocab_size, longest)
+        return prepare(paths, cache, lambda: load_tokenizer(shared), shared.vocab_size, longest)
 
     if config.held_out.data:
         return stored(config.data), stored(config.held_out.data)
