@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import threading
+import time
 from dataclasses import asdict
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from transformers import AutoTokenizer
 
 from benchmarks import PAIR, ROOT
 from vllm_longspec import commands
@@ -37,6 +39,8 @@ class FakeServer(ThreadingHTTPServer):
         self.failing: tuple[int, str] | None = None
         # The request that has a process killed, and which.
         self.killing: tuple[int, int] | None = None
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
         self.with_details = True
         self.drafts = self.accepted = 0
 
@@ -68,6 +72,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.send("\n".join([*lines, position]))
 
     def do_POST(self):
+        with self.server.lock:
+            self.server.under_way += 1
+            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+        # Requests that are sent at a time meet here.
+        time.sleep(0.1)
+        self.answer()
+        with self.server.lock:
+            self.server.under_way -= 1
+
+    def answer(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         number = len(self.server.requests)
         self.server.requests.append(body)
@@ -149,6 +163,33 @@ def test_a_running_server_is_measured(server, prompts, tmp_path, capsys):
     # What is not of this command's own servers is not said to be.
     assert report["environments"] == [{"server": server.url, "vllm-longspec": report["settings"]["version"]}]
     assert {path.name for path in out.iterdir()} >= {"report.md", "report.html", "report-t0.svg", "report-t0.5.svg"}
+
+
+@pytest.mark.parametrize(("options", "at_a_time"), [((), 1), (("--batch", "2"), 2), (("--request-rate", "1000"), 2)])
+def test_requests_come_as_they_are_asked_to(server, prompts, tmp_path, options, at_a_time):
+    bench(server, prompts, tmp_path / "out", "--warmups", "0", *options)
+    assert server.most_under_way == at_a_time
+
+
+def test_a_workload_from_a_folder_in_a_template_of_the_users(server, tmp_path):
+    problems = (json.dumps({"problem": f"Find {name}."}) + "\n" for name in "xyz")
+    (tmp_path / "aime24.jsonl").write_text("".join(problems))
+    (tmp_path / "template").write_text("[{{ messages[0]['content'] }}]")
+    options = ["--workload-data", str(tmp_path), "--chat-template", str(tmp_path / "template"), "--ignore-eos"]
+    bench(server, "aime24", tmp_path / "out", *options, "--max-prompts", "2", "--warmups", "0")
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    texts = {tokenizer.decode(request["prompt"]) for request in server.requests}
+    assert len(texts) == 2 and texts <= {f"[Find {name}.]" for name in "xyz"}
+    assert all(request["ignore_eos"] for request in server.requests)
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(server, prompts, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    message = error_of(capsys, server, prompts, tmp_path / "out")
+    assert message.endswith(f"stopped; what was measured is in {tmp_path}/out: go on with --resume")
 
 
 def test_counters_stand_in_for_what_requests_do_not_say(server, prompts, tmp_path):
