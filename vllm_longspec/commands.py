@@ -14,6 +14,10 @@ from vllm_longspec.version import __version__
 
 # Command -> module, what it does.
 COMMANDS = {
+    "bench": (
+        "vllm_longspec.bench.command",
+        "measure methods side by side on real prompts",
+    ),
     "convert": (
         "vllm_longspec.proposers.glide.convert",
         "make a draft that vLLM loads of what LongSpec's training code wrote",

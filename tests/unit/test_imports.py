@@ -35,6 +35,7 @@ ALLOWED = {
     },
     "proposers.magicdec": {"attention", "interpreter", "options", "proposers", "targets", "tree"},
     "proposers.capture": {"attention", "options", "proposers", "tree"},
+    "bench": {"training", "version"},
     "training": {
         "compat",
         "copying",
