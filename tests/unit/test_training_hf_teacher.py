@@ -2,6 +2,7 @@
 """The teacher in Transformers gives the last layer's keys and values and the hidden states of every family."""
 
 import functools
+import json
 from typing import Any
 
 import pytest
@@ -124,7 +125,15 @@ def test_a_drafts_rotation_is_that_of_its_target(targets, family):
 def test_what_is_served_is_what_may_be_trained(tmp_path, targets):
     check_served(str(targets("llama")))
     sliding = write_target(tmp_path / "sliding", "mistral", sliding_window=64)
-    with pytest.raises(ValueError, match="sliding window of 64"):
+    with pytest.raises(ValueError, match=r"sliding window of 64 .* give another --target"):
+        check_served(str(sliding))
+    (tmp_path / "empty").mkdir()
+    for missing in ("empty", "none"):
+        with pytest.raises(ValueError, match=r"--target .* has no config\.json that can be read"):
+            check_served(str(tmp_path / missing))
+    other = json.loads((sliding / "config.json").read_text()) | {"model_type": "gpt2"}
+    (sliding / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"has model_type 'gpt2' .* but the families with GLIDE drafts are llama"):
         check_served(str(sliding))
 
 

@@ -200,21 +200,29 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         assert [each["step"] for each in metrics(run)] == [each["step"] for each in metrics(one)]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, target, data, monkeypatch):
+@pytest.mark.parametrize(
+    ("minutes", "not_finite"), [(1e-9, "weights are not finite at step 3"), (1e9, "the loss is nan and its gradient")]
+)
+def test_what_is_not_finite_stops_the_run(tmp_path, target, data, monkeypatch, minutes, not_finite):
     out, seen = tmp_path / "run", []
     learning_rate = loop.learning_rate
 
     def explode(stage, done):
         seen.append(done)
+        # Two groups of parameters ask at each step.
         return float("inf") if len(seen) > 4 else learning_rate(stage, done)
 
     monkeypatch.setattr(loop, "learning_rate", explode)
     with pytest.raises(SystemExit) as error:
-        command(target, data, out, "checkpoints.minutes=1e-9", "report.steps=1000")
+        command(target, data, out, f"checkpoints.minutes={minutes}", "report.steps=1000")
     message = str(error.value)
-    assert "the loss is nan" in message and "\n" not in message and "learning_rate" in message
-    # The weights were still good at the step before the one that made them infinite, or are named as they are.
-    assert str(newest(out)) in message
+    assert not_finite in message and "\n" not in message and "learning_rate" in message
+    if checkpoints.newest(out) is None:
+        assert "no checkpoint is there yet" in message
+        return
+    # What is named is good.
+    assert f"the last good checkpoint is {newest(out)}:" in message and newest(out).name == "step-00000002"
+    assert all(weight.isfinite().all() for weight in load_file(newest(out) / "model.safetensors").values())
 
 
 def test_a_disk_that_is_full(tmp_path, target, data, monkeypatch):

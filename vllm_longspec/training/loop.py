@@ -275,19 +275,19 @@ class _Fit:
         )
         value, size = (total / num_rows).item(), float(norm)
         if not math.isfinite(value) or not math.isfinite(size):
-            raise ValueError(self._not_finite(value, size))
+            raise ValueError(self._not_finite(f"the loss is {value} and its gradient {size}", self.step + 1))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.learner.learn_acceptance(statistics, rows_by_depth)
         recent.add(value, size, statistics, rows_by_depth)
         return value
 
-    def _not_finite(self, loss: float, norm: float) -> str:
+    def _not_finite(self, what: str, step: int) -> str:
         last = checkpoints.newest(self.folder)
         kept = "no checkpoint is there yet" if last is None else f"the last good checkpoint is {last}"
         return (
-            f"the loss is {loss} and its gradient {norm} at step {self.step + 1} of the run, so it stops; {kept}: give "
-            "a smaller learning_rate, or another dtype, and --resume"
+            f"{what} at step {step} of the run, so it stops; {kept}: give a smaller learning_rate, or another "
+            "dtype, and --resume"
         )
 
     def _agreed(self) -> tuple[float, bool]:
@@ -327,6 +327,9 @@ class _Fit:
 
     def _save(self) -> None:
         weights = self._weights()
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            # The next loss would not be finite, and this checkpoint not good.
+            raise ValueError(self._not_finite("weights are not finite", self.step))
         optimiser = get_optimizer_state_dict(self.learner, self.optimiser, options=_FULL)
         state = {
             "optimiser": optimiser,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_longspec.proposers.glide.convert import draft_config, read_target
 from vllm_longspec.targets.families import WRAPPERS
-from vllm_longspec.targets.support import check_family, check_target
+from vllm_longspec.targets.support import Draft, check_family, check_target
 from vllm_longspec.training.layer import inverse_frequencies
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,6 +62,8 @@ def check_served(target: str, revision: str | None = None) -> None:
     """Refuses targets whose drafts the plugin would not serve, by ValueError in one line."""
     from vllm.engine.arg_utils import EngineArgs
 
+    # What it refuses it names better than vLLM.
+    read_target(target, revision)
     try:
         model_config = EngineArgs(
             model=target, revision=revision, skip_tokenizer_init=True, language_model_only=True
@@ -69,8 +71,9 @@ def check_served(target: str, revision: str | None = None) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--target {target} is none that vLLM serves ({reason}): give another target") from None
-    check_family(model_config)
-    check_target(model_config)
+    draft = Draft(noun="a GLIDE draft", without="give another --target")
+    check_family(model_config, draft)
+    check_target(model_config, draft)
 
 
 def load_shared(target: str, revision: str | None = None) -> SharedTarget:
