@@ -78,8 +78,8 @@ def test_it_needs_a_glide_draft(pair):
 def test_the_cross_attention_reads_one_layer_of_the_part(num_ranks, cache_is_quantised):
     shape = SimpleNamespace(**SHAPES["llama-3-8b-262k"])
     sizes = {"vocab_size": shape.vocab_size, "draft_vocab_size": shape.vocab_size, "num_ranks": num_ranks}
-    whole = GlideCost.of_shape(shape, **sizes)  # type: ignore[arg-type]
-    part = GlideCost.of_shape(shape, **sizes, num_attended=1056, cache_is_quantised=cache_is_quantised)  # type: ignore[arg-type]
+    whole = GlideCost.of_shape(shape, **sizes)
+    part = GlideCost.of_shape(shape, **sizes, num_attended=1056, cache_is_quantised=cache_is_quantised)
     token = cached_token_weights(shape, num_ranks, cache_is_quantised)
     cache = 4 * 131072 * token
     num_levels = 5
