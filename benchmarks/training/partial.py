@@ -198,9 +198,9 @@ def print_model(budgets: list[int]) -> None:
                         speed_up(number, budget, expected_tokens(number, chain, check), *load)
                         for number in range(MAX_ROUNDS + 1)
                     ]
-                    best = max(range(1, MAX_ROUNDS + 1), key=lambda number, speeds=speeds: speeds[number])
+                    fastest, best = max((speed, number) for number, speed in enumerate(speeds) if number > 0)
                     alone = speed_up_of_magicdec(budget, check, *load)
-                    rows[-1] += [f"{speeds[0]:.2f}x", f"{best}: {speeds[best]:.2f}x", f"{alone:.2f}x"]
+                    rows[-1] += [f"{speeds[0]:.2f}x", f"{best}: {fastest:.2f}x", f"{alone:.2f}x"]
     print(markdown(rows))
 
 
