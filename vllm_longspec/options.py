@@ -35,6 +35,7 @@ OPTION_NAMES = (
     "budget",
     "selection",
     "cross_attention_budget",
+    "spool",
 )
 
 # Attribute of vLLM's SpeculativeConfig, which is pickled to every process.
@@ -62,6 +63,7 @@ class LongSpecOptions:
     copy_length: int = 0  # tokens that are copied from the request's own text beside the drafted tree; 0 for none
     num_lookahead_tokens: int = 0  # cache slots from the root's on that a draft writes at most, which are reserved
     partial_attention: PartialAttention | None = None  # None for a draft that attends all of the cache, or nothing
+    spool: str | None = None  # folder to which what is captured goes, for an engine that teaches
 
     @property
     def max_depth(self) -> int:

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per step of tree drafting with the pair, in plain PyTorch and without an engine.
 
-The target's continuation of every prompt is generated first, one token at a time. Then the walk: at a root, the draft
-grows a tree from the true prefix; the walk follows the continuation down the tree as far as it goes and emits one token
-more, which is the next root. This is exactly what a verification pass does, since a node's sample is what the target
-would emit there: at temperature 0 its argmax, above it a draw that does not depend on the tree.
+The target's continuation of every prompt is generated first, one token at a time. Then the walk over it
+(`vllm_longspec/training/walk.py`).
 
     python -m benchmarks.training.acceptance [--pair FOLDER] [--device cpu] [--prompts-per-length 2] [--tokens 128]
         [--frequent-tokens FILE]
@@ -14,8 +12,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,27 +23,12 @@ from torch import Tensor
 from benchmarks import PAIR
 from benchmarks.repetition import loop_start
 from benchmarks.training.target import Target, load_target, load_weights
-from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer, KeysValues
+from vllm_longspec.training import walk
+from vllm_longspec.training.layer import GlideLayer
+from vllm_longspec.training.walk import Passage, Rescore
 
 # Nodes per level. The second is the sequential method with gamma = 4.
 SHAPES = ([1], [1, 1, 1, 1], [2, 4, 4], [4, 16, 16, 16, 16])
-
-
-# (logits [batch, nodes, vocabulary], positions of the nodes [batch]) -> the same, by which their children are ranked
-Rescore = Callable[[Tensor, Tensor], Tensor]
-# roots [batch] -> bool [batch, tokens], which keys of the target's the draft attends, of those before its root
-Kept = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Passage:
-    """Prompts of one length with their continuations, and all that drafting at any root of them needs."""
-
-    ids: Tensor  # int64 [batch, tokens]
-    prompt_length: int
-    ends: Tensor  # int64 [batch], index of the last token of the continuation
-    cross: KeysValues  # the target's last layer, each [batch, tokens, kv_heads, head_dim]
-    window: KeysValues  # the draft's self-attention at every position, same shape
 
 
 def generate(
@@ -97,142 +79,18 @@ def make_passage(target: Target, glide: GlideLayer, ids: Tensor, prompt_length: 
 
 
 def coupled(noises: list[Tensor], prompt_length: int, change: Callable[[Tensor], Tensor]) -> Rescore:
-    """Ranks a draft's tokens with the noise of the target's draws (Gumbel coupling).
+    """Ranks a draft's tokens with the noise of the target's draws.
 
     Args:
         noises: of `generate`
         change: makes of the draft's logits what the noise is added to
     """
 
-    def rescore(logits: Tensor, positions: Tensor) -> Tensor:
+    def of_positions(positions: Tensor) -> Tensor:
         # The first noise is that at the prompt's last position.
-        rows = [noises[position + 1 - prompt_length][row] for row, position in enumerate(positions.tolist())]
-        return change(logits) + torch.stack(rows)[:, None]
+        return torch.stack([noises[at + 1 - prompt_length][row] for row, at in enumerate(positions.tolist())])
 
-    return rescore
-
-
-def grow_levels(
-    target: Target,
-    glide: GlideLayer,
-    passage: Passage,
-    roots: Tensor,
-    shape: Sequence[int],
-    drafted: Tensor | None = None,
-    rescore: Rescore | None = None,
-    kept: Kept | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Grow one tree a request, level by level.
-
-    Level 1 is the root's most probable tokens; every further level the most probable (parent, token) pairs of the whole
-    level by cumulative log-probability. Rows of the tree are numbered level by level, the root first.
-
-    Args:
-        roots: int64 [batch], index of the root token in `passage.ids`
-        shape: nodes per level
-        drafted: int64 [tokens], the only tokens that the draft draws; None for all
-        rescore: makes the logits that rank tokens of the draft's; None ranks by the draft's own
-        kept: the part of the target's keys that the cross-attention sees; None for all before the root
-
-    Yields:
-        of each level, [batch, width]: cumulative log-probabilities, float32, and whether a node is on the
-        continuation's path, bool
-    """
-    ids, device = passage.ids, passage.ids.device
-    batch, num_tokens = ids.shape
-    window_indices = roots[:, None] + torch.arange(-SELF_ATTENTION_WINDOW, 0, device=device)
-    gather = window_indices.clamp(min=0)[:, :, None, None].expand(-1, -1, *passage.window[0].shape[2:])
-    past = tuple(part.gather(1, gather) for part in passage.window)
-    # While a tree is drafted, every row sees the target's keys up to the root and without it.
-    cross_mask = torch.arange(num_tokens, device=device) < roots[:, None]
-    if kept is not None:
-        cross_mask &= kept(roots)
-    cross_mask = cross_mask[:, None]
-
-    tokens = ids.gather(1, roots[:, None])
-    scores = torch.zeros(batch, 1, device=device)
-    ancestors = torch.ones(batch, 1, 1, dtype=torch.bool, device=device)  # [batch, nodes, rows so far], with itself
-    on_path = torch.ones(batch, 1, dtype=torch.bool, device=device)
-    for depth, width in enumerate(shape):
-        nodes = tokens.shape[1]
-        in_window = (window_indices >= 0) & (window_indices >= (roots + depth)[:, None] - SELF_ATTENTION_WINDOW)
-        self_mask = torch.cat((in_window[:, None].expand(-1, nodes, -1), ancestors), dim=-1)
-        hidden, new = glide(
-            target.embed(tokens),
-            (roots + depth)[:, None].expand(-1, nodes),
-            self_mask,
-            *passage.cross,
-            cross_mask.expand(-1, nodes, -1),
-            past,
-        )
-        past = tuple(torch.cat(parts, dim=1) for parts in zip(past, new, strict=True))
-        logits = target.head(hidden)
-        if drafted is not None:
-            logits = logits.index_select(-1, drafted)
-        if rescore is not None:
-            logits = rescore(logits, roots + depth)
-        vocab_size = logits.shape[-1]
-        scores, best = (scores[..., None] + logits.log_softmax(-1)).flatten(1).topk(width)
-        parents, tokens = best // vocab_size, best % vocab_size
-        if drafted is not None:
-            tokens = drafted[tokens]
-        own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
-        ancestors = ancestors.gather(1, parents[..., None].expand(-1, -1, ancestors.shape[-1]))
-        ancestors = torch.cat((ancestors, own), dim=-1)
-        on_path = on_path.gather(1, parents) & (tokens == ids.gather(1, (roots + depth + 1)[:, None]))
-        yield scores, on_path
-
-
-def accepted_nodes(
-    target: Target,
-    glide: GlideLayer,
-    passage: Passage,
-    roots: Tensor,
-    shape: Sequence[int],
-    drafted: Tensor | None = None,
-    rescore: Rescore | None = None,
-    kept: Kept | None = None,
-) -> Tensor:
-    """Count the nodes of each request's tree that are on the continuation's path, int64 [batch]; see `grow_levels`."""
-    levels = grow_levels(target, glide, passage, roots, shape, drafted, rescore, kept)
-    return torch.stack([on_path.any(1) for _, on_path in levels]).sum(0)
-
-
-def walk(
-    target: Target,
-    glide: GlideLayer,
-    passage: Passage,
-    shape: list[int],
-    drafted: Tensor | None = None,
-    rescore: Rescore | None = None,
-    kept: Kept | None = None,
-) -> list[tuple[int, int, int]]:
-    """All steps of all requests as (request, index of the root in the continuation, tokens emitted).
-
-    A step that could run into the end of the continuation is not counted: it would be cut short.
-    """
-    roots = torch.full_like(passage.ends, passage.prompt_length)  # the token that the prefill emits
-    steps: list[tuple[int, int, int]] = []
-    while True:
-        active = roots + len(shape) + 1 <= passage.ends
-        if not active.any():
-            return steps
-        # Finished requests stay in the batch, at a root from where a whole tree still fits.
-        emitted = 1 + accepted_nodes(
-            target,
-            glide,
-            passage,
-            roots.clamp(max=passage.ids.shape[1] - len(shape) - 1),
-            shape,
-            drafted,
-            rescore,
-            kept,
-        )
-        columns = (active, roots - passage.prompt_length, emitted)
-        for request, (counts, root, count) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
-            if counts:
-                steps.append((request, root, count))
-        roots = torch.where(active, roots + emitted, roots)
+    return walk.coupled(of_positions, change)
 
 
 def mean(numbers: list[int]) -> float | None:
@@ -266,7 +124,7 @@ def measure(
             total += len(continuation)
             looping += len(continuation) - loops[-1]
         for shape in SHAPES:
-            steps = walk(target, glide, passage, shape, drafted)
+            steps = walk.walk(target, glide, passage, shape, drafted)
             emitted[str(shape)] += [count for _, _, count in steps]
             before_loop[str(shape)] += [count for request, root, count in steps if root < loops[request]]
             by_length[str(shape)][length] = mean([count for _, _, count in steps])

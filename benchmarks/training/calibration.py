@@ -11,34 +11,18 @@ plugin does (`vllm_longspec/tree/coupling.py`). Only steps before a text starts 
 import argparse
 import json
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import PAIR
 from benchmarks.repetition import loop_start
-from benchmarks.training.acceptance import (
-    Rescore,
-    coupled,
-    generate,
-    load_pair,
-    load_prompts,
-    make_passage,
-    mean,
-    walk,
-)
+from benchmarks.training.acceptance import coupled, generate, load_pair, load_prompts, make_passage, mean
 from benchmarks.training.target import Target
 from vllm_longspec.options import DEFAULT_LEVELS
 from vllm_longspec.training.layer import GlideLayer
-
-
-class Sampling(NamedTuple):
-    temperature: float
-    top_k: int  # 0 for none
-    top_p: float
-    min_p: float
-
+from vllm_longspec.training.sampling import Sampling, lower, truncate
+from vllm_longspec.training.walk import Rescore, walk
 
 SAMPLINGS = [
     Sampling(1.0, 0, 1.0, 0.0),
@@ -54,33 +38,6 @@ SAMPLINGS = [
     Sampling(1.0, 0, 1.0, 0.1),
     Sampling(0.8, 0, 0.95, 0.05),
 ]
-FORBIDDEN = -1e9
-
-
-def mask(scaled: Tensor, sampling: Sampling) -> Tensor:
-    """Takes improbable tokens out of logits / T, [..., vocabulary]."""
-    if sampling.top_k:
-        scaled = scaled.masked_fill(scaled < scaled.topk(sampling.top_k, -1).values[..., -1:], FORBIDDEN)
-    if sampling.top_p < 1.0:
-        probabilities, tokens = scaled.softmax(-1).sort(-1, descending=True)
-        is_kept = probabilities.cumsum(-1) - probabilities < sampling.top_p
-        is_kept = torch.zeros_like(is_kept).scatter(-1, tokens, is_kept)
-        scaled = scaled.masked_fill(~is_kept, FORBIDDEN)
-    if sampling.min_p:
-        cutoff = scaled.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
-        scaled = scaled.masked_fill(scaled < cutoff, FORBIDDEN)
-    return scaled
-
-
-def lower(scaled: Tensor, sampling: Sampling) -> Tensor:
-    """The plugin's rule for logits / T, [..., vocabulary]."""
-    from vllm import SamplingParams
-
-    from vllm_longspec.tree.coupling import CUTOFF_WIDTH, log_cutoff
-
-    cutoff = log_cutoff(SamplingParams(**sampling._asdict()))
-    above = scaled - scaled.amax(-1, keepdim=True) - cutoff
-    return scaled + nn.functional.logsigmoid(above / CUTOFF_WIDTH)
 
 
 @torch.inference_mode()
@@ -96,7 +53,7 @@ def measure(
         num_tokens,
         sampling.temperature,
         torch.Generator().manual_seed(0),
-        lambda scaled: mask(scaled, sampling),
+        lambda scaled: truncate(scaled, sampling),
         noises,
     )
     passage = make_passage(target, glide, ids, length, target.config["eos_token_id"])
@@ -108,7 +65,7 @@ def measure(
     rules: dict[str, Rescore | None] = {
         "not coupled": None,
         "coupled": with_noise(lambda scaled: scaled),
-        "coupled, masked": with_noise(lambda scaled: mask(scaled, sampling)),
+        "coupled, masked": with_noise(lambda scaled: truncate(scaled, sampling)),
         "coupled, lowered past the cutoff": with_noise(lambda scaled: lower(scaled, sampling)),
     }
     found = {}

@@ -3,7 +3,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import transformers
@@ -11,46 +10,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.training.losses import MAX_WITHHELD, DraftStep, anchored_positions, draft_forward, target_loss
-from benchmarks.training.target import TINY, Target, load_target, target_config
-from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
-
-
-def check_draft_forward() -> None:
-    """The training forward pass must be the layer's own. Raises AssertionError."""
-    torch.manual_seed(0)
-    config = SimpleNamespace(**target_config(16, 0, **TINY))
-    glide = GlideLayer(config)
-    tokens, withheld = 3 * SELF_ATTENTION_WINDOW, 3
-    positions = anchored_positions(tokens, 100, "cpu")
-    embeddings = torch.randn(2, tokens, config.hidden_size)
-    keys, values = torch.randn(2, 2, config.num_key_value_heads, tokens, 32).unbind(0)
-    distances = positions[:, None] - positions
-    index = torch.arange(tokens)
-    expected, _ = glide(
-        embeddings,
-        positions[None],
-        ((distances >= 0) & (distances <= SELF_ATTENTION_WINDOW))[None],
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        (index <= index[:, None] - withheld)[None],
-    )
-    torch.testing.assert_close(draft_forward(glide, embeddings, positions, keys, values, withheld), expected)
+from benchmarks.training.losses import target_loss
+from benchmarks.training.target import Target, load_target
 
 
 @torch.no_grad()
 def held_out_loss(target: Target, evaluation: Tensor, device: str) -> float:
     parts = evaluation.split(8)
     return sum(target_loss(target, part, device).item() for part in parts) / len(parts)
-
-
-def agreement_by_withheld_keys(step: DraftStep, evaluation: Tensor) -> dict[int, float]:
-    """How often draft and target agree on the most probable token, by how many of the last keys are withheld."""
-    parts = evaluation.split(8)
-    return {
-        withheld: round(sum(step.agreement(part, withheld) for part in parts) / len(parts), 4)
-        for withheld in range(1, MAX_WITHHELD + 1)
-    }
 
 
 def check_files(folder: Path, windows: Tensor) -> float:

@@ -3,7 +3,7 @@
 
 A tree's first L levels do not depend on those below. So one tree of the most levels, drawn at every token of a
 continuation, says what every tree of fewer levels and every number of its most probable nodes accepts there, and the
-walk from root to root needs no model. `benchmarks/training/acceptance.py` says why this is what an engine accepts.
+walk from root to root needs no model. `vllm_longspec/training/walk.py` says why this is what an engine accepts.
 
     python -m benchmarks.training.depth [--pair FOLDER] [--device cpu] [--prompts-per-length 4] [--tokens 96]
         [--temperature 1] [--couple-noise] [--costs-of qwq-32b --batch 1 --context 16384]
@@ -26,21 +26,13 @@ from benchmarks import PAIR
 from benchmarks.repetition import loop_start
 from benchmarks.reporting import markdown
 from benchmarks.shapes import SHAPES
-from benchmarks.training.acceptance import (
-    Passage,
-    Rescore,
-    coupled,
-    generate,
-    grow_levels,
-    load_pair,
-    load_prompts,
-    make_passage,
-)
+from benchmarks.training.acceptance import coupled, generate, load_pair, load_prompts, make_passage
 from benchmarks.training.realsize import SIZES
 from benchmarks.training.target import Target
 from vllm_longspec.proposers.glide.cost import LEVEL, GlideCost
 from vllm_longspec.scheduling.cost import StepCost
 from vllm_longspec.training.layer import GlideLayer
+from vllm_longspec.training.walk import Passage, Rescore, grow_levels
 from vllm_longspec.tree.shape import TreeShape
 
 # Nodes per level, as many levels as the deepest tree that is looked at.

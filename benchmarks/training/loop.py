@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of a target and of its GLIDE draft, for pairs of any size.
+"""Training of a target, of any size; `draft.py` has its draft trained by the package.
 
 Schedules follow the clock, so that a run takes the time it is given on any machine, or a number of steps.
 """
@@ -9,16 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training.losses import MAX_WITHHELD, DraftStep, target_loss
+from benchmarks.training.losses import target_loss
 from benchmarks.training.target import Target, load_target, save_model
 from benchmarks.training.text import Windows
-from vllm_longspec.training.layer import GlideLayer
 
 
 @dataclass(frozen=True)
@@ -112,26 +110,3 @@ def train_target(
     optimise("target", target, loss, plan.target_lr, budget, device)
     save_model(target, config, folder)
     return load_target(folder).to(device).requires_grad_(False), budget
-
-
-def train_draft(
-    plan: Plan, target: Target, train: Windows, folder: Path, device: str, max_steps: int | None
-) -> tuple[DraftStep, Budget]:
-    """Trains the draft of a frozen target and saves it. Returns its losses and what it took."""
-    config = target.config
-    glide = GlideLayer(SimpleNamespace(**config)).to(device)
-    initialise(glide, 1)
-    step = DraftStep(target, glide, device)
-
-    def loss() -> Tensor:
-        choice, withheld = torch.randint(1 << 30, (2,), generator=train.generator).tolist()
-        length = plan.draft_windows[choice % len(plan.draft_windows)]
-        most = config["max_position_embeddings"] - length
-        offset = int(torch.randint(most + 1, (), generator=train.generator))
-        windows = train.draw(plan.batch_tokens // length, length)
-        return step.loss(windows, offset, 1 + withheld % MAX_WITHHELD)
-
-    budget = Budget(plan.draft_seconds, max_steps)
-    optimise("draft", glide, loss, plan.draft_lr, budget, device)
-    save_model(glide, {**config, "architectures": ["Qwen2GlideDecoderLayer"]}, folder)
-    return step, budget

@@ -28,8 +28,7 @@ import torch
 
 from benchmarks import PAIR, shapes
 from benchmarks.reporting import markdown
-from benchmarks.training.acceptance import Kept, Passage, Rescore, accepted_nodes, coupled, load_pair, load_prompts
-from benchmarks.training.acceptance import walk as walk_drafts
+from benchmarks.training.acceptance import coupled, load_pair, load_prompts
 from benchmarks.training.sparse import SINKS, Passages, Selection, draw, forward, keep, make_passages, numbers
 from benchmarks.training.target import Target
 from vllm_longspec.proposers.glide.cost import GlideCost
@@ -37,6 +36,8 @@ from vllm_longspec.proposers.magicdec.cost import MagicDecCost
 from vllm_longspec.scheduling.adaptive import typical_acceptance
 from vllm_longspec.scheduling.cost import ROW, StepCost
 from vllm_longspec.training.layer import GlideLayer
+from vllm_longspec.training.walk import Kept, Passage, Rescore, accepted_nodes
+from vllm_longspec.training.walk import walk as walk_drafts
 from vllm_longspec.tree.shape import TreeShape
 
 SHAPES = ([4, 16, 16, 16, 16], [1, 1, 1, 1])

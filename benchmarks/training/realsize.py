@@ -22,16 +22,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.training.checks import (
-    agreement_by_withheld_keys,
-    check_draft_forward,
-    check_files,
-    check_tokenizer,
-    held_out_loss,
-)
-from benchmarks.training.loop import Plan, train_draft, train_target
+from benchmarks.training.checks import check_files, check_tokenizer, held_out_loss
+from benchmarks.training.draft import train_draft
+from benchmarks.training.loop import Plan, train_target
 from benchmarks.training.prepare_data import end_of_text_id
-from benchmarks.training.target import TINY, load_target, target_config
+from benchmarks.training.target import TINY, target_config
 from benchmarks.training.text import Windows, load_ids
 
 SIZES = {
@@ -158,18 +153,14 @@ def main() -> None:
             target_seconds=round(time.perf_counter() - started, 1),
         )
     if args.only != "target" and not (args.out / "draft" / "model.safetensors").exists():
-        started = time.perf_counter()
-        check_draft_forward()
-        torch.manual_seed(args.seed)
-        target = load_target(folder).to(device).requires_grad_(False)
-        step, budget = train_draft(plan, target, train, args.out / "draft", device, None)
+        draft, seconds = train_draft(plan, args.out, train, evaluation, device, args.seed, None)
         write_metrics(
             args.out,
-            draft_parameters=sum(parameter.numel() for parameter in step.glide.parameters()),
-            draft_steps=budget.steps,
-            draft_agreement_by_withheld_keys=agreement_by_withheld_keys(step, evaluation),
+            draft_parameters=sum(parameter.numel() for parameter in draft.glide.parameters()),
+            draft_steps=draft.steps,
+            draft_agreement_by_withheld_keys=dict(enumerate(draft.held_out["greedy"], start=1)),
             draft_device=name_of(device),
-            draft_seconds=round(time.perf_counter() - started, 1),
+            draft_seconds=round(seconds, 1),
         )
 
 

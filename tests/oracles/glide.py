@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain reference for the GLIDE draft: the layer of `benchmarks/training/glide.py` on a whole text, in float64.
+"""Plain reference for the GLIDE draft: the layer of `vllm_longspec/training/layer.py` on a whole text, in float64.
 
 Nothing is shared with the draft that runs in vLLM but the checkpoints: there is no ring, no cache and no tree here.
 """

@@ -5,7 +5,8 @@ import torch
 
 from benchmarks import PAIR
 from benchmarks.training import depth
-from benchmarks.training.acceptance import accepted_nodes, generate, load_pair, load_prompts, make_passage
+from benchmarks.training.acceptance import generate, load_pair, load_prompts, make_passage
+from vllm_longspec.training.walk import accepted_nodes
 
 PROMPT_LENGTH = 64
 ALL_NODES = 255

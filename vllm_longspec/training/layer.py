@@ -9,7 +9,8 @@
 
 The layer owns neither embedding nor head; both are the target's. The caller says with masks which keys a row may see,
 so one function serves training, drafting in a tree and checking other implementations. Any floating-point type works;
-the module needs PyTorch and nothing else. Parameter names are those of the published `sail/longspec-*` checkpoints.
+the module needs PyTorch and nothing else, but for RoPE of types yarn and longrope, whose angles are those of
+Transformers. Parameter names are those of the published `sail/longspec-*` checkpoints.
 
 Granite multiplies the embedding, what each sublayer adds, and scores by constants; so does its draft. GLM-4 rotates
 pairs of neighbours, in a part of each head.
@@ -26,23 +27,30 @@ SELF_ATTENTION_WINDOW = 512
 
 KeysValues = tuple[Tensor, Tensor]
 
+_TRANSFORMERS_ROPE = ("yarn", "longrope")
+
 
 def inverse_frequencies(config: Any) -> Tensor:
     """Angles per position of rotary embedding, float64 [rotated part of head_dim / 2].
 
     Args:
         config: has hidden_size, num_attention_heads, optionally head_dim, and RoPE either as `rope_parameters`
-            (transformers 5) or as `rope_theta` and `rope_scaling` (before).
+            (transformers 5) or as `rope_theta` and `rope_scaling` (before); for yarn and longrope it is a Transformers
+            config.
 
     Raises:
-        ValueError: for a RoPE type other than default, linear and llama3.
+        ValueError: for a RoPE type other than default, linear, llama3, yarn and longrope.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     scaling = parameters or getattr(config, "rope_scaling", None) or {}
     theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    rope_type = rope_type_of(config)
+    if rope_type in _TRANSFORMERS_ROPE:
+        return _transformers_rope(config)[0]
     if rope_type not in ("default", "linear", "llama3"):
-        raise ValueError(f"RoPE type {rope_type!r} is not supported: default, linear and llama3 are")
+        raise ValueError(
+            f"RoPE type {rope_type!r} is not supported: default, linear, llama3, {' and '.join(_TRANSFORMERS_ROPE)} are"
+        )
     share = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     size = int(head_size(config) * share)
     frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
@@ -58,11 +66,37 @@ def inverse_frequencies(config: Any) -> Tensor:
     return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
+def rope_type_of(config: Any) -> str:
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return scaling.get("rope_type") or scaling.get("type") or "default"
+
+
+def rotary_scale(config: Any) -> float:
+    """What cosines and sines are multiplied by: 1 but for yarn and longrope."""
+    return _transformers_rope(config)[1] if rope_type_of(config) in _TRANSFORMERS_ROPE else 1.0
+
+
+def _transformers_rope(config: Any) -> tuple[Tensor, float]:
+    """Angles per position and the scale of yarn or longrope, as Transformers computes them.
+
+    Of longrope's two tables it is that for long texts, which vLLM takes if --max-model-len is more than the context
+    that the model was first trained for.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope_type = rope_type_of(config)
+    if not hasattr(config, "standardize_rope_params"):
+        raise ValueError(f"RoPE of type {rope_type!r} needs the config that transformers.AutoConfig reads")
+    length = config.max_position_embeddings if rope_type == "longrope" else None
+    frequencies, scale = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=length)
+    return frequencies.double(), float(scale)
+
+
 def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool = False) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool = False, scale: float = 1.0) -> Tensor:
     """Apply rotary embedding to the first elements of each head, two for each frequency.
 
     Args:
@@ -70,9 +104,10 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool 
         positions: int [batch or 1, rows]
         frequencies: float64 [num_pairs]
         interleaved: neighbours are a pair; otherwise an element of the first half and its like in the second half
+        scale: of the rotated elements
     """
     angles = positions[..., None].double() * frequencies.to(positions.device)  # [batch, rows, num_pairs]
-    cos, sin = (wave.to(x.dtype)[:, :, None, :] for wave in (angles.cos(), angles.sin()))
+    cos, sin = ((scale * wave).to(x.dtype)[:, :, None, :] for wave in (angles.cos(), angles.sin()))
     rotated, rest = x.split([2 * len(frequencies), x.shape[-1] - 2 * len(frequencies)], dim=-1)
     first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
     pairs = (first * cos - second * sin, second * cos + first * sin)
@@ -107,9 +142,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * normed.to(x.dtype)
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class AttentionProjections(nn.Module):
@@ -152,7 +185,7 @@ class GlideLayer(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.frequencies = inverse_frequencies(config)
+        self.frequencies, self.rotary_scale = inverse_frequencies(config), rotary_scale(config)
         model_type = getattr(config, "model_type", None)
         self.interleaved = model_type == "glm4"
         self.embedding_multiplier, self.residual_multiplier, self.scale = 1.0, 1.0, None
@@ -170,19 +203,23 @@ class GlideLayer(nn.Module):
         self.post_self_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_cross_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary embedding of the target, of x [batch, rows, heads, head_dim]."""
+        return rotate(x, positions, self.frequencies, self.interleaved, self.rotary_scale)
+
     def self_qkv(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values of the self-attention, each [batch, rows, heads, head_dim]."""
         attention, normed = self.self_attn, self.input_layernorm(embeddings * self.embedding_multiplier)
         return (
-            rotate(attention.split(attention.q_proj(normed)), positions, self.frequencies, self.interleaved),
-            rotate(attention.split(attention.k_proj(normed)), positions, self.frequencies, self.interleaved),
+            self.rotate(attention.split(attention.q_proj(normed)), positions),
+            self.rotate(attention.split(attention.k_proj(normed)), positions),
             attention.split(attention.v_proj(normed)),
         )
 
     def cross_q(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Rotated queries of the cross-attention, [batch, rows, heads, head_dim]."""
         attention, normed = self.cross_attn, self.post_self_attention_layernorm(hidden)
-        return rotate(attention.split(attention.q_proj(normed)), positions, self.frequencies, self.interleaved)
+        return self.rotate(attention.split(attention.q_proj(normed)), positions)
 
     def forward(
         self,

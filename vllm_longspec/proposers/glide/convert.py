@@ -67,21 +67,34 @@ def convert(path: Path, target: str, out: Path, revision: str | None = None) -> 
     # A link that leads nowhere is in the way too.
     if os.path.lexists(out):
         raise ValueError(f"--out {out} exists already: give a new folder")
-    config_path = _config_path(target, revision)
-    config = _read_config(target, config_path)
-    architecture = FAMILIES[config["model_type"]]
-    target_config = _text_config(target, config_path)
+    target_config, read_config = read_target(target, revision)
     weights = _read_weights(path)
-    # A quantised target says how its own weights are stored.
-    config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
     (dtype,) = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
-    config |= {"architectures": [architecture], "dtype": dtype}
+    config = draft_config(read_config, dtype)
+    (architecture,) = config["architectures"]
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     draft = DraftCheckpoint(str(path), architecture, config, shapes)
     check_fit(draft, _Target(target, target_config))
     _write(out, config, weights)
     return replace(draft, model=str(out))
+
+
+def read_target(target: str, revision: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The config of a target, as transformers reads it, and its config.json; of the language model inside a wrapper.
+
+    Raises:
+        ValueError: it cannot be read, or is of a family without GLIDE drafts.
+    """
+    path = _config_path(target, revision)
+    config = _read_config(target, path)
+    return _text_config(target, path), config
+
+
+def draft_config(target_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json of a draft whose weights are of `dtype`, made of its target's."""
+    # A quantised target says how its own weights are stored.
+    kept = {name: value for name, value in target_config.items() if name not in ("quantization_config", "torch_dtype")}
+    return kept | {"architectures": [FAMILIES[target_config["model_type"]]], "dtype": dtype}
 
 
 def _write(out: Path, config: dict[str, Any], weights: Mapping[str, Any]) -> None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLIDE's `DraftingCost`: each level reads the draft's layer, its head, and K and V of the target's last layer."""
+"""GLIDE's `DraftingCost`: each level reads the draft's layer, its head, and K and V of the target's last layer.
+
+The rows of a level are not counted. With the default numbers of nodes they are no more than those of the verification,
+and the GPU computes them while it reads weights.
+"""
 
 import math
 from dataclasses import dataclass

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft of a pair, trained by the package on windows at random places of one long text."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.training.loop import Plan
+from benchmarks.training.text import Windows
+from vllm_longspec.options import DEFAULT_LEVELS
+from vllm_longspec.training.batches import Cursor, Step, anchored
+from vllm_longspec.training.config import Checkpoints, HeldOut, Stage, TrainConfig
+from vllm_longspec.training.loop import Result, compute_dtype, fit, make_accelerator
+from vllm_longspec.training.target import load_shared
+from vllm_longspec.training.teachers import Lesson, Sample
+from vllm_longspec.training.teachers.hf import HfTeacher
+from vllm_longspec.training.train import first_weights
+
+
+class RandomWindows:
+    """A source of steps: windows of one length at a time, drawn anew, at one offset.
+
+    Args:
+        lengths: of windows, of which one is drawn for each step
+        max_position: positions stay below
+    """
+
+    def __init__(self, windows: Windows, lengths: tuple[int, ...], batch_tokens: int, max_position: int) -> None:
+        self.windows, self.lengths = windows, lengths
+        self.batch_tokens, self.max_position = batch_tokens, max_position
+
+    def steps(self, cursor: Cursor) -> Iterator[Step]:
+        generator = self.windows.generator
+        while True:
+            length = self.lengths[int(torch.randint(len(self.lengths), (), generator=generator))]
+            offset = int(torch.randint(self.max_position - length + 1, (), generator=generator))
+            drawn = self.windows.draw(self.batch_tokens // length, length)[:, :-1]
+            yield Step([samples_of(drawn, offset)], drawn.numel(), cursor)
+
+    def num_steps(self, epochs: float) -> int:
+        raise ValueError("random windows have no epochs: give a number of steps or minutes")
+
+
+def samples_of(windows: Tensor, offset: int = 0) -> list[Sample]:
+    """Windows, int64 [count, length], with all tokens supervised."""
+    length = windows.shape[1]
+    return [Sample(window, torch.arange(length) > 0, anchored(length, offset)) for window in windows.cpu()]
+
+
+def train_draft(
+    plan: Plan,
+    folder: Path,
+    train: Windows,
+    evaluation: Tensor,
+    device: str,
+    seed: int,
+    max_steps: int | None,
+) -> tuple[Result, float]:
+    """Trains the draft of the target in `folder`/target and saves it in `folder`/draft.
+
+    Args:
+        evaluation: int64 [count, length + 1], windows that are not trained with
+
+    Returns:
+        what was trained, and the seconds that it took, without those for compiling
+    """
+    run = folder / "draft-run"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    length = {"steps": max_steps} if max_steps is not None else {"minutes": plan.draft_seconds / 60}
+    never = 1e9
+    config = TrainConfig(
+        target=str(folder / "target"),
+        data=(),
+        out=str(run),
+        seed=seed,
+        device="cpu" if device == "cpu" else "auto",
+        compile_target=device != "cpu",
+        levels=len(DEFAULT_LEVELS),
+        depths_per_batch=1,
+        depth_weights="equal",
+        tokens_per_batch=plan.batch_tokens,
+        stages=(Stage(learning_rate=plan.draft_lr, warmup=0.02, max_length=max(plan.draft_windows), **length),),
+        checkpoints=Checkpoints(minutes=never, keep=1),
+        held_out=HeldOut(minutes=never),
+    )
+    shared = load_shared(config.target)
+    accelerator = make_accelerator(config, run)
+    teacher = HfTeacher(shared, accelerator.device, compute_dtype(config), plan.batch_tokens)
+    windows = Windows(train.ids.cpu(), train.generator)
+    source = RandomWindows(windows, plan.draft_windows, plan.batch_tokens, shared.config.max_position_embeddings)
+    lessons: list[Lesson] = [
+        Lesson(lesson.sample, lesson.keys.cpu(), lesson.values.cpu(), lesson.hidden.cpu())
+        for lesson in teacher.teach(samples_of(evaluation[:, :-1]))
+    ]
+    if accelerator.device.type == "cuda":
+        # Kernels are compiled for each shape that comes; the clock is for training.
+        few = replace(config, stages=(Stage(steps=4 * len(plan.draft_windows), learning_rate=1e-6),))
+        fit(few, shared, first_weights(config, shared), teacher, [source], run, accelerator)
+    started = time.perf_counter()
+    glide = first_weights(config, shared)
+    result = fit(config, shared, glide, teacher, [source], run, accelerator, lessons=lessons)
+    seconds = time.perf_counter() - started
+    teacher.close()
+    (folder / "draft").mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (run / name).replace(folder / "draft" / name)
+    shutil.rmtree(run)
+    return result, seconds

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of `vllm-longspec train` on a CPU: every family, resumed and killed runs, and what goes wrong."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.models import FAMILY_SETTINGS, GLIDE_ARCHITECTURES, glide_shapes, write_target
+from vllm_longspec.commands import main
+from vllm_longspec.proposers.glide.checkpoint import read_draft
+from vllm_longspec.proposers.glide.fit import check_fit
+from vllm_longspec.training import checkpoints, loop
+from vllm_longspec.training.config import build
+from vllm_longspec.training.target import load_shared
+from vllm_longspec.training.train import check_agreement, first_weights, train
+
+FAMILIES = sorted(GLIDE_ARCHITECTURES)
+# A stage at offset positions, then one at real ones.
+STAGES = "stages=[{steps: 8, learning_rate: 2e-3, anchor_positions: 700}, {steps: 8, learning_rate: 1e-3}]"
+QUICK = [STAGES, "tokens_per_batch=256", "held_out.samples=3", "report.steps=2", "accumulation=2", "device=cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # The models are small, and other tests run beside these.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Texts that repeat themselves, so that there is something to learn."""
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for number in range(40):
+        words = torch.randint(64, (6 + number % 5,), generator=generator).tolist()
+        ids = (words * 20)[: 60 + 3 * number]
+        lines.append(json.dumps({"input_ids": ids, "loss_mask": [0] * 20 + [1] * (len(ids) - 20)}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return write_target(tmp_path_factory.mktemp("target") / "llama", "llama")
+
+
+def command(target, data, out, *settings, options=()):
+    main(
+        ["train", "--target", str(target), "--data", str(data), "--out", str(out), *options, "--set", *QUICK, *settings]
+    )
+
+
+def metrics(out, kind="train"):
+    return [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["kind"] == kind]
+
+
+def newest(out) -> Path:
+    found = checkpoints.newest(out)
+    assert found is not None
+    return found
+
+
+class Served:
+    """What vLLM says of a target, as far as it is read of a draft."""
+
+    def __init__(self, shared):
+        self.model, self.hf_text_config = shared.name, shared.config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_trained_and_recognised(tmp_path, data, family, capsys):
+    # Without a setting a Mistral has a sliding window.
+    overrides: dict[str, Any] = {"sliding_window": None} if family == "mistral" else {}
+    target = write_target(tmp_path / "target", family, tied=family == "granite", **overrides)
+    out = tmp_path / "draft"
+    # GLM-4 has norms after its sublayers.
+    init = "normal" if family in ("glm4", "llama") else "last_layer"
+    command(target, data, out, f"init={init}")
+    assert f"vllm serve {target} --speculative-model {out}" in capsys.readouterr().out
+    shared = load_shared(str(target))
+    for folder in (out, newest(out)):
+        draft = read_draft(str(folder), expected=True)
+        assert draft.architecture == GLIDE_ARCHITECTURES[family]
+        check_fit(draft, Served(shared))
+        shapes = {name: tuple(weight.shape) for name, weight in load_file(folder / "model.safetensors").items()}
+        config = json.loads((target / "config.json").read_text())
+        assert shapes == glide_shapes({"num_key_value_heads": 2, **config})
+    losses = [each["loss"] for each in metrics(out)]
+    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+    (held_out,) = metrics(out, "held_out")
+    assert len(held_out["greedy"]) == 5 and held_out["rows"] > 0
+
+
+def test_a_run_that_is_resumed_is_the_same(tmp_path, target, data):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command(target, data, whole)
+    # Checkpoints after every step, of which that of step 5 stays.
+    command(target, data, parts, "checkpoints.minutes=1e-9", "checkpoints.keep=100")
+    for step in (5, 8, 13):
+        resumed = tmp_path / f"resumed-{step}"
+        shutil.copytree(parts, resumed)
+        for checkpoint in (resumed / checkpoints.FOLDER).iterdir():
+            if int(checkpoint.name.removeprefix("step-")) > step:
+                shutil.rmtree(checkpoint)
+        # What a process that was killed may leave.
+        (resumed / checkpoints.FOLDER / ".step-00000099.1").mkdir()
+        (resumed / "model.safetensors").unlink()
+        command(target, data, resumed, options=["--resume"])
+        for name, weight in load_file(whole / "model.safetensors").items():
+            assert torch.equal(weight, load_file(resumed / "model.safetensors")[name]), (step, name)
+        expected, found = ([{**each, "tokens_per_second": 0} for each in metrics(run)] for run in (whole, resumed))
+        assert [each["step"] for each in found] == [each["step"] for each in expected]
+        assert found[-1] == expected[-1]
+        assert metrics(resumed, "held_out")[-1] == metrics(whole, "held_out")[-1]
+        assert not list((resumed / checkpoints.FOLDER).glob(".*"))
+
+
+def test_a_run_is_resumed_with_its_own_configuration(tmp_path, target, data, capsys):
+    out = tmp_path / "run"
+    command(target, data, out)
+    with pytest.raises(SystemExit, match="has checkpoints of a run: give --resume"):
+        command(target, data, out)
+    with pytest.raises(SystemExit, match=r"seed is 0 in the run of .*, but now 7"):
+        command(target, data, out, "seed=7", options=["--resume"])
+    before = load_file(out / "model.safetensors")
+    main(["train", "--out", str(out), "--resume"])
+    assert all(torch.equal(before[name], weight) for name, weight in load_file(out / "model.safetensors").items())
+
+
+def test_a_killed_run_leaves_whole_checkpoints(tmp_path, target, data):
+    out = tmp_path / "run"
+    arguments = ["train", "--target", str(target), "--data", str(data), "--out", str(out), "--set", *QUICK]
+    settings = ["stages=[{steps: 10000}]", "checkpoints.minutes=1e-9", "checkpoints.keep=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-m", "vllm_longspec", *arguments, *settings], env=environment)
+    try:
+        deadline = time.monotonic() + 240
+        while int((checkpoints.newest(out) or Path("step-0")).name[5:]) < 4:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = newest(out)
+    assert read_draft(str(last), expected=True).architecture == "LlamaGlideDecoderLayer"
+    assert checkpoints.read_state(last)["step"] == int(last.name[5:])
+
+
+def test_two_processes_train_what_one_does(tmp_path, target, data):
+    """Each takes one of the two batches that one process takes behind each other, with whole and with split weights."""
+    one = tmp_path / "one"
+    stages = "stages=[{steps: 4, learning_rate: 2e-3}]"
+    command(target, data, one, stages)
+    values = {
+        "target": str(target),
+        "data": [str(data)],
+        "stages": [{"steps": 4, "learning_rate": 2e-3}],
+        "tokens_per_batch": 256,
+        "held_out": {"samples": 3},
+        "report": {"steps": 2},
+        "device": "cpu",
+    }
+    two, split = tmp_path / "two", tmp_path / "split"
+    script = tmp_path / "both.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from vllm_longspec.training.config import build\n"
+        "from vllm_longspec.training.train import make_accelerator, train\n"
+        f"two = build({ {**values, 'out': str(two)} })\n"
+        f"split = build({ {**values, 'out': str(split), 'sharding': 'fsdp2'} })\n"
+        "accelerator = make_accelerator(two, Path(two.out))\n"
+        "train(two, accelerator=accelerator)\n"
+        "train(split, accelerator=accelerator)\n"
+        # Split weights and moments are read again.
+        "train(split, resume=True, accelerator=accelerator)\n"
+        "accelerator.end_training()\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run([sys.executable, *torchrun], env=environment, check=True, timeout=300)
+    expected = load_file(one / "model.safetensors")
+    for run in (two, split):
+        for name, weight in load_file(run / "model.safetensors").items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5, msg=f"{run} {name}")
+        assert [each["step"] for each in metrics(run)] == [each["step"] for each in metrics(one)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, target, data, monkeypatch):
+    out, seen = tmp_path / "run", []
+    learning_rate = loop.learning_rate
+
+    def explode(stage, done):
+        seen.append(done)
+        return float("inf") if len(seen) > 4 else learning_rate(stage, done)
+
+    monkeypatch.setattr(loop, "learning_rate", explode)
+    with pytest.raises(SystemExit) as error:
+        command(target, data, out, "checkpoints.minutes=1e-9", "report.steps=1000")
+    message = str(error.value)
+    assert "the loss is nan" in message and "\n" not in message and "learning_rate" in message
+    # The weights were still good at the step before the one that made them infinite, or are named as they are.
+    assert str(newest(out)) in message
+
+
+def test_a_disk_that_is_full(tmp_path, target, data, monkeypatch):
+    out = tmp_path / "run"
+    command(target, data, out, "stages=[{steps: 1}]")
+    first = newest(out)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    shutil.rmtree(out / "data")
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    config = build(
+        {
+            "target": str(target),
+            "data": [str(data)],
+            "out": str(again),
+            "stages": [{"steps": 1}],
+            "tokens_per_batch": 256,
+            "held_out": {"samples": 3},
+            "report": {"steps": 2},
+            "accumulation": 2,
+            "device": "cpu",
+        }
+    )
+    with pytest.raises(ValueError, match=r"cannot be written to .* \(No space left on device\): make room") as error:
+        train(config, resume=True)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"\(No space left on device\): make room; .*step-00000001 is whole"):
+        checkpoints.save(again, 2, {}, {"a": torch.zeros(1)}, torch.float32, {}, 2)
+    assert newest(again).name == first.name
+    assert not list((again / checkpoints.FOLDER).glob(".*"))
+
+
+def test_a_stage_by_the_clock(tmp_path, target, data):
+    out = tmp_path / "run"
+    started = time.monotonic()
+    command(target, data, out, "stages=[{minutes: 0.05}]")
+    assert time.monotonic() - started > 3
+    assert metrics(out)[-1]["done"] == 1.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [["dtype=float32"], ["compile_target=true"], ["depths_per_batch=1"]], ids=str)
+def test_a_gpu_trains_as_a_cpu_does(tmp_path, target, data, settings):
+    """With flex_attention, compiled losses, and bfloat16 unless told otherwise."""
+    stages = "stages=[{steps: 6, learning_rate: 2e-3}]"
+    # A CPU needs no kernels compiled for the same result.
+    command(target, data, tmp_path / "cpu", stages, *(each for each in settings if "compile" not in each))
+    command(target, data, tmp_path / "gpu", "device=auto", stages, *settings)
+    expected, found = (metrics(tmp_path / device) for device in ("cpu", "gpu"))
+    for one, other in zip(expected, found, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3 if settings == ["dtype=float32"] else 3e-2)
+        assert "peak_memory_gib" in other
+    assert read_draft(str(tmp_path / "gpu"), expected=True).architecture == "LlamaGlideDecoderLayer"
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        (["losss.kl=1"], [], "unknown key losss in the configuration: did you mean loss?"),
+        (["loss.kll=1"], [], "unknown key loss.kll in the configuration: did you mean kl?"),
+        (["stages=[{steps: 1, lr: 1}]"], [], "unknown key stages[0].lr"),
+        (["stages=[{steps: 1, epochs: 1}]"], [], "one of epochs, steps, tokens and minutes, not epochs and steps"),
+        (["seed=many"], [], "seed is 'many', but takes int"),
+        (["teacher=vllm"], [], "anchor_positions is not supported with teacher vllm"),
+        (["held_out.samples=40"], [], "the data have 40 samples, and 40 are held out"),
+        (["report.to=mlflow"], [], "report.to is one of wandb, tensorboard, trackio, not 'mlflow'"),
+        (["report.to=trackio"], [], "report.to has trackio, which is not installed: pip install trackio"),
+    ],
+)
+def test_settings_that_are_wrong(tmp_path, target, data, settings, options, message):
+    with pytest.raises(SystemExit) as error:
+        command(target, data, tmp_path / "run", *settings, options=options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run" / checkpoints.FOLDER).exists()
+
+
+def test_the_plan_starts_nothing(tmp_path, target, data, capsys):
+    out = tmp_path / "run"
+    command(target, data, out, options=["--plan"])
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("GPU hours", "memory of a GPU", "disk", "40 samples", "estimate"))
+    assert not (out / "model.safetensors").exists() and not (out / checkpoints.FOLDER).exists()
+
+
+def test_teachers_that_disagree_are_named(target):
+    from tests.unit.test_training_forward import CONFIG, lesson, sample
+
+    one = lesson(sample(50, [(10, 50)]), CONFIG)
+    check_agreement([one], [one._replace(keys=one.keys * (1 + 1e-5))], torch.float32)
+    for name in ("keys", "values", "hidden"):
+        other = one._replace(**{name: getattr(one, name) + 0.1})
+        with pytest.raises(ValueError, match=f"the {name} of vLLM's last layer differ"):
+            check_agreement([one], [other], torch.float32)
+    with pytest.raises(ValueError, match="differ"):
+        check_agreement([one], [one._replace(keys=one.keys * float("nan"))], torch.float32)
+
+
+def test_first_weights_of_the_last_layer(tmp_path):
+    """A Qwen3's norm of queries is folded so that they have about the size that the norm gives them."""
+    path = write_target(tmp_path / "qwen3", "qwen3")
+    shared = load_shared(str(path))
+    config = build({"target": str(path), "data": ["x"], "out": "x", "init": "last_layer"})
+    glide = first_weights(config, shared)
+    layer = shared.last_layer()
+    assert torch.equal(glide.mlp.up_proj.weight, layer["mlp.up_proj.weight"])
+    assert torch.equal(glide.cross_attn.o_proj.weight, layer["self_attn.o_proj.weight"])
+    assert not glide.cross_attn.k_proj.weight.any() and not glide.cross_attn.k_proj.weight.requires_grad
+    x = torch.randn(2000, 128)
+    normed = torch.nn.functional.rms_norm(x, (128,), layer["input_layernorm.weight"], 1e-6)
+    expected = (normed @ layer["self_attn.q_proj.weight"].T).unflatten(1, (4, 64))
+    expected = torch.nn.functional.rms_norm(expected, (64,), layer["self_attn.q_norm.weight"], 1e-6)
+    with torch.no_grad():
+        found = glide.self_attn.q_proj(glide.input_layernorm(x)).unflatten(1, (4, 64))
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
+    assert 0.9 < (found.norm() / expected.norm()).item() < 1.1
+
+
+def test_every_family_of_the_plugin_is_here():
+    assert set(FAMILY_SETTINGS) <= set(FAMILIES)

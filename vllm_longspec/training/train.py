@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a GLIDE draft for a target.
+
+    vllm-longspec train --target Qwen/Qwen3-8B --data data/ --out draft/ [--config run.yaml] [--plan] [--resume]
+    torchrun --nproc-per-node 8 -m vllm_longspec train ...
+
+The folder gets the draft, checkpoints/, metrics.jsonl and run.yaml, the configuration with all defaults.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_longspec.training import checkpoints
+from vllm_longspec.training.batches import Plan, anchored, generator_of
+from vllm_longspec.training.config import AUTO, TrainConfig, build, differing, load
+from vllm_longspec.training.data import TokenStore, prepare
+from vllm_longspec.training.initialise import initialise, initialise_from_last_layer
+from vllm_longspec.training.layer import GlideLayer
+from vllm_longspec.training.loop import Result, compute_dtype, fit, make_accelerator
+from vllm_longspec.training.target import SharedTarget, check_served, load_shared, load_tokenizer
+from vllm_longspec.training.teachers import Lesson, Sample, Teacher
+
+CONFIG = "run.yaml"
+# Of tokens that teachers are compared at.
+_COMPARED_TOKENS = 512
+# Differences of two right computations, relative to the size of what is compared, by dtype.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", help="the model to train a draft for: folder or name")
+    parser.add_argument("--revision", help="branch, tag or commit of the target's repository")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="files of JSON lines, or folders of them")
+    parser.add_argument("--out", required=True, help="folder of the run, which gets the draft")
+    parser.add_argument("--teacher", help="hf: the target in Transformers; vllm: in vLLM, as it is served")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML; options here come before it")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a setting, such as loss.kl=1"
+    )
+    parser.add_argument("--plan", action="store_true", help="say memory, disk and GPU hours, and start nothing")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --out, if one is there"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    given = {name: getattr(arguments, name) for name in ("target", "revision", "data", "out", "teacher")}
+    saved = Path(arguments.out) / CONFIG
+    is_bare = arguments.config is None and arguments.target is None and arguments.data is None
+    # A run that is resumed has its configuration.
+    path = saved if arguments.resume and is_bare and saved.exists() else arguments.config
+    config = load(path, given, arguments.set)
+    if arguments.plan:
+        from vllm_longspec.training.plan import plan
+
+        print(plan(config))
+        return
+    train(config, arguments.resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"vllm serve {config.target} --speculative-model {config.out}")
+
+
+def train(config: TrainConfig, resume: bool = False, accelerator: Any = None) -> Result:
+    """A whole run.
+
+    Args:
+        accelerator: that of `make_accelerator`, which stays the caller's to end; by default the run has one of its own
+
+    Raises:
+        ValueError: what is wrong with the configuration, the target, the data or a file, in one line.
+    """
+    folder = Path(config.out)
+    checkpoint = checkpoints.newest(folder)
+    _check_folder(config, folder, checkpoint, resume)
+    check_served(config.target, config.revision)
+    shared = load_shared(config.target, config.revision)
+    is_own = accelerator is None
+    if accelerator is None:
+        accelerator = make_accelerator(config, folder)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoints.clean(folder)
+            _write_config(config, folder)
+        store, held_out = prepare_data(config, shared)
+    if accelerator.is_main_process:
+        print(f"data: {store.counts}", flush=True)
+    sources = [
+        Plan(
+            store,
+            stage,
+            number,
+            config.tokens_per_batch,
+            config.accumulation,
+            config.seed,
+            shared.config.max_position_embeddings,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        for number, stage in enumerate(config.stages)
+    ]
+    if config.report.to:
+        accelerator.init_trackers(config.report.project, config=_settings(config))
+    glide = first_weights(config, shared)
+    teacher = make_teacher(config, shared, accelerator.device)
+    try:
+        lessons = held_out_lessons(config, held_out, teacher)
+        return fit(config, shared, glide, teacher, sources, folder, accelerator, resume=checkpoint, lessons=lessons)
+    finally:
+        teacher.close()
+        if is_own:
+            accelerator.end_training()
+
+
+def first_weights(config: TrainConfig, shared: SharedTarget) -> GlideLayer:
+    glide = GlideLayer(shared.config)
+    generator = generator_of(config.seed)
+    if config.init == "last_layer":
+        initialise_from_last_layer(glide, shared, generator)
+    else:
+        initialise(glide, generator)
+    return glide
+
+
+def make_teacher(config: TrainConfig, shared: SharedTarget, device: torch.device) -> Teacher:
+    """The teacher that is asked for. One in vLLM is first compared with one in Transformers."""
+    from vllm_longspec.training.teachers.hf import HfTeacher
+
+    dtype = compute_dtype(config)
+    place = device if config.teacher_device == AUTO else torch.device(config.teacher_device)
+    if config.teacher == "hf":
+        return HfTeacher(shared, place, dtype, config.tokens_per_batch, config.compile_target)
+    from vllm_longspec.training.teachers.vllm import VllmTeacher
+
+    samples = _compared(config, shared)
+    reference: list[Lesson] = []
+    if samples:
+        # On the CPU, so that the engine finds an empty GPU.
+        plain = HfTeacher(shared, "cpu", torch.float32)
+        reference = list(plain.teach(samples))
+        plain.close()
+    longest = min(max(stage.max_length for stage in config.stages), shared.config.max_position_embeddings)
+    teacher: Teacher = VllmTeacher(config.target, longest, revision=config.revision, **config.engine)
+    if samples:
+        try:
+            check_agreement(reference, list(teacher.teach(samples)), dtype)
+        except ValueError:
+            teacher.close()
+            raise
+    return teacher
+
+
+def check_agreement(expected: Sequence[Lesson], found: Sequence[Lesson], dtype: torch.dtype) -> None:
+    """Raises ValueError where keys, values or hidden states differ by more than rounding does."""
+    most = _TOLERANCE[dtype]
+    for one, other in zip(expected, found, strict=True):
+        for name in ("keys", "values", "hidden"):
+            right, given = (getattr(lesson, name).detach().cpu().double() for lesson in (one, other))
+            if right.shape != given.shape:
+                raise ValueError(
+                    f"the teachers' {name} have shapes {tuple(right.shape)} and {tuple(given.shape)}: the target is "
+                    "none that both compute"
+                )
+            difference = float((right - given).norm() / right.norm().clamp(min=1e-9))
+            if not difference <= most:
+                raise ValueError(
+                    f"the {name} of vLLM's last layer differ from those of Transformers by {difference:.3g} of their "
+                    f"size, more than {most}: check dtype and engine settings, or give compared_samples 0 to train "
+                    "with what vLLM serves"
+                )
+
+
+def prepare_data(config: TrainConfig, shared: SharedTarget) -> tuple[TokenStore, TokenStore]:
+    """Samples to train with, and held-out ones."""
+    longest = min(max(stage.max_length for stage in config.stages), shared.config.max_position_embeddings)
+    cache = Path(config.out) / "data"
+
+    def stored(paths: Sequence[str]) -> TokenStore:
+        return prepare(paths, cache, lambda: load_tokenizer(shared), shared.vocab_size, longest)
+
+    if config.held_out.data:
+        return stored(config.data), stored(config.held_out.data)
+    whole = stored(config.data)
+    count = config.held_out.samples
+    if 0 < len(whole) <= count:
+        raise ValueError(
+            f"the data have {len(whole)} samples, and {count} are held out: give more, or fewer as held_out.samples"
+        )
+    end = len(whole) - count
+    return whole.part(slice(0, end)), whole.part(slice(end, None))
+
+
+def held_out_lessons(config: TrainConfig, store: TokenStore, teacher: Teacher) -> list[Lesson]:
+    """On the CPU, since they stay for the whole run."""
+
+    def samples() -> Iterator[Sample]:
+        left = config.held_out.tokens
+        for index in range(len(store)):
+            ids, mask = store[index]
+            if not mask[:left].any():
+                return
+            yield Sample(ids[:left], mask[:left], anchored(min(left, len(ids)), 0))
+            left -= len(ids)
+            if left <= 0:
+                return
+
+    return [
+        Lesson(lesson.sample, *(part.cpu() for part in (lesson.keys, lesson.values, lesson.hidden)))
+        for lesson in teacher.teach(samples())
+    ]
+
+
+def _compared(config: TrainConfig, shared: SharedTarget) -> list[Sample]:
+    store, _ = prepare_data(config, shared)
+    samples = []
+    for index in range(min(config.compared_samples, len(store))):
+        ids, _ = store[index]
+        ids = ids[:_COMPARED_TOKENS]
+        samples.append(Sample(ids, torch.arange(len(ids)) > 0, anchored(len(ids), 0)))
+    return samples
+
+
+def _check_folder(config: TrainConfig, folder: Path, checkpoint: Path | None, resume: bool) -> None:
+    if checkpoint is None:
+        return
+    if not resume:
+        raise ValueError(f"--out {folder} has checkpoints of a run: give --resume to go on, or another folder")
+    saved = build(_read_config(folder))
+    if names := differing(saved, config):
+        raise ValueError(
+            f"--resume: {names[0]} is {getattr(saved, names[0])!r} in the run of {folder}, but now "
+            f"{getattr(config, names[0])!r}: leave it as it was, or give another folder"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        return yaml.safe_load((folder / CONFIG).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} cannot be read ({' '.join(str(error).split())}): give another --out"
+        ) from None
+
+
+def _write_config(config: TrainConfig, folder: Path) -> None:
+    import yaml
+
+    temporary = folder / f".{CONFIG}"
+    temporary.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    temporary.replace(folder / CONFIG)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Of trackers, which take no nested values."""
+    return {
+        name: value if isinstance(value, int | float | str) else str(value) for name, value in config.as_dict().items()
+    }
