@@ -13,7 +13,9 @@ stay in the cache until the verification, for the draft and for later checks.
 
 Beside the tokens stand the speeds over plain decoding that the cost of a step expects of them for Llama-3-8B's shape.
 
-    python -m benchmarks.training.partial {cross,rounds} [--models FOLDER] [--device cpu] [--contexts 3584]
+`model`: the same speeds for rounds, where a chain's and a check's tokens are right with given probabilities.
+
+    python -m benchmarks.training.partial {cross,rounds,model} [--models FOLDER] [--device cpu] [--contexts 3584]
         [--budgets 512,1024,2048] [--prompts 8] [--tokens 96] [--temperatures 0,1]
 """
 
@@ -159,9 +161,53 @@ def speed_up(variant: list[int] | int, budget: int | None, emitted: float, conte
     return emitted / replace(step, drafting=lambda *_: drafting)(batch, num_nodes, context * batch)
 
 
+def expected_tokens(num_rounds: int, chain: float, check: float) -> float:
+    """Tokens emitted by a verification after rounds, where each drafted token is right with the probability `chain` and
+    each that a check draws with `check`, if those before it are."""
+    if num_rounds == 0:
+        return sum(chain**depth for depth in range(GAMMA + 1))
+    total = 0.0
+    for drafted in range(GAMMA + 1):
+        probability = chain**drafted * (1 - chain if drafted < GAMMA else 1)
+        wrong = sum(check**right * (1 - check) * (right + 1) for right in range(drafted + 1))
+        goes_on = drafted + 1 + expected_tokens(num_rounds - 1, chain, check)
+        total += probability * (wrong + check ** (drafted + 1) * goes_on)
+    return total
+
+
+def speed_up_of_magicdec(budget: int, check: float, context: int, batch: int) -> float:
+    """Of the target's own drafts over the part, as many as pay best."""
+    model = SimpleNamespace(**shapes.SHAPES[MODEL])
+    step = StepCost.of_shape(model, vocab_size=model.vocab_size, drafting=lambda *_: 0.0)
+    step = replace(step, drafting=MagicDecCost(step.target, step.token, SINKS + budget))
+    return max(
+        sum(check**depth for depth in range(number + 1)) / step(batch, number, context * batch)
+        for number in range(2 * GAMMA + 1)
+    )
+
+
+def print_model(budgets: list[int]) -> None:
+    rows = [["budget", "chain", "check"]]
+    for context, batch in LOADS:
+        rows[0] += [f"{context // 1024}k, batch {batch}: {way}" for way in ("chain", "rounds", "magicdec")]
+    for budget in budgets:
+        for chain in (0.7, 0.8):
+            for check in (0.75, 0.8, 0.85, 0.9, 0.95):
+                rows.append([str(budget), str(chain), str(check)])
+                for load in LOADS:
+                    speeds = [
+                        speed_up(number, budget, expected_tokens(number, chain, check), *load)
+                        for number in range(MAX_ROUNDS + 1)
+                    ]
+                    fastest, best = max((speed, number) for number, speed in enumerate(speeds) if number > 0)
+                    alone = speed_up_of_magicdec(budget, check, *load)
+                    rows[-1] += [f"{speeds[0]:.2f}x", f"{best}: {fastest:.2f}x", f"{alone:.2f}x"]
+    print(markdown(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cross", "rounds"])
+    parser.add_argument("what", choices=["cross", "rounds", "model"])
     parser.add_argument("--models", type=Path, default=PAIR, help="folder with target/, draft/ and prompts.jsonl")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contexts", type=numbers, default=[3584], help="ends of the longest prompts")
@@ -173,6 +219,9 @@ def main() -> None:
         "--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0.0, 1.0]
     )
     args = parser.parse_args()
+    if args.what == "model":
+        print_model(args.budgets)
+        return
     target, glide = load_pair(args.models, args.device)
     by_length = load_prompts(
         args.models / "prompts.jsonl", args.models / "target" / "tokenizer.json", args.prompts, args.device
