@@ -128,6 +128,7 @@ def _assigned(cls: type) -> dict[str, tuple[ast.expr | None, ast.expr | None, di
             continue
         arguments = {each.arg: each.annotation for each in (*function.args.args, *function.args.kwonlyargs)}
         for node in ast.walk(function):
+            targets: list[Any]
             if isinstance(node, ast.Assign):
                 targets = node.targets
             elif isinstance(node, ast.withitem):
