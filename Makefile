@@ -20,7 +20,7 @@ test: $(READY) ## Run the tests; ARGS="tests/unit -k walk" picks some
 
 # A release of vLLM without a CPU build: its Python over the libraries of the build that is installed.
 VLLM ?= $(shell $(PYTHON) -c 'exec(open("vllm_longspec/compat/supported.py").read()); print(TESTED[-1])')
-VLLM_TESTS := $(patsubst %,tests/unit/test_%.py,seams plugin arguments support scheduler grammar interpreted_sampling) \
+VLLM_TESTS := $(patsubst %,tests/unit/test_%.py,seams plugin arguments support scheduler grammar interpreted_sampling bench) \
 	$(patsubst %,tests/integration/test_%.py,lossless features magicdec mixed_batches scheduling requests) \
 	$(patsubst %,tests/integration/test_%.py,kv_connectors sleep_mode) tests/e2e/test_serve.py
 

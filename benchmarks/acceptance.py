@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,24 @@ class Engine:
         self.llm = LLM(**settings)
 
     def generate(
-        self, prompts: list[list[int]], sampling: dict[str, Any], max_tokens: list[int]
+        self,
+        prompts: list[list[int]],
+        sampling: dict[str, Any],
+        max_tokens: list[int],
+        each: Sequence[dict[str, Any]] | None = None,
     ) -> tuple[list[list[int]], float | None]:
-        """Tokens of all requests, and tokens per verified step; None if there was no such step."""
+        """Tokens of all requests, and tokens per verified step; None if there was no such step.
+
+        Args:
+            each: further sampling parameters of each request.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
         before = self._counters()
         parameters = [
-            SamplingParams(**{"seed": seed, **sampling}, max_tokens=number, detokenize=False)
-            for seed, number in enumerate(max_tokens)
+            SamplingParams(**{"seed": seed, **sampling, **further}, max_tokens=number, detokenize=False)
+            for seed, (number, further) in enumerate(zip(max_tokens, each or [{}] * len(prompts), strict=True))
         ]
         outputs = self.llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], parameters, use_tqdm=False)
         drafts, accepted = (after - old for after, old in zip(self._counters(), before, strict=True))

@@ -10,8 +10,8 @@
 3. the shipped pair through `vllm serve`, with and without `--speculative-model`;
 4. QwQ-32B-Preview's shape with dummy weights at 16k tokens of context: runs with the default tree.
 
-Nothing is timed, so everything runs at once. Writes what it saw, with the environment, and exits with 1 if anything
-failed.
+Nothing is timed, so everything runs at once; tests use all GPUs of CUDA_VISIBLE_DEVICES. Writes what it saw, with the
+environment, and exits with 1 if anything failed.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def main() -> None:
             "kernels": pool.submit(run_tests, 4, *(f"tests/unit/test_{name}.py" for name in KERNEL_TESTS)),
             "pair": pool.submit(check_pair),
             "serve": pool.submit(check_serve),
-            "engines": pool.submit(run_tests, 8, *(f"tests/integration/test_{name}.py" for name in ENGINE_TESTS)),
+            "engines": pool.submit(
+                run_tests, 8 * num_gpus(), *(f"tests/integration/test_{name}.py" for name in ENGINE_TESTS)
+            ),
         }
         if not arguments.skip_32b:
             parts["qwq_32b_shape"] = pool.submit(check_32b)
@@ -81,6 +83,11 @@ def main() -> None:
             record(report, names[part], part.result(), arguments.out)
     failed = [name for name, part in report.items() if not part.get("passed", True)]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+def num_gpus() -> int:
+    """How many GPUs `tests/conftest.py` deals round."""
+    return len(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","))
 
 
 def record(report: dict[str, Any], name: str, part: dict[str, Any], out: Path) -> None:
@@ -92,9 +99,13 @@ def record(report: dict[str, Any], name: str, part: dict[str, Any], out: Path) -
 
 
 def run_tests(workers: int, *tests: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "--durations", "12"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-n", str(workers), "--dist", "loadgroup"]
     finished = subprocess.run(
-        [*command, "-p", "no:cacheprovider", *tests], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--durations", "12", "-p", "no:cacheprovider", *tests],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     print(finished.stdout[-20000 if finished.returncode else -2000 :], flush=True)
     failed = [line for line in finished.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

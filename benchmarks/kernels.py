@@ -60,7 +60,8 @@ GRAPH_SPLITS = 32
 TILE = 128
 DEFAULT_ROWS = 69
 MAX_DEPTH = 5
-LEVEL_WIDTH = 16
+# (batch, parents and children of a request) of levels; at batch 16 no level of the default tree is as wide as 7
+LEVELS = ((1, 16), (4, 16), (16, 16), (16, 7), (16, 6), (16, 5))
 # Of inputs that are used in turn.
 MAX_COPIES = 32
 
@@ -279,8 +280,8 @@ def children() -> Iterator[Row]:
     from vllm_longspec.tree.best_children import best_children
     from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 
-    vocab_size, width = QWQ_32B["vocab_size"], LEVEL_WIDTH
-    for num_reqs in BATCHES:
+    vocab_size = QWQ_32B["vocab_size"]
+    for num_reqs, width in LEVELS:
         slots = torch.arange(num_reqs, device=DEVICE)
         log_probs = -torch.rand(num_reqs, width, device=DEVICE)
         copies = max(1, COLD_BYTES // (num_reqs * width * vocab_size * DTYPE.itemsize))

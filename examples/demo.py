@@ -70,6 +70,8 @@ def main() -> None:
     if len(plain.token_ids) != len(speculative.token_ids):
         raise ServerError("\nThe two outputs DIFFER: one ends before the other.")
     print("\nThe two outputs are identical, token for token.")
+    print("\nThe same for a model and prompts of yours (docs/benchmarking.md):")
+    print("  vllm-longspec bench --target TARGET --draft DRAFT --workload my-prompts.jsonl --out results/")
 
 
 def print_row(name: str, without: str, with_speculation: str) -> None:

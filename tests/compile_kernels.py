@@ -35,6 +35,7 @@ assert vllm.triton_utils.HAS_TRITON
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
 
 from vllm_longspec.attention.cache_scales import CacheScales
+from vllm_longspec.attention.partial import PartialTables
 from vllm_longspec.attention.prefix import prefix_attention
 from vllm_longspec.attention.tree import tree_attention
 from vllm_longspec.copying.lookup import find_copies
@@ -287,10 +288,12 @@ def compile_level_kernel(levels: tuple[int, ...]) -> None:
 
 def compile_magicdec_kernels(part: PartialAttention, block_size: int, max_model_len: int) -> None:
     slots = torch.zeros(2, dtype=torch.int64)
-    inputs = DraftInputs.allocate(part, block_size, 4, max_model_len, torch.device("cpu"))
+    inputs = DraftInputs.allocate(part, block_size, 4, max_model_len, 2, torch.device("cpu"))
     whole = torch.zeros(2, max_model_len // block_size, dtype=torch.int32)
     for step in (0, 1, 3):
         inputs.write(step, slots, slots, Roots(slots, slots, slots.int()), whole)
+    tables = PartialTables.allocate(part.sinks, part.budget, block_size, 4, max_model_len, torch.device("cpu"))
+    tables.write(whole, slots.int())
 
 
 def main() -> None:

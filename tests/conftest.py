@@ -10,6 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+# Each process of pytest-xdist begins with another GPU of those that it may use, as processes are dealt round. Before
+# torch counts them, since it reads the variable once.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (devices := os.environ.get("CUDA_VISIBLE_DEVICES")):
+    visible = devices.split(",")
+    first = int(worker.removeprefix("gw")) % len(visible)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first:] + visible[:first])
+
 import torch
 
 if not torch.cuda.is_available():

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
 from typing import Any
 
+import typing_extensions
 from vllm.version import __version__ as VLLM_VERSION
 
 import vllm_longspec
@@ -127,7 +128,13 @@ def _assigned(cls: type) -> dict[str, tuple[ast.expr | None, ast.expr | None, di
             continue
         arguments = {each.arg: each.annotation for each in (*function.args.args, *function.args.kwonlyargs)}
         for node in ast.walk(function):
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            targets: list[Any]
+            if isinstance(node, ast.Assign):
+                targets = node.targets
+            elif isinstance(node, ast.withitem):
+                targets = [node.optional_vars]
+            else:
+                targets = [getattr(node, "target", None)]
             for target in (part for each in targets for part in (each.elts if isinstance(each, ast.Tuple) else [each])):
                 if (
                     isinstance(target, ast.Attribute)
@@ -300,6 +307,10 @@ def _bind(function: Any, call: ast.Call) -> None:
     keywords = {each.arg: None for each in call.keywords if each.arg is not None}
     positional = [None for each in call.args if not isinstance(each, ast.Starred)]
     if inspect.isbuiltin(function):
+        return
+    if typing_extensions.is_typeddict(function):
+        if unknown := keywords.keys() - function.__annotations__.keys():
+            raise TypeError(f"it has no {', '.join(sorted(unknown))}")
         return
     is_open = len(positional) < len(call.args) or len(keywords) < len(call.keywords)
     parameters = signature(function)

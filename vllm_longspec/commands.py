@@ -14,6 +14,10 @@ from vllm_longspec.version import __version__
 
 # Command -> module, what it does.
 COMMANDS = {
+    "bench": (
+        "vllm_longspec.bench.command",
+        "measure methods side by side on real prompts",
+    ),
     "convert": (
         "vllm_longspec.proposers.glide.convert",
         "make a draft that vLLM loads of what LongSpec's training code wrote",
@@ -25,6 +29,10 @@ COMMANDS = {
     "frequent-tokens": (
         "vllm_longspec.frequent_tokens",
         "count the tokens that texts consist of most, for a smaller head of the draft",
+    ),
+    "generate": (
+        "vllm_longspec.training.generate",
+        "let a target answer prompts, as data to train its draft with",
     ),
     "train": (
         "vllm_longspec.training.train",

@@ -19,6 +19,7 @@ from vllm_longspec.options import (
     count_verified_nodes,
     options_of,
     parse_copy_length,
+    parse_cross_attention_budget,
     parse_partial_attention,
     parse_tree_shape,
     read_flag,
@@ -147,7 +148,7 @@ def configure(
         schedule = validate_and_normalize_dynamic_sd_schedule(options["num_speculative_tokens_per_batch_size"])
         tree_shape = tree_shape.with_plans(plan_levels(numbers_of(schedule, num_nodes), tree_shape))
         num_nodes = max((number for number, _ in tree_shape.plans), default=num_nodes)
-    part = parse_partial_attention(own, target.max_model_len) if "budget" in setup.option_names else None
+    parse_part = parse_partial_attention if "budget" in setup.option_names else parse_cross_attention_budget
     options["num_speculative_tokens"] = num_nodes
     options.update(setup.vllm_options(engine_args, given, target, parallel_config, draft_vocab_size))
     options.update(rates_by_depth(options, tree_shape))
@@ -162,7 +163,8 @@ def configure(
             adaptive_verification=adaptive_verification,
             copy_length=copy_length,
             num_lookahead_tokens=setup.num_lookahead_tokens(num_nodes),
-            partial_attention=part,
+            partial_attention=parse_part(own, target.max_model_len),
+            spool=own.get("spool"),
         ),
         options,
     )
@@ -182,8 +184,8 @@ def _check_option_names(name: str, own: dict[str, Any]) -> None:
             continue
         way_out = setup.ways_out.get(option, "leave it out")
         if option not in SHARED_OPTIONS:
-            others = ", ".join(proposers.others_with(option, name))
-            way_out = f"it is an option of the method {others}; {way_out}"
+            others = ", ".join(draft_of(other).noun for other in proposers.others_with(option, name))
+            way_out = f"it is an option of {others}; {way_out}"
         raise ValueError(f"{option} is not supported with {draft_of(name).noun}: {way_out}")
 
 
@@ -275,7 +277,7 @@ def create_speculative_config(
 def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Callable[..., PretrainedConfig]":
     """The `hf_overrides` of the draft that is being built; must be picklable."""
     setup = _current.get()
-    return original(*args) if setup is None else setup.hf_overrides(original(*args))
+    return original(*args) if setup is None else setup.hf_overrides(original(*args), *args)
 
 
 def create_engine_config(
@@ -289,6 +291,7 @@ def create_engine_config(
         self.attention_backend = given_backend
     if (options := options_of(vllm_config.speculative_config)) is not None:
         support.check_engine(vllm_config, draft_of(options.proposer))
+        proposers.setup_of(options.proposer).check_engine(vllm_config)
         preserved = vllm_config.model_config.sleep_preserve_parameter_names
         if vllm_config.model_config.enable_sleep_mode and _DRAFT_PARAMETERS not in preserved:
             # Waking up from level 2 is followed by a reload of the target's weights, not of the draft's.

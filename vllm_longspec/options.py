@@ -34,6 +34,8 @@ OPTION_NAMES = (
     "sinks",
     "budget",
     "selection",
+    "cross_attention_budget",
+    "spool",
 )
 
 # Attribute of vLLM's SpeculativeConfig, which is pickled to every process.
@@ -42,7 +44,7 @@ _ATTRIBUTE = "longspec"
 
 @dataclass(frozen=True)
 class PartialAttention:
-    """The part of a request's cache that a draft attends, rounded up to whole blocks."""
+    """The part of a request's cache that a draft attends, rounded up to whole blocks (`attention/partial.py`)."""
 
     sinks: int = 32  # first tokens
     budget: int = 1024  # last tokens
@@ -60,7 +62,8 @@ class LongSpecOptions:
     adaptive_verification: bool = False  # whether the number of verified nodes follows the acceptance length
     copy_length: int = 0  # tokens that are copied from the request's own text beside the drafted tree; 0 for none
     num_lookahead_tokens: int = 0  # cache slots from the root's on that a draft writes at most, which are reserved
-    partial_attention: PartialAttention | None = None  # None for a draft that attends all or nothing
+    partial_attention: PartialAttention | None = None  # None for a draft that attends all of the cache, or nothing
+    spool: str | None = None  # folder to which what is captured goes, for an engine that teaches
 
     @property
     def max_depth(self) -> int:
@@ -150,6 +153,23 @@ def parse_partial_attention(options: Mapping[str, Any], max_model_len: int) -> P
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}: leave it out")
     return PartialAttention(min(sinks, max_model_len), min(budget, max_model_len), selection)
+
+
+def parse_cross_attention_budget(options: Mapping[str, Any], max_model_len: int) -> PartialAttention | None:
+    """Reads `cross_attention_budget`; None for the whole prefix.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
+    budget = _read_int(options.get("cross_attention_budget"))
+    if budget is None:
+        return None
+    if not _is_positive_int(budget):
+        raise ValueError(
+            f"cross_attention_budget must be a positive integer, got {budget!r}: give the number of last tokens that "
+            "the draft attends, or leave it out to attend all"
+        )
+    return PartialAttention(min(PartialAttention.sinks, max_model_len), min(budget, max_model_len))
 
 
 def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:

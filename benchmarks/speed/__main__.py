@@ -98,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
         "--systems",
         type=listed(check_system),
         default=list(SYSTEMS),
-        help=f"{', '.join(SYSTEMS)}, default@K, gammaN, magicdecN",
+        help=f"{', '.join(SYSTEMS)}, default@K, crossN, gammaN, magicdecN",
     )
     add("--contexts", type=listed(int), default=CONTEXTS, help="tokens of a prompt")
     add("--batches", type=listed(int), default=BATCHES, help="requests that decode together")

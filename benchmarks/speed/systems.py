@@ -7,6 +7,7 @@
 - `default`: this plugin as it comes
 - `default@K`: the same tree, of which the K likeliest nodes are verified
 - `unquantised`: this plugin as it comes, but for a draft in the precision that it is stored in
+- `crossN`: this plugin as it comes, with N as `cross_attention_budget`
 - `gammaN`: this plugin's sequential method
 - `magicdec`: the target drafts 4 tokens for itself, or as many as pay (adaptive verification)
 - `magicdecN`: the same with N tokens, whatever is accepted
@@ -23,7 +24,7 @@ from benchmarks import PAIR
 from benchmarks.shapes import SHAPES, write_eagle3_head, write_frequent_tokens, write_glide_draft, write_target
 
 SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "unquantised", "magicdec", "tuned")
-_PLUGIN_SYSTEM = re.compile(r"tuned|unquantised|default(@[1-9]\d*)?|gamma[1-9]\d*|magicdec([1-9]\d*)?")
+_PLUGIN_SYSTEM = re.compile(r"tuned|unquantised|default(@[1-9]\d*)?|cross[1-9]\d*|gamma[1-9]\d*|magicdec([1-9]\d*)?")
 OTHERS_TOKENS = 5
 # More than a batch ever has.
 MOST_REQUESTS = 1024
@@ -61,7 +62,7 @@ def check_system(system: str) -> str:
     """Raises NotMeasurable if there is no such system."""
     if system not in SYSTEMS and not is_plugin_system(system):
         raise NotMeasurable(
-            f"there is no system {system}: give one of {', '.join(SYSTEMS)}, default@K, gammaN, magicdecN"
+            f"there is no system {system}: give one of {', '.join(SYSTEMS)}, default@K, crossN, gammaN, magicdecN"
         )
     return system
 
@@ -162,6 +163,8 @@ def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[st
         return {"method": "magicdec", "gamma": int(system.removeprefix("magicdec")), "adaptive_verification": False}
     if system == "unquantised":
         return {"quantization": None}
+    if system.startswith("cross"):
+        return {"cross_attention_budget": int(system.removeprefix("cross"))}
     if system.startswith("gamma"):
         # As many as it says, whatever is accepted.
         return {"gamma": int(system.removeprefix("gamma")), "adapt_nodes": False}

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.server import DRAFT, EXACT, TARGET, Server, serve
 from benchmarks.soak import COMMAND
+from tests import dashboard
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 OPTIONS = [
@@ -113,6 +114,8 @@ def test_tool_calls_and_reasoning():
     ) as server:
         drafted = answers(server)
         assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+        with server.request("GET", "/metrics") as response:
+            assert dashboard.missing(response.read().decode()) == []
     assert drafted == plain
     for name in ("named tool", "required tool", "tool in the text"):
         ((called, arguments),) = drafted[name]["calls"]

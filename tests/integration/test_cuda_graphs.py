@@ -44,6 +44,17 @@ def test_graph_mode(mode):
     assert drafted_by_itself.acceptance_length > 2
 
 
+def test_a_draft_that_sees_a_part_of_the_cache():
+    """Its table is written in the draft's graph."""
+    mode = settings_of("FULL_AND_PIECEWISE")
+    plain = generate(PAIR / "target", REQUESTS, **mode)
+    result = generate(
+        PAIR / "target", REQUESTS, **mode, **speculative(PAIR / "draft", DEFAULT_SHAPE, cross_attention_budget=64)
+    )
+    assert_lossless(plain, result)
+    assert result.acceptance_length > 2
+
+
 def test_blocks_by_scores():
     """Observers run in the graphs of the target, and every layer's table is made in that of the draft."""
     mode = settings_of("FULL_AND_PIECEWISE")

@@ -668,12 +668,25 @@ def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> 
     )
 
 
-def test_proposes_from_step_to_step(tmp_path):
+def attended(root_position: int, budget: int | None) -> list[int]:
+    """Positions that the cross-attention sees: all, or the blocks with one of the first 32 or last `budget` tokens."""
+    positions = range(root_position)
+    if budget is None:
+        return list(positions)
+    blocks = {place // BLOCK_SIZE for place in positions if place < 32 or place >= root_position - budget}
+    return [place for place in positions if place // BLOCK_SIZE in blocks]
+
+
+@pytest.mark.parametrize("budget", [None, 100])
+def test_proposes_from_step_to_step(tmp_path, budget):
     """Prompts in chunks, prompts that end and requests that settle a few tokens a step, in one batch."""
     levels = (2, 4, 4)
     target, draft = write_pair(tmp_path, "llama", num_key_value_heads=1)
-    pair = load(target, draft, levels)
+    pair = load(target, draft, levels, drafting={"cross_attention_budget": budget})
     speculator = pair.speculator
+    assert ("32 first and 100 last tokens" in proposer_of(speculator).describe()) == (budget == 100)
+    cache = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK_SIZE))])
+    proposer_of(speculator).set_cache(cache)  # type: ignore[arg-type]
     batch = Batch([26, 605, 535], pair.draft)
     proposer_of(speculator).window.kv.fill_(torch.nan)
     # A step settles at most one token more than the tree is deep. The order of the requests is of no importance, though
@@ -701,7 +714,7 @@ def test_proposes_from_step_to_step(tmp_path):
             seen = SimpleNamespace(
                 histories=[batch.histories[each.request][:root_position]],
                 roots=[batch.histories[each.request][root_position]],
-                target_kv=[batch.target_kv[each.request][:root_position]],
+                target_kv=[batch.target_kv[each.request][attended(root_position, budget)]],
             )
             log_probs = check_tree(
                 pair.plain,

@@ -153,6 +153,16 @@ def test_trained_draft(pairs, family, tree_shape, least):
     assert result.metrics["vllm:prefix_cache_hits"] >= plain.metrics["vllm:prefix_cache_hits"] > 0
 
 
+def test_a_draft_that_sees_a_part_of_the_cache(pairs):
+    """Short prompts are their own part; of long ones the draft sees three or four blocks, and the target all."""
+    target, draft = pairs["qwen2"]
+    requests = batches(source_code(LENGTHS))
+    plain = generate(target, requests)
+    result = generate(target, requests, **speculative(draft, [2, 4, 4], cross_attention_budget=64))
+    assert_lossless(plain, result)
+    assert result.acceptance_length >= 2
+
+
 def test_noise_makes_drafts_of_sampled_requests_better(pairs):
     """Drafts ranked with the target's noise: the same tokens in fewer steps, greedy requests as without it."""
     target, draft = pairs["qwen2"]
@@ -202,12 +212,19 @@ def test_unseeded_sampling_has_the_targets_distribution(pairs):
 
 
 def test_fewer_nodes_than_the_tree(pairs):
-    """`num_speculative_tokens` cuts the list of nodes, and any prefix of it is a tree."""
+    """The list of nodes is cut, and any prefix of it is a tree: as a full batch of eight is verified on a GPU."""
     target, draft = pairs["qwen2"]
-    requests = batches(source_code((33, 200)))
-    result = generate(target, requests, **speculative(draft, DEFAULT_SHAPE, num_speculative_tokens=12))
+    ways = [GREEDY, *SAMPLINGS, {"temperature": 1.3, "seed": 7}]
+    lengths = (1, 3, 31, 33, 60, 100, 150, 200)
+    requests = [
+        [
+            request(prompt, **sampling, max_tokens=24, ignore_eos=True)
+            for prompt, sampling in zip(source_code(lengths), ways, strict=True)
+        ]
+    ]
+    result = generate(target, requests, **speculative(draft, DEFAULT_SHAPE, num_speculative_tokens=7))
     assert_lossless(generate(target, requests), result)
-    assert result.num_draft_tokens <= 12 * result.num_drafts
+    assert result.num_draft_tokens <= 7 * result.num_drafts
     assert result.acceptance_length >= 2.5
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines whose target drafts for itself: plain decoding's tokens, whatever its drafts leave in the cache."""
 
+import re
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine import generate, request, run_batches
 from tests.integration.test_lossless import (
@@ -39,6 +41,7 @@ def test_trained_target():
 
 def _check_tables(settings: dict[str, Any], each_batch: list[Any]) -> dict[str, Any]:
     """Runs requests, and looks at the block tables of every draft step."""
+    from vllm_longspec.proposers.magicdec.proposer import MagicDecProposer
     from vllm_longspec.proposers.magicdec.selection import BlockSelection
 
     counted = {"tables": 0, "with chosen blocks": 0, "that differ between layers": 0, "wrong": 0}
@@ -64,9 +67,20 @@ def _check_tables(settings: dict[str, Any], each_batch: list[Any]) -> dict[str, 
                     or not {own[0], *blocks, *own[-2:]} <= set(table)
                 )
 
+    proposers: list[MagicDecProposer] = []
+    set_cache = MagicDecProposer.set_cache
+
+    def spied_set_cache(self: MagicDecProposer, kv_cache_config: Any) -> None:
+        set_cache(self, kv_cache_config)
+        proposers[:] = [self]
+
     BlockSelection.write_tables = spied  # type: ignore[method-assign]
+    MagicDecProposer.set_cache = spied_set_cache  # type: ignore[method-assign]
     result = run_batches(settings, each_batch)
-    return {**counted, **result}
+    kept = [proposers[0].query_start_loc]
+    for owner in (proposers[0].inputs, proposers[0].selection):
+        kept += [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
+    return {**counted, **result, "bytes": sum(tensor.nbytes for tensor in kept)}
 
 
 def test_blocks_by_scores():
@@ -80,6 +94,9 @@ def test_blocks_by_scores():
     metrics = result["metrics"]
     assert metrics["vllm:spec_decode_num_accepted_tokens"] > metrics["vllm:spec_decode_num_drafts"]
     assert "32 first and 192 chosen or last tokens" in printed
+    assert re.findall(r"at most (\d+) blocks of (\d+) .* take (\d+) bytes", printed) == [
+        (str(1 + 7), "32", str(result["bytes"]))
+    ]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "opt"])

@@ -41,12 +41,12 @@ class PlainDraft:
         self,
         history_kv: tuple[torch.Tensor, torch.Tensor],  # what `self_kv` returns for the whole history
         paths: list[list[int]],  # of one length: tokens that follow the history, the root first
-        target_keys: torch.Tensor,  # [num_history, num_kv_heads, head_size] rotated, of the target's last layer
+        target_keys: torch.Tensor,  # [num_keys, num_kv_heads, head_size] rotated, of the target's last layer
         target_values: torch.Tensor,  # likewise
     ) -> torch.Tensor:  # float64 [num_paths, vocab_size]
         """Log-probabilities of the token after each path.
 
-        Self-attention at position p reaches back to p - 512; cross-attention sees the history and nothing of the path.
+        Self-attention at position p reaches back to p - 512; cross-attention sees the given keys.
         """
         num_paths, length, num_history = len(paths), len(paths[0]), len(history_kv[0])
         positions = torch.arange(num_history + length)
@@ -58,7 +58,7 @@ class PlainDraft:
             self_mask=((distance >= 0) & (distance <= WINDOW))[None],
             cross_keys=target_keys.double().expand(num_paths, -1, -1, -1),
             cross_values=target_values.double().expand(num_paths, -1, -1, -1),
-            cross_mask=torch.ones(1, length, num_history, dtype=torch.bool),
+            cross_mask=torch.ones(1, length, len(target_keys), dtype=torch.bool),
             past_self_kv=(past_keys, past_values),
         )
         return (hidden[:, -1] @ self.head.T / self.logits_scaling).log_softmax(-1)

@@ -78,6 +78,22 @@ def test_order_of_equals(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     assert [pair[1] for pair in chosen[0][:20]] == list(range(2, 100, 5))
 
 
+@pytest.mark.parametrize("num_children", [3, 9, 40])
+@pytest.mark.parametrize("programs", [1, 10**6])
+def test_wherever_the_best_tokens_are(num_children: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one chunk, the last or the first; one in each; or with the second best in the chunk of the best."""
+    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    rising = torch.arange(150.0) / 10
+    scattered = rising[torch.arange(150) * 16 % 150]
+    paired = torch.where(torch.arange(150) // 2 % 8 == 3, rising + 5, rising.flip(0))
+    logits = torch.stack([rising, rising.flip(0), scattered, paired])
+    for parent_log_probs in (torch.zeros(4, 1), torch.tensor([[-0.5, -0.5], [-1.0, -0.2]])):
+        chosen = run(best_children, logits, parent_log_probs, num_children)
+        check_close(chosen, logits, parent_log_probs)
+        assert same_pairs(chosen, sorted_pairs(logits, parent_log_probs, num_children))
+
+
 def test_tokens_that_rounding_makes_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent's log-probability is so low that a float32 cannot tell its children apart: the logits still can."""
     monkeypatch.setattr(module, "CHUNK", 16)

@@ -42,14 +42,14 @@ def test_the_part_is_the_blocks_of_the_first_and_of_the_last_tokens(block_size, 
     slots = [-1 if i in (14, 20) else i for i in range(len(roots))]
     max_num_blocks = -(-MAX_MODEL_LEN // block_size)
     ids = [[source.randrange(1, MAX_BLOCK) for _ in range(max_num_blocks)] for _ in roots]
-    inputs = DraftInputs.allocate(part, block_size, len(roots) + 1, MAX_MODEL_LEN, DEVICE)
+    inputs = DraftInputs.allocate(part, block_size, len(roots) + 1, MAX_MODEL_LEN, 3, DEVICE)
     # A table is a part of a wider tensor, as in an engine.
     tables = torch.tensor(ids, dtype=torch.int32, device=DEVICE)
     for step in range(3):
-        inputs.block_table.fill_(-5)
+        inputs.block_tables.fill_(-5)
         tokens = write(inputs, step, slots, roots, tables)
         for request, (slot, root) in enumerate(zip(slots, roots, strict=True)):
-            table = inputs.block_table[request].tolist()
+            table = inputs.block_tables[0, request].tolist()
             found = [tensor[request].item() for tensor in (inputs.input_ids, inputs.positions, inputs.seq_lens)]
             if slot < 0:
                 assert found == [0, 0, 1] and table == [0] * len(table)
@@ -65,25 +65,42 @@ def test_the_part_is_the_blocks_of_the_first_and_of_the_last_tokens(block_size, 
             assert inputs.slot_mapping[0, request] == (own if root + step < MAX_MODEL_LEN else -1)
             assert num_attended <= inputs.max_seq_len
     # What stands after the batch is left alone.
-    assert (inputs.block_table[len(roots)] == -5).all() and inputs.slot_mapping[0, len(roots)] == -1
+    assert (inputs.block_tables[0, len(roots)] == -5).all() and inputs.slot_mapping[0, len(roots)] == -1
 
 
 def test_a_request_that_is_no_longer_than_the_part_attends_everything():
     part = PartialAttention(32, 64)
-    inputs = DraftInputs.allocate(part, 16, 1, MAX_MODEL_LEN, DEVICE)
+    inputs = DraftInputs.allocate(part, 16, 1, MAX_MODEL_LEN, 3, DEVICE)
     table = torch.arange(1, 26, dtype=torch.int32, device=DEVICE)[None]
     for root in range(32 + 64):
         write(inputs, 0, [0], [root], table)
         assert inputs.seq_lens[0] == root + 1
-        assert inputs.block_table[0, : root // 16 + 1].tolist() == list(range(1, root // 16 + 2))
+        assert inputs.block_tables[0, 0, : root // 16 + 1].tolist() == list(range(1, root // 16 + 2))
 
 
 def test_tables_have_room_for_the_part_and_no_more():
-    inputs = DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 131072, DEVICE)
+    inputs = DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 131072, 3, DEVICE)
     # The last 1,024 tokens touch 65 blocks unless they begin with one.
     assert inputs.max_seq_len == (2 + 65) * 16
     # vLLM's tables end with 128 tokens.
-    assert inputs.block_table.shape == (4, 72)
+    assert inputs.block_tables.shape == (1, 4, 72)
     assert inputs.num_bytes == 4 * (4 + 8 + 8 + 4 + 72 * 4)
     # A short `max_model_len` needs fewer.
-    assert DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 100, DEVICE).max_seq_len == 7 * 16
+    assert DraftInputs.allocate(PartialAttention(32, 1024), 16, 4, 100, 3, DEVICE).max_seq_len == 7 * 16
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_where_layers_have_tables_of_their_own_none_is_written(block_size):
+    recent, scored = (
+        DraftInputs.allocate(PartialAttention(32, 100, selection), block_size, 3, MAX_MODEL_LEN, 5, DEVICE)
+        for selection in ("recent", "scores")
+    )
+    assert scored.block_tables.shape == (5, *recent.block_tables.shape[1:])
+    assert scored.num_bytes - recent.num_bytes == 4 * recent.block_tables.nbytes
+    scored.block_tables.fill_(-5)
+    tables = torch.arange(1, 1 + 3 * 25, dtype=torch.int32, device=DEVICE).view(3, 25)
+    for inputs in (recent, scored):
+        write(inputs, 2, [0, 1, -1], [17, 370, 0], tables)
+    assert (scored.block_tables == -5).all()
+    for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
+        assert torch.equal(getattr(scored, name), getattr(recent, name)), name

@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "LLAMA_3_8B_262K", SMALL | {"num_hidden_layers": 9})
     monkeypatch.setattr(kernels, "SELECTIONS", ((1500, 1), (64, 2)))
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
-    monkeypatch.setattr(kernels, "LEVEL_WIDTH", 3)
+    monkeypatch.setattr(kernels, "LEVELS", ((1, 3), (2, 4)))
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(kernels, "measure_without_graph", lambda call: measure([call]))
     monkeypatch.setattr(kernels.Batch, "prefix_attention", prefix_attention)
@@ -52,7 +52,7 @@ def test_attention() -> None:
 
 def test_children() -> None:
     rows = list(kernels.children())
-    assert [row["batch"] for row in rows] == [1, 2]
+    assert [(row["batch"], row["width"]) for row in rows] == [(1, 3), (2, 4)]
     assert list(rows[0]) == ["batch", "width", "no noise", "greedy", "temperature", "temperature and top-p"]
 
 

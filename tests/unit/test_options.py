@@ -133,9 +133,10 @@ def test_the_deepest_node_is_one_of_the_tree_or_of_a_copy(levels, copy_length, m
     ("levels", "num_nodes", "narrower"),
     [
         ((4, 16, 16, 16, 16), 68, (4, 16, 16, 16, 16)),
-        ((4, 16, 16, 16, 16), 16, (4, 16, 16, 16, 16)),
-        ((4, 16, 16, 16, 16), 7, (4, 7, 7, 7, 7)),
-        ((4, 16, 16, 16, 16), 3, (3, 3, 3)),
+        ((4, 16, 16, 16, 16), 24, (4, 16, 16, 16, 16)),
+        ((4, 16, 16, 16, 16), 15, (4, 14, 13, 12, 11)),
+        ((4, 16, 16, 16, 16), 7, (4, 6, 5, 4, 3)),
+        ((4, 16, 16, 16, 16), 3, (3, 2, 1)),
         ((4, 16, 16, 16, 16), 1, (1,)),
         ((1, 1, 1, 1), 3, (1, 1, 1)),
     ],
@@ -152,7 +153,7 @@ def test_levels_by_the_number_of_nodes():
     assert shape.plans == ((3, 3), (7, 6), (24, 4))
     assert [shape.num_levels(number) for number in (24, 23, 7, 3, 2, 1)] == [4, 6, 6, 3, 2, 1]
     assert shape.for_best(24) == TreeShape((4, 16, 16, 16))
-    assert shape.for_best(7) == TreeShape((4, 7, 7, 7, 7, 7))
+    assert shape.for_best(7) == TreeShape((4, 6, 5, 4, 3, 2))
     assert (shape.max_depth, shape.num_nodes) == (6, 84)
     assert str(shape) == "[4, 16, 16, 16, 16, 16] at most, levels by verified nodes {3: 3, 7: 6, 24: 4}"
     assert str(TreeShape((2, 4))) == "[2, 4]"

@@ -136,6 +136,12 @@ NAMES = [
     ),
     *(f"vllm.engine.arg_utils.EngineArgs.{field}" for _, _, field in configure._FLAGS),
     *(f"vllm.config.SpeculativeConfig.{name}" for name in sorted(support._OPTIONS)),
+    # What `vllm-longspec bench` reads of a request's metrics.
+    "vllm.entrypoints.generate.base.protocol.PerRequestMetrics.speculative_decoding",
+    *(
+        f"vllm.entrypoints.generate.base.protocol.SpeculativeDecodingMetrics.{name}"
+        for name in ("num_spec_steps", "per_step_accepted", "per_step_drafted")
+    ),
 ]
 
 # Functions of vLLM that call ours, and words of their source that say so.
@@ -201,6 +207,21 @@ READS = {
     "vllm.v1.engine.core.EngineCore.__init__": ["vllm_config.scheduler_config.get_scheduler_cls()"],
     "vllm.v1.spec_decode.metrics.SpecDecodingLogging.observe": ["num_accepted_tokens_per_pos"],
     "vllm.v1.spec_decode.metrics.SpecDecodingProm.__init__": ["speculative_config.num_speculative_tokens"],
+    # All that is asked of the session and its response, which `vllm-longspec bench` stands between.
+    "vllm.benchmarks.lib.endpoint_request_func.async_request_openai_completions": [
+        "async with session.post(url=api_url, json=payload, headers=headers) as response",
+        "response.status == 200",
+        "response.content.iter_any()",
+        "output.error = response.reason",
+    ],
+    "vllm.benchmarks.serve.benchmark": [
+        "ASYNC_REQUEST_FUNCS[endpoint_type]",
+        "request_id=request_id",
+        "request.request_overrides",
+        '"errors": [output.error for output in outputs]',
+        '"spec_decode_acceptance_length"',
+        '"spec_decode_per_position_acceptance_rates"',
+    ],
     "vllm.sampling_params.SamplingParams.verify": ["self._validate_spec_decode("],
     "vllm.config.SpeculativeConfig.__post_init__": ["compose_draft_hf_overrides("],
 }

@@ -10,11 +10,14 @@ if TYPE_CHECKING:
 # Recognised by its checkpoint; other proposers are named by `"method"` in the speculative configuration.
 GLIDE = "glide"
 MAGICDEC = "magicdec"
+# Drafts nothing: the engine of a teacher (`vllm_longspec/training/teachers/vllm.py`).
+CAPTURE = "capture"
 
 # name -> qualified name of its `DraftSetup`
 _SETUPS = {
     GLIDE: "vllm_longspec.proposers.glide.setup.GlideSetup",
     MAGICDEC: "vllm_longspec.proposers.magicdec.setup.MagicDecSetup",
+    CAPTURE: "vllm_longspec.proposers.capture.setup.CaptureSetup",
 }
 
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from vllm_longspec.attention.backend import Observer
@@ -72,6 +74,18 @@ class Candidates(NamedTuple):
     parents: torch.Tensor  # int32 [num_reqs, num_drafted] index of the parent node, -1 for the root
     log_probs: torch.Tensor  # float32 [num_reqs, num_drafted] cumulative natural log-probability given the root
     shape: TreeShape  # nodes at each depth, num_drafted in all
+
+
+class ComputedStep(NamedTuple):
+    """What a step of the target has computed. Rows of a request follow each other, after those of the one before."""
+
+    req_state_indices: np.ndarray  # int [num_reqs] req_state_idx
+    query_start_loc: np.ndarray  # int32 [num_reqs + 1] first row of each request
+    # int [num_reqs] position of the first row of a request in its prompt; of others the length of the prompt, since
+    # where they are is known on the device only. What a resumed request had emitted is part of its prompt.
+    num_computed: np.ndarray
+    slot_mapping: torch.Tensor  # int64 [num_rows or more] slots of the target's cache; of this step only
+    hidden_states: torch.Tensor  # [num_rows or more, hidden_size] what the head multiplies; of this step only
 
 
 class DraftSetup(ABC):
@@ -137,9 +151,19 @@ class DraftSetup(ABC):
     ) -> dict[str, Any]:
         """Options of vLLM's speculative configuration on top of the user's: `method` and `model` at least."""
 
-    def hf_overrides(self, overrides: "HfOverrides") -> "HfOverrides":
-        """Adds changes to the draft's Hugging Face config to vLLM's own; must be picklable."""
+    def hf_overrides(self, overrides: "HfOverrides", of_target: "HfOverrides | dict[str, Any] | None") -> "HfOverrides":
+        """Adds changes to the draft's Hugging Face config to vLLM's own; must be picklable.
+
+        Args:
+            overrides: vLLM's, which call the user's `--hf-overrides` if those are a function
+            of_target: the user's; vLLM applies a dict to the target alone
+        """
         return overrides
+
+    @staticmethod
+    def check_engine(vllm_config: "VllmConfig") -> None:
+        """Raises ValueError for a complete configuration that the proposer cannot run."""
+        return None
 
     @staticmethod
     def check_other(config: "SpeculativeConfig | None") -> None:
@@ -178,6 +202,17 @@ class Proposer(ABC):
     @abstractmethod
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
         """Returns at least `num_nodes` candidates per request, of which the most probable `num_nodes` are verified."""
+
+    def add_request(self, req_state_idx: int, sampling_params: "SamplingParams") -> None:
+        """A request enters the batch, for the first time or after a preemption, before any step of it."""
+        return None
+
+    def observe_step(self, step: ComputedStep) -> None:
+        """Sees every step of the target, of prompts too, before `propose` or `skip`. Never part of a CUDA graph.
+
+        Called on every rank, on the stream of the target. What it raises ends the engine.
+        """
+        return None
 
     def skip(self, requests: Requests) -> None:
         """Updates the proposer's state in a step without nodes."""

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target's per-step hooks (vLLM's `ModelState`): layout before its forward pass, compaction after the walk."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -41,12 +42,14 @@ class TreeModelState(DefaultModelState):
         tree_state: TreeState,
         tree_batch: TreeBatch,
         observers: Mapping[str, Observer],
+        add_request: Callable[[int, SamplingParams], None],  # the proposer's
         synthetic_rates: torch.Tensor | None,  # float32 [max_depth]
     ):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.tree_state = tree_state
         self.tree_batch = tree_batch
         self.observers = observers
+        self.add_request_to_proposer = add_request
         options = options_of(vllm_config.speculative_config)
         assert options is not None
         self.couple_noise = options.couple_noise
@@ -72,6 +75,7 @@ class TreeModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         assert new_req_data.sampling_params is not None
         self.added_log_cutoffs[req_index] = log_cutoff(new_req_data.sampling_params)
+        self.add_request_to_proposer(req_index, new_req_data.sampling_params)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()

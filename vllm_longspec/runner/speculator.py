@@ -29,7 +29,7 @@ from vllm_longspec.attention.backend import Observer
 from vllm_longspec.copying.lookup import find_copies
 from vllm_longspec.copying.trust import CopyTrust
 from vllm_longspec.options import options_of
-from vllm_longspec.proposers.interface import Proposer, Requests, Roots
+from vllm_longspec.proposers.interface import ComputedStep, Proposer, Requests, Roots
 from vllm_longspec.runner.graphs import DraftGraphs
 from vllm_longspec.runner.model_state import TreeModelState
 from vllm_longspec.runner.roots import read_roots
@@ -89,6 +89,7 @@ class TreeSpeculator(DraftModelSpeculator):
             tree_state=self.tree_state,
             tree_batch=self.tree_batch,
             observers=self.observers,
+            add_request=self.proposer.add_request,
             synthetic_rates=self.synthetic_rates,
         )
         # Called after vLLM has reloaded the target's weights.
@@ -153,7 +154,7 @@ class TreeSpeculator(DraftModelSpeculator):
         input_batch: InputBatch,
         attn_metadata: dict[str, Any] | None,
         slot_mappings: dict[str, torch.Tensor] | None,
-        last_hidden_states: torch.Tensor,  # [num_tokens, hidden_size]; a proposer reads the target's cache instead
+        last_hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
         aux_hidden_states: list[torch.Tensor] | None,
         num_sampled: torch.Tensor,  # [num_reqs]
         num_rejected: torch.Tensor,  # [num_reqs]
@@ -178,6 +179,17 @@ class TreeSpeculator(DraftModelSpeculator):
                 self.proposer.profile(num_reqs)
             return self.draft_tokens[:num_reqs]
 
+        assert slot_mappings is not None
+        self.proposer.observe_step(
+            ComputedStep(
+                input_batch.idx_mapping_np,
+                input_batch.query_start_loc_np,
+                input_batch.num_computed_prefill_tokens_np,
+                # All layers have one group.
+                next(iter(slot_mappings.values())),
+                last_hidden_states,
+            )
+        )
         prompt_done = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
         decodes_next = ~input_batch.is_prefilling_np | (prompt_done >= input_batch.prefill_len_np)
         # Known on the host, so that requests in their prompt are not part of the draft's batch.

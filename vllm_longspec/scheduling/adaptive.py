@@ -42,6 +42,8 @@ PATH_PRIOR_WEIGHT = 8.0
 TRIAL_INTERVAL = 32
 # Time that trials may take on top of what the same steps with the best K take, if nothing is accepted.
 MAX_TRIAL_TIME = 0.015
+# The same where the best K is 0: no slower than 0.99 times plain decoding, which users compare with.
+MAX_TRIAL_TIME_OF_PLAIN = 0.008
 # Levels of the trees that `typical_acceptance` was fitted to, and the probability that a path goes on at which their
 # best 24 nodes accept as much as it says.
 TYPICAL_LEVELS = 5
@@ -164,7 +166,8 @@ class AdaptiveVerification:
         if not neighbours:
             return best
         number = neighbours[self.num_trials % len(neighbours)]
-        if (cost(number) / cost(best) - 1) / (self.num_lookups - self.last_trial) > MAX_TRIAL_TIME:
+        most = MAX_TRIAL_TIME if best > 0 else MAX_TRIAL_TIME_OF_PLAIN
+        if (cost(number) / cost(best) - 1) / (self.num_lookups - self.last_trial) > most:
             return best
         self.num_trials += 1
         self.last_trial = self.num_lookups

@@ -256,7 +256,8 @@ class _Fit:
             packed = pack(lessons, layout, self.device)
             is_last = number + 1 == len(step.batches)
             if self.is_sharded:
-                self.learner.set_requires_gradient_sync(is_last)
+                sharded: Any = self.learner  # of a class that FSDP2 has added methods to
+                sharded.set_requires_gradient_sync(is_last)
             is_shared = is_last or self.is_sharded
             with nullcontext() if is_shared else accelerator.no_sync(self.model), accelerator.autocast():
                 loss, by_depth, _ = self.model(packed, withheld)

@@ -18,6 +18,8 @@ from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer, Keys
 
 # (logits [batch, nodes, vocabulary], positions of the nodes [batch]) -> the same, by which their children are ranked
 Rescore = Callable[[Tensor, Tensor], Tensor]
+# roots [batch] -> bool [batch, tokens], which keys of the target's the draft attends, of those before its root
+Kept = Callable[[Tensor], Tensor]
 
 
 class Vocabulary(Protocol):
@@ -62,6 +64,7 @@ def grow(
     shape: Sequence[int],
     drafted: Tensor | None = None,
     rescore: Rescore | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[Level]:
     """Grow one tree a request, level by level.
 
@@ -73,6 +76,7 @@ def grow(
         shape: nodes per level
         drafted: int64 [tokens], the only tokens that the draft draws; None for all
         rescore: makes the logits that rank tokens of the draft's; None ranks by the draft's own
+        kept: the part of the target's keys that the cross-attention sees; None for all before the root
     """
     ids, device = passage.ids, passage.ids.device
     batch, num_tokens = ids.shape
@@ -81,7 +85,10 @@ def grow(
     gather = places[:, :, None, None].expand(-1, -1, *passage.window[0].shape[2:])
     past = tuple(part.gather(1, gather) for part in passage.window)
     # While a tree is drafted, every row sees the target's keys up to the root and without it.
-    cross_mask = (torch.arange(num_tokens, device=device) < roots[:, None])[:, None]
+    cross_mask = torch.arange(num_tokens, device=device) < roots[:, None]
+    if kept is not None:
+        cross_mask &= kept(roots)
+    cross_mask = cross_mask[:, None]
 
     tokens = ids.gather(1, roots[:, None])
     scores = torch.zeros(batch, 1, device=device)
@@ -123,6 +130,7 @@ def grow_levels(
     shape: Sequence[int],
     drafted: Tensor | None = None,
     rescore: Rescore | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The tree of `grow` with the continuation in it.
 
@@ -131,7 +139,7 @@ def grow_levels(
         continuation's path, bool
     """
     on_path = torch.ones(len(roots), 1, dtype=torch.bool, device=roots.device)
-    levels = grow(target, glide, passage, roots, shape, drafted, rescore)
+    levels = grow(target, glide, passage, roots, shape, drafted, rescore, kept)
     for depth, (scores, tokens, parents) in enumerate(levels, start=1):
         on_path = on_path.gather(1, parents) & (tokens == passage.ids.gather(1, (roots + depth)[:, None]))
         yield scores, on_path
@@ -145,9 +153,10 @@ def accepted_nodes(
     shape: Sequence[int],
     drafted: Tensor | None = None,
     rescore: Rescore | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Count the nodes of each request's tree that are on the continuation's path, int64 [batch]; see `grow_levels`."""
-    levels = grow_levels(target, glide, passage, roots, shape, drafted, rescore)
+    levels = grow_levels(target, glide, passage, roots, shape, drafted, rescore, kept)
     return torch.stack([on_path.any(1) for _, on_path in levels]).sum(0)
 
 
@@ -209,6 +218,7 @@ def walk(
     rescore: Rescore | None = None,
     count: Count | None = None,
     reach: int | None = None,
+    kept: Kept | None = None,
 ) -> list[tuple[int, int, int]]:
     """All steps of all requests as (request, index of the root in the continuation, tokens emitted).
 
@@ -230,9 +240,9 @@ def walk(
         # Finished requests stay in the batch.
         tried = roots.clamp(max=last)
         if count is None:
-            emitted = 1 + accepted_nodes(target, glide, passage, tried, shape, drafted, rescore)
+            emitted = 1 + accepted_nodes(target, glide, passage, tried, shape, drafted, rescore, kept)
         else:
-            emitted = 1 + count(list(grow(target, glide, passage, tried, shape, drafted, rescore)), tried)
+            emitted = 1 + count(list(grow(target, glide, passage, tried, shape, drafted, rescore, kept)), tried)
         columns = (active, roots - passage.prompt_length, emitted)
         for request, (counts, root, number) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
             if counts:

@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The best (parent, token) pairs of each request, from raw logits: softmax and top-k without writing log-probabilities.
 
-1. Each chunk of a row is read once: its maximum, its sum of exponentials and its best tokens. The noise with which the
-   target will draw is added to the logits first (`vllm_longspec/tree/coupling.py`).
-2. Each row merges its chunks into its normaliser, its best tokens and their cumulative log-probabilities.
-3. Each request picks the best of its rows' tokens.
+1. Each chunk of a row is read once: its maximum and its sum of exponentials. The noise with which the target will draw
+   is added to the logits first (`vllm_longspec/tree/coupling.py`); it is computed once for several rows of a request.
+2. The n best tokens of a row are in the n chunks with the highest maxima. Each of these is read again, and its tokens
+   that are no lower than the lowest of these maxima are sorted.
+3. Each row merges its chunks into its normaliser, its best tokens and their cumulative log-probabilities.
+4. Each request picks the best of its rows' tokens.
 
-Top-k repeatedly takes the maximum of distinct integers: in the high bits a score, which orders as the float does, in
-the low bits its index.
+Top-k repeatedly takes the maximum of integers: of scores, which order as the floats do, or of pairs with a score in the
+high bits and an index in the low bits.
 """
 
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.tree.coupling import LevelNoise, add_noise, has_cutoff, noised_logits
+from vllm_longspec.tree.coupling import LevelNoise, add_noise, has_cutoff, level_noise, noised_logits
 
-# Tokens of a program, 32 per thread.
-CHUNK = 4096
-# Less than every pair of score and index.
+# Tokens of a program of one warp, 32 per thread.
+CHUNK = 1024
+# Chunks of a program that only reads.
+CHUNKS_READ = 4
+# Programs that keep a GPU busy. If there are more chunks of rows, one program takes several rows of a request.
+PROGRAMS = 2048
+# Less than every pair of score and index, and than every score.
 NOTHING = tl.constexpr(-(2**63))
+NO_SCORE = tl.constexpr(-(2**31))
 
 
 def best_children(
@@ -33,8 +40,7 @@ def best_children(
     Ties are broken by the lower parent, then the higher logit, then the lower token. In a row with NaN or +inf, or with
     nothing but -inf, every token has log-probability -inf; the tokens that are picked are still valid.
 
-    With noise the logits of a request with temperature T > 0 are logits / T + g in all of this; those of bfloat16
-    logits are cut to twelve significant bits.
+    With noise the logits of a request with temperature T > 0 are logits / T + g in all of this.
 
     Args:
         logits: float16, bfloat16 or float32, a row per parent; contiguous in the last dimension.
@@ -48,21 +54,20 @@ def best_children(
     """
     num_reqs, width = parent_log_probs.shape
     num_rows, vocab_size = logits.shape
+    device = logits.device
     # All children may have one parent.
     num_kept = min(num_children, vocab_size)
     chunk = min(CHUNK, triton.next_power_of_2(vocab_size))
     num_chunks = triton.cdiv(vocab_size, chunk)
-    kept_block = triton.next_power_of_2(num_kept)
-
-    chunk_best = torch.empty(num_rows, num_chunks, num_kept, dtype=torch.int64, device=logits.device)
-    chunk_max = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=logits.device)
-    chunk_sum = torch.empty_like(chunk_max)
+    num_chosen = min(num_kept, num_chunks)
+    num_maxima = triton.cdiv(num_chunks, CHUNKS_READ)
     chunk_block = triton.next_power_of_2(num_chunks)
+    kept_block = triton.next_power_of_2(num_kept)
     logit_max = None
     if noise is not None:
-        # The chunks' highest logits, which only rows with a cutoff need.
-        logit_max = torch.empty_like(chunk_max)
-        _max_of_chunk_kernel[(num_rows, num_chunks)](
+        # The highest logits, which only rows with a cutoff need.
+        logit_max = torch.empty(num_rows, num_maxima, dtype=torch.float32, device=device)
+        _max_of_chunks_kernel[(num_rows, num_maxima)](
             logits,
             logits.stride(0),
             logit_max,
@@ -71,37 +76,62 @@ def best_children(
             noise.idx_mapping,
             width,
             vocab_size,
-            CHUNK=chunk,
+            CHUNK=chunk * CHUNKS_READ,
             num_warps=4,
         )
-    _best_of_chunk_kernel[(num_rows, num_chunks)](
+    noise_arguments = _noise_arguments(noise, token_ids)
+    options = {
+        "USE_FP64": noise is not None and noise.noise.use_fp64,
+        "CHUNK": chunk,
+        "MAXIMA_BLOCK": triton.next_power_of_2(num_maxima),
+        "num_warps": 1,
+    }
+
+    chunk_max = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=device)
+    chunk_sum = torch.empty_like(chunk_max)
+    rows_of_program = max(1, min(width, num_rows * num_chunks // PROGRAMS))
+    _weigh_chunk_kernel[(num_chunks, num_reqs, triton.cdiv(width, rows_of_program))](
         logits,
         logits.stride(0),
-        chunk_best,
         chunk_max,
         chunk_sum,
         logit_max,
-        *_noise_arguments(noise, token_ids),
+        *noise_arguments,
+        width,
+        rows_of_program,
+        vocab_size,
+        num_maxima,
+        **options,
+    )
+    chosen_best = torch.empty(num_rows, num_chosen, num_kept, dtype=torch.int64, device=device)
+    _best_of_chosen_chunk_kernel[(num_rows, num_chosen)](
+        logits,
+        logits.stride(0),
+        chunk_max,
+        chosen_best,
+        logit_max,
+        *noise_arguments,
         width,
         vocab_size,
+        num_chunks,
         num_kept,
-        USE_FP64=noise is not None and noise.noise.use_fp64,
-        CHUNK=chunk,
+        num_maxima,
         CHUNK_BLOCK=chunk_block,
         KEPT_BLOCK=kept_block,
-        num_warps=4,
+        **options,
     )
-    row_tokens = torch.empty(num_rows, num_kept, dtype=torch.int64, device=logits.device)
-    row_log_probs = torch.empty(num_rows, num_kept, dtype=torch.float32, device=logits.device)
-    row_candidates = triton.next_power_of_2(num_chunks * num_kept)
+    row_tokens = torch.empty(num_rows, num_kept, dtype=torch.int64, device=device)
+    row_log_probs = torch.empty(num_rows, num_kept, dtype=torch.float32, device=device)
+    row_candidates = triton.next_power_of_2(num_chosen * num_kept)
     _best_of_row_kernel[(num_rows,)](
-        chunk_best,
+        chosen_best,
         chunk_max,
         chunk_sum,
         parent_log_probs,
         row_tokens,
         row_log_probs,
         num_kept,
+        num_chosen,
         num_chunks,
         CHUNK_BLOCK=chunk_block,
         CANDIDATES=row_candidates,
@@ -109,9 +139,9 @@ def best_children(
         # A maximum within one warp needs no synchronisation.
         num_warps=max(1, min(4, row_candidates // 256)),
     )
-    parents = torch.empty(num_reqs, num_children, dtype=torch.int64, device=logits.device)
+    parents = torch.empty(num_reqs, num_children, dtype=torch.int64, device=device)
     tokens = torch.empty_like(parents)
-    log_probs = torch.empty(num_reqs, num_children, dtype=torch.float32, device=logits.device)
+    log_probs = torch.empty(num_reqs, num_children, dtype=torch.float32, device=device)
     candidates = triton.next_power_of_2(width * num_kept)
     _best_of_request_kernel[(num_reqs,)](
         row_tokens,
@@ -161,7 +191,7 @@ def _noise_arguments(noise: LevelNoise | None, token_ids: torch.Tensor | None) -
 
 
 @triton.jit(do_not_specialize=["width"])
-def _max_of_chunk_kernel(
+def _max_of_chunks_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     logits_stride,
     logit_max_ptr,  # [num_rows, num_chunks], written for rows with a cutoff
@@ -182,14 +212,71 @@ def _max_of_chunk_kernel(
 
 
 # They differ between levels and must not trigger recompilation.
-@triton.jit(do_not_specialize=["depth", "width", "num_kept"])
-def _best_of_chunk_kernel(
+@triton.jit(do_not_specialize=["depth", "width", "rows_of_program"])
+def _weigh_chunk_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     logits_stride,
-    chunk_best_ptr,  # int64 [num_rows, num_chunks, num_kept] scores and tokens, best first
     chunk_max_ptr,  # float32 [num_rows, num_chunks]
     chunk_sum_ptr,  # float32 [num_rows, num_chunks] of exp(logit - maximum)
-    logit_max_ptr,  # float32 [num_rows, num_chunks], or None without noise
+    logit_max_ptr,  # float32 [num_rows, num_maxima], or None without noise
+    token_ids_ptr,  # int64 [vocab_size] or None
+    temperature_ptr,  # float32 [max_num_reqs], or None without noise
+    seeds_ptr,  # int64 [max_num_reqs]
+    log_cutoffs_ptr,  # float32 [max_num_reqs]
+    idx_mapping_ptr,  # int64 [num_reqs]
+    root_positions_ptr,  # int64 [num_reqs]
+    depth,
+    width,
+    rows_of_program,
+    vocab_size,
+    num_maxima,
+    USE_FP64: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MAXIMA_BLOCK: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    num_chunks = tl.num_programs(0)
+    request = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(2) * rows_of_program
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    is_token = token < vocab_size
+    if temperature_ptr is not None:
+        token_id = token
+        if token_ids_ptr is not None:
+            token_id = tl.load(token_ids_ptr + token, mask=is_token, other=0)
+        noise, inverse, log_cutoff = level_noise(
+            token_id,
+            request,
+            depth,
+            temperature_ptr,
+            seeds_ptr,
+            log_cutoffs_ptr,
+            idx_mapping_ptr,
+            root_positions_ptr,
+            USE_FP64,
+        )
+    for parent in range(first, tl.minimum(first + rows_of_program, width)):
+        row = request * width + parent
+        logit = tl.load(logits_ptr + row * logits_stride + token, mask=is_token, other=float("-inf"))
+        value = logit.to(tl.float32)
+        if temperature_ptr is not None:
+            row_max_ptr = logit_max_ptr + row * num_maxima
+            value = add_noise(value, is_token, noise, inverse, log_cutoff, row_max_ptr, num_maxima, MAXIMA_BLOCK)
+        # NaN makes the sum NaN, even if tl.max ignores it.
+        chunk_max = tl.max(value, axis=0)
+        reference = tl.where(chunk_max == float("-inf"), 0.0, chunk_max)
+        chunk_sum = tl.sum(tl.exp(value - reference), axis=0)
+        tl.store(chunk_max_ptr + row * num_chunks + chunk, chunk_max)
+        tl.store(chunk_sum_ptr + row * num_chunks + chunk, chunk_sum)
+
+
+@triton.jit(do_not_specialize=["depth", "width", "num_kept"])
+def _best_of_chosen_chunk_kernel(
+    logits_ptr,  # [num_rows, vocab_size]
+    logits_stride,
+    chunk_max_ptr,  # float32 [num_rows, num_chunks]
+    chosen_best_ptr,  # int64 [num_rows, num_chosen, num_kept] scores and tokens, best first
+    logit_max_ptr,  # float32 [num_rows, num_maxima], or None without noise
     token_ids_ptr,  # int64 [vocab_size] or None
     temperature_ptr,  # float32 [max_num_reqs], or None without noise
     seeds_ptr,  # int64 [max_num_reqs]
@@ -199,35 +286,44 @@ def _best_of_chunk_kernel(
     depth,
     width,
     vocab_size,
+    num_chunks,
     num_kept,
+    num_maxima,
     USE_FP64: tl.constexpr,
     CHUNK: tl.constexpr,
+    MAXIMA_BLOCK: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
     KEPT_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    rank = tl.program_id(1)
+    num_chosen = tl.num_programs(1)
+    # The chunk of this rank by its maximum, the lower of two equal ones first, and the last rank's maximum.
+    index = tl.arange(0, CHUNK_BLOCK)
+    is_chunk = index < num_chunks
+    chunk_max = tl.load(chunk_max_ptr + row * num_chunks + index, mask=is_chunk, other=float("-inf"))
+    chunk_score = tl.where(is_chunk, _score(chunk_max), NO_SCORE)
+    least = tl.max(chunk_score, axis=0)
+    chunk = 0
+    for i in range(0, num_chosen):
+        least = tl.max(chunk_score, axis=0)
+        greatest_chunk = tl.min(tl.where(chunk_score == least, index, CHUNK_BLOCK), axis=0)
+        chunk = tl.where(i == rank, greatest_chunk, chunk)
+        chunk_score = tl.where(index == greatest_chunk, NO_SCORE, chunk_score)
+    # With fewer chunks than tokens to keep, their maxima are no bound.
+    least = tl.where(num_chosen < num_kept, NO_SCORE, least)
+
     place = tl.arange(0, CHUNK)
     token = chunk * CHUNK + place
     is_token = token < vocab_size
     logit = tl.load(logits_ptr + row * logits_stride + token, mask=is_token, other=float("-inf"))
-
     value = logit.to(tl.float32)
     if temperature_ptr is not None:
         token_id = token
         if token_ids_ptr is not None:
             token_id = tl.load(token_ids_ptr + token, mask=is_token, other=0)
-        row_max = 0.0
-        if has_cutoff(row // width, temperature_ptr, log_cutoffs_ptr, idx_mapping_ptr):
-            other = tl.arange(0, CHUNK_BLOCK)
-            num_chunks = tl.num_programs(1)
-            logit_max = tl.load(logit_max_ptr + row * num_chunks + other, mask=other < num_chunks, other=float("-inf"))
-            row_max = tl.max(logit_max, axis=0)
-        value = add_noise(
-            value,
+        noise, inverse, log_cutoff = level_noise(
             token_id,
-            is_token,
-            row_max,
             row // width,
             depth,
             temperature_ptr,
@@ -237,45 +333,36 @@ def _best_of_chunk_kernel(
             root_positions_ptr,
             USE_FP64,
         )
-    # NaN makes the sum NaN, even if tl.max ignores it.
-    chunk_max = tl.max(value, axis=0)
-    reference = tl.where(chunk_max == float("-inf"), 0.0, chunk_max)
-    chunk_sum = tl.sum(tl.exp(value - reference), axis=0)
-    row_chunk = row * tl.num_programs(1) + chunk
-    tl.store(chunk_max_ptr + row_chunk, chunk_max)
-    tl.store(chunk_sum_ptr + row_chunk, chunk_sum)
+        row_max_ptr = logit_max_ptr + row * num_maxima
+        value = add_noise(value, is_token, noise, inverse, log_cutoff, row_max_ptr, num_maxima, MAXIMA_BLOCK)
 
-    # The lower half of a bfloat16's score is constant: its last bits hold the index, so keys have 32 bits. Noise is
-    # rounded to the other bits.
-    IS_NARROW: tl.constexpr = (logit.dtype == tl.bfloat16) and (CHUNK <= 65536)
-    LEAST: tl.constexpr = -(2**31) if IS_NARROW else NOTHING
-    backward = CHUNK - 1 - place
-    score = _score(value)
-    key = (score & -CHUNK) | backward if IS_NARROW else _pair(score, backward)
-    key = tl.where(is_token, key, LEAST)
-    rank = tl.arange(0, KEPT_BLOCK)
-    best = _greatest(key, num_kept, LEAST, KEPT_BLOCK)
-
-    if IS_NARROW:
-        score = tl.where(best < 0, best | (CHUNK - 1), best & -CHUNK)
-        backward = best & (CHUNK - 1)
-    else:
-        score = (best >> 32).to(tl.int32)
-        backward = (best & 0x7FFFFFFF).to(tl.int32)
-    pair = _pair(score, 0x7FFFFFFF - (chunk * CHUNK + CHUNK - 1 - backward))
-    pair = tl.where(best == LEAST, NOTHING, pair)
-    tl.store(chunk_best_ptr + row_chunk * num_kept + rank, pair, mask=rank < num_kept)
+    score = tl.where(is_token, _score(value), NO_SCORE)
+    kept = tl.arange(0, KEPT_BLOCK)
+    best = tl.full([KEPT_BLOCK], NOTHING, tl.int64)
+    num_found = 0
+    greatest = tl.max(score, axis=0)
+    # The maxima of `rank` chunks come before this one's. That is kept in any case: a row always has `num_kept` tokens,
+    # even if this kernel rounds otherwise than the one that found the maxima.
+    while (greatest > NO_SCORE) & (num_found < num_kept - rank) & ((num_found == 0) | (greatest >= least)):
+        best_place = tl.min(tl.where(score == greatest, place, CHUNK), axis=0)
+        pair = _pair(greatest, 0x7FFFFFFF - (chunk * CHUNK + best_place))
+        best = tl.where(kept == num_found, pair, best)
+        score = tl.where(place == best_place, NO_SCORE, score)
+        greatest = tl.max(score, axis=0)
+        num_found += 1
+    tl.store(chosen_best_ptr + (row * num_chosen + rank) * num_kept + kept, best, mask=kept < num_kept)
 
 
-@triton.jit(do_not_specialize=["num_kept", "num_chunks"])
+@triton.jit(do_not_specialize=["num_kept", "num_chosen", "num_chunks"])
 def _best_of_row_kernel(
-    chunk_best_ptr,  # int64 [num_rows, num_chunks, num_kept]
+    chosen_best_ptr,  # int64 [num_rows, num_chosen, num_kept]
     chunk_max_ptr,  # float32 [num_rows, num_chunks]
     chunk_sum_ptr,  # float32 [num_rows, num_chunks]
     parent_log_probs_ptr,  # float32 [num_rows]
     row_tokens_ptr,  # int64 [num_rows, num_kept]
     row_log_probs_ptr,  # float32 [num_rows, num_kept]
     num_kept,
+    num_chosen,
     num_chunks,
     CHUNK_BLOCK: tl.constexpr,
     CANDIDATES: tl.constexpr,
@@ -283,10 +370,10 @@ def _best_of_row_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, CANDIDATES)
-    num_candidates = num_chunks * num_kept
-    key = tl.load(chunk_best_ptr + row * num_candidates + candidate, mask=candidate < num_candidates, other=NOTHING)
+    num_candidates = num_chosen * num_kept
+    key = tl.load(chosen_best_ptr + row * num_candidates + candidate, mask=candidate < num_candidates, other=NOTHING)
     rank = tl.arange(0, KEPT_BLOCK)
-    best = _greatest(key, num_kept, NOTHING, KEPT_BLOCK)
+    best = _greatest(key, num_kept, KEPT_BLOCK)
 
     chunk = tl.arange(0, CHUNK_BLOCK)
     is_chunk = chunk < num_chunks
@@ -323,7 +410,7 @@ def _best_of_request_kernel(
     log_prob = tl.load(row_log_probs_ptr + candidate, mask=is_candidate, other=0.0)
     key = tl.where(is_candidate, _pair(_score(log_prob), 0x7FFFFFFF - candidate), NOTHING)
     rank = tl.arange(0, CHILDREN_BLOCK)
-    best = _greatest(key, num_children, NOTHING, CHILDREN_BLOCK)
+    best = _greatest(key, num_children, CHILDREN_BLOCK)
 
     chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     is_child = rank < num_children
@@ -335,16 +422,15 @@ def _best_of_request_kernel(
 
 @triton.jit
 def _greatest(
-    keys,  # integers, distinct except for `LEAST`
+    keys,  # int64, distinct except for `NOTHING`
     count,
-    LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The `count` greatest keys in descending order, then `LEAST`: [BLOCK]."""
-    found = tl.full([BLOCK], LEAST, keys.dtype)
+    """The `count` greatest keys in descending order, then `NOTHING`: [BLOCK]."""
+    found = tl.full([BLOCK], NOTHING, tl.int64)
     for i in range(0, count):
         greatest = tl.max(keys, axis=0)
-        keys = tl.where(keys == greatest, LEAST, keys)
+        keys = tl.where(keys == greatest, NOTHING, keys)
         found = tl.where(tl.arange(0, BLOCK) == i, greatest, found)
     return found
 

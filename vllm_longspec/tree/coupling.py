@@ -62,11 +62,8 @@ class LevelNoise(NamedTuple):
 
 
 @triton.jit
-def add_noise(
-    logits,  # float32 [n]
+def level_noise(
     tokens,  # [n] token ids of the target
-    mask,  # [n]; -inf is returned elsewhere
-    row_max,  # the row's highest logit; not read without a cutoff
     request,
     depth,
     temperature_ptr,  # float32 [max_num_reqs]
@@ -76,22 +73,45 @@ def add_noise(
     root_positions_ptr,  # int64 [num_reqs]
     USE_FP64: tl.constexpr,
 ):
-    """logits / T + g, float32 [n], lower past the cutoff.
+    """What `add_noise` adds at all nodes of a request at one depth.
 
-    At temperature 0 and for padding, the logits themselves.
+    Returns noise, float32 [n], the inverse of the temperature, and the cutoff. At temperature 0 and for padding the
+    inverse is 0 and means none.
     """
     req_state_idx = tl.load(idx_mapping_ptr + request)
     is_request = req_state_idx >= 0
     temperature = tl.load(temperature_ptr + req_state_idx, mask=is_request, other=0.0)
+    log_cutoff = tl.load(log_cutoffs_ptr + req_state_idx, mask=is_request, other=float("-inf"))
+    noise = tl.zeros([tokens.shape[0]], tl.float32)
+    inverse = 0.0
     if temperature != 0.0:
         seed = tl.load(seeds_ptr + req_state_idx, mask=is_request, other=0)
         # vLLM's noise belongs to the row at which is sampled, which is the parent's.
         position = tl.load(root_positions_ptr + request) + depth
-        scaled = logits / temperature
-        noised = scaled + _noise(tokens, seed, position, USE_FP64)
-        log_cutoff = tl.load(log_cutoffs_ptr + req_state_idx, mask=is_request, other=float("-inf"))
+        noise = _noise(tokens, seed, position, USE_FP64)
+        inverse = 1.0 / temperature
+    return noise, inverse, log_cutoff
+
+
+@triton.jit
+def add_noise(
+    logits,  # float32 [n]
+    mask,  # [n]; -inf is returned elsewhere
+    noise,  # float32 [n], and what `level_noise` returns with it
+    inverse,
+    log_cutoff,
+    logit_max_ptr,  # float32 [num_maxima], of which the greatest is the row's highest logit; not read without a cutoff
+    num_maxima,
+    MAXIMA_BLOCK: tl.constexpr,
+):
+    """logits / T + g, float32 [n], lower past the cutoff; without noise, the logits themselves."""
+    if inverse != 0.0:
+        scaled = logits * inverse
+        noised = scaled + noise
         if log_cutoff > float("-inf"):
-            above = (scaled - row_max / temperature - log_cutoff) / _WIDTH
+            index = tl.arange(0, MAXIMA_BLOCK)
+            logit_max = tl.load(logit_max_ptr + index, mask=index < num_maxima, other=float("-inf"))
+            above = (scaled - tl.max(logit_max, axis=0) * inverse - log_cutoff) / _WIDTH
             # The logarithm of the sigmoid, finite for any finite logit.
             noised += tl.minimum(above, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(above)))
         logits = tl.where(mask, noised, float("-inf"))
@@ -113,7 +133,7 @@ def _noise(
 
 @triton.jit
 def has_cutoff(request, temperature_ptr, log_cutoffs_ptr, idx_mapping_ptr):
-    """Whether `add_noise` reads `row_max` for the request."""
+    """Whether `add_noise` reads `logit_max_ptr` for the request."""
     req_state_idx = tl.load(idx_mapping_ptr + request)
     is_request = req_state_idx >= 0
     temperature = tl.load(temperature_ptr + req_state_idx, mask=is_request, other=0.0)

@@ -59,11 +59,11 @@ class TreeShape:
     def for_best(self, num_nodes: int) -> "TreeShape":
         """A narrower shape whose tree has the same `num_nodes` most probable nodes of these levels.
 
-        Each of these nodes is one of the `num_nodes` most probable of its level. Deep levels need fewer, but kernels
-        compile for every width.
+        A node of depth d that is one of them has d - 1 ancestors that are, too. So at most num_nodes - (d - 1) of them
+        have depth d, the best of their level, and children of others are not among them.
         """
-        levels = self.levels[: self.num_levels(num_nodes)]
-        return TreeShape(tuple(min(level, num_nodes) for level in levels))
+        levels = enumerate(self.levels[: self.num_levels(num_nodes)])
+        return TreeShape(tuple(min(level, num_nodes - num_ancestors) for num_ancestors, level in levels))
 
     def with_plans(self, plans: Mapping[int, int]) -> "TreeShape":
         """This shape with a number of levels for each number of nodes."""

@@ -13,8 +13,10 @@ from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.utils import get_draft_load_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.mem_utils import format_gib
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_longspec.attention.cache_scales import cache_scales, quantise_query
+from vllm_longspec.attention.partial import PartialTables
 from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
@@ -27,6 +29,7 @@ from vllm_longspec.tree.shape import TreeShape
 
 class GlideProposer(Proposer):
     model: GlideForCausalLM
+    part: PartialTables | None = None  # what the cross-attention sees of the cache; None for all
 
     def __init__(self, vllm_config: VllmConfig, shape: TreeShape, device: torch.device):
         super().__init__(vllm_config, shape, device)
@@ -68,12 +71,29 @@ class GlideProposer(Proposer):
         self.window = DraftWindow(self.max_num_reqs, model, self.vllm_config.model_config.dtype, self.device)
         return model
 
+    def set_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        options = options_of(self.speculative_config)
+        assert options is not None
+        if (part := options.partial_attention) is not None:
+            self.part = PartialTables.allocate(
+                part.sinks,
+                part.budget,
+                kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+                self.max_num_reqs,
+                self.vllm_config.model_config.max_model_len,
+                self.device,
+            )
+
     def describe(self) -> str:
         num_bytes = self.window.bytes_per_request
+        options = options_of(self.speculative_config)
+        assert options is not None
+        part = options.partial_attention
+        attended = f", cross-attention to {part.sinks} first and {part.budget} last tokens" if part else ""
         return (
             f"{self.model.draft_vocab_size} of {self.vocab_size} tokens drafted, quantization "
             f"{self.speculative_config.quantization}, draft state {num_bytes} bytes per request "
-            f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all)"
+            f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all){attended}"
         )
 
     def renew(self) -> None:
@@ -110,10 +130,16 @@ class GlideProposer(Proposer):
         return Candidates(drafted.tokens, drafted.parents, drafted.log_probs, shape)
 
     def _cross_attention(self, requests: Requests) -> CrossAttention:
-        """Attention of nodes to the target's whole prefix in its last layer."""
+        """Attention of nodes to the target's prefix in its last layer, or to a part of it."""
         layer = self.vllm_config.compilation_config.static_forward_context[self.target_layer_name]
         scales = cache_scales(layer)
         num_reqs = requests.block_table.shape[0]
+        block_table, prefix_lens = requests.block_table, requests.roots.prefix_lens
+        max_prefix_len = requests.max_prefix_len
+        if self.part is not None:
+            # The same for all levels, which do not attend nodes here.
+            block_table, prefix_lens = self.part.write(block_table, prefix_lens)
+            max_prefix_len = min(max_prefix_len, self.part.max_len)
 
         @cache
         def query_starts(width: int) -> torch.Tensor:
@@ -124,9 +150,9 @@ class GlideProposer(Proposer):
             layer.impl.prefix_attention(
                 quantise_query(layer, query),
                 layer.kv_cache,
-                requests.block_table,
-                requests.roots.prefix_lens,
-                requests.max_prefix_len,
+                block_table,
+                prefix_lens,
+                max_prefix_len,
                 query_starts(width),
                 width,
                 output,

@@ -22,7 +22,7 @@ from vllm_longspec.proposers.glide.cost import GlideCost
 from vllm_longspec.proposers.glide.fit import check_fit
 from vllm_longspec.proposers.glide.loading import draft_load_config
 from vllm_longspec.proposers.glide.quantization import default_quantization
-from vllm_longspec.proposers.interface import DraftSetup, word_of_another_method
+from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup, word_of_another_method
 from vllm_longspec.targets.families import FAMILIES
 from vllm_longspec.targets.support import check_family
 
@@ -42,6 +42,7 @@ class GlideSetup(DraftSetup):
     proposer = "vllm_longspec.proposers.glide.proposer.GlideProposer"
     noun = "a GLIDE draft"
     without = "serve without --speculative-model"
+    option_names = SHARED_OPTIONS | {"cross_attention_budget"}
 
     checkpoint: DraftCheckpoint
     revision: str | None
@@ -110,7 +111,7 @@ class GlideSetup(DraftSetup):
             "draft_load_config": draft_load_config(engine_args, given.get("draft_load_config"), self.checkpoint),
         }
 
-    def hf_overrides(self, overrides: "HfOverrides") -> "HfOverrides":
+    def hf_overrides(self, overrides: "HfOverrides", of_target: "HfOverrides | dict[str, Any] | None") -> "HfOverrides":
         return functools.partial(_override, self.checkpoint.architecture, overrides)
 
     @staticmethod

@@ -10,6 +10,7 @@ layers can share what an attention backend computes from lengths. All but the la
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.attention.partial import num_left_out
 from vllm_longspec.proposers.magicdec.block_scores import Refresh, is_due
 
 # Units that one program can rank, in registers.
@@ -169,7 +170,7 @@ def _shortened_tables_kernel(
         return
     position = tl.load(positions_ptr + request).to(tl.int32)
     last = position // BLOCK_SIZE
-    num_skipped = tl.maximum(tl.maximum(position + 1 - budget, 0) // BLOCK_SIZE - num_sinks, 0)
+    num_skipped = num_left_out(position + 1, num_sinks, budget, BLOCK_SIZE)
 
     num_chosen = tl.load(num_blocks_ptr + layer * num_blocks_stride + req_state_idx)
     chosen_at = tl.load(chosen_at_ptr + layer * num_blocks_stride + req_state_idx)

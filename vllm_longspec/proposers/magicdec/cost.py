@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MagicDec's `DraftingCost`: each step reads all of the target's weights, and a part of its cache."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,26 @@ if TYPE_CHECKING:
 STEP = 1.3e9
 
 
+def largest_batch_with_graph(vllm_config: "VllmConfig") -> int:
+    """Requests of the largest batch whose draft is a CUDA graph (`vllm_longspec/runner/graphs.py`); 0 without any."""
+    config, compilation = vllm_config.speculative_config, vllm_config.compilation_config
+    assert config is not None
+    mode = compilation.cudagraph_mode
+    if config.enforce_eager or mode is None or not mode.has_full_cudagraphs():
+        return 0
+    # As vLLM captures batches of one row a request: of the sizes that it has, those up to the largest batch.
+    most = min(vllm_config.scheduler_config.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
+    return max((size for size in compilation.cudagraph_capture_sizes or () if size <= most), default=0)
+
+
 @dataclass(frozen=True)
 class MagicDecCost:
     target: float  # weights of all layers and the head that each GPU reads
     token: float  # K and V of a cached token in all layers, in weights
     num_attended: int  # most tokens of a request that a step attends
+    # Requests of the largest batch whose steps are a CUDA graph. Elsewhere the host launches every kernel of a step, as
+    # it does for a step of decoding, and drafting never pays.
+    largest_batch: float = math.inf
     rescored: float = 0.0  # share of cached K and V that a verification reads once more, to choose blocks
 
     @classmethod
@@ -38,7 +54,7 @@ class MagicDecCost:
             target_weights(config, model_config.get_vocab_size(), num_ranks),
             cached_token_weights(config, num_ranks, is_quantised),
             options.partial_attention.sinks + options.partial_attention.budget,
-            # K is half of both.
+            largest_batch_with_graph(vllm_config),
             # K is half of the cache. Reading it by Triton with the choices took 1.9 ms where that would take 1.0 ms.
             1.9 * 0.5 / INTERVAL if options.partial_attention.selection == "scores" else 0.0,
         )
@@ -46,5 +62,7 @@ class MagicDecCost:
     def __call__(self, batch_size: int, num_nodes: int, cache: float) -> float:
         if num_nodes == 0:
             return 0.0
+        if batch_size > self.largest_batch:
+            return math.inf
         attended = min(cache, batch_size * self.num_attended * self.token)
         return num_nodes * (STEP + self.target + attended) + self.rescored * cache

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the target gets in a step of drafting: a row for each request, and a block table of a part of its cache.
 
-The part is the first tokens and the last ones, in whole blocks: the table has the blocks of the first `sinks` tokens,
-then those from the one with the first of the last `budget` tokens on, up to the one of the row itself. Only this last
-block may be partly filled, so any causal kernel for paged caches attends the part as if it were a shorter request.
-Keys were rotated at their true positions when they were cached, and so is the row's query.
+The part is the first `sinks` tokens and the last `budget` ones, up to the row itself (`attention/partial.py`). Keys
+were rotated at their true positions when they were cached, and so is the row's query. Where each layer has a table of
+its own (`choose_blocks.py`), it attends as many tokens, and only the table is not written here.
 """
 
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.block_table import get_block_table_width
 
+from vllm_longspec.attention.partial import most_blocks, num_left_out, write_part
 from vllm_longspec.options import PartialAttention
 from vllm_longspec.proposers.interface import Roots
 
@@ -31,15 +31,21 @@ class DraftInputs:
     positions: torch.Tensor  # int64 [max_num_reqs]
     slot_mapping: torch.Tensor  # int64 [1, max_num_reqs], a row for the only group of layers
     seq_lens: torch.Tensor  # int32 [max_num_reqs] tokens attended, the row's own included
-    block_table: torch.Tensor  # int32 [max_num_reqs, width]
+    # int32 [num_layers, max_num_reqs, width]: one for all layers, or one for each, which are written elsewhere
+    block_tables: torch.Tensor
 
     @classmethod
     def allocate(
-        cls, part: PartialAttention, block_size: int, max_num_reqs: int, max_model_len: int, device: torch.device
+        cls,
+        part: PartialAttention,
+        block_size: int,
+        max_num_reqs: int,
+        max_model_len: int,
+        num_layers: int,
+        device: torch.device,
     ) -> "DraftInputs":
-        # The last tokens may begin anywhere in a block.
-        num_blocks = cdiv(part.sinks, block_size) + cdiv(part.budget - 1, block_size) + 1
-        num_blocks = min(num_blocks, cdiv(max_model_len, block_size))
+        num_blocks = most_blocks(part.sinks, part.budget, block_size, max_model_len)
+        num_tables = num_layers if part.selection == "scores" else 1
         # As wide as vLLM makes its tables for so many blocks: kernels may load a tile of blocks at once.
         width = get_block_table_width(num_blocks, block_size)
         return cls(
@@ -51,7 +57,7 @@ class DraftInputs:
             torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
             torch.full((1, max_num_reqs), PAD_SLOT_ID, dtype=torch.int64, device=device),
             torch.ones(max_num_reqs, dtype=torch.int32, device=device),
-            torch.zeros(max_num_reqs, width, dtype=torch.int32, device=device),
+            torch.zeros(num_tables, max_num_reqs, width, dtype=torch.int32, device=device),
         )
 
     @property
@@ -60,7 +66,7 @@ class DraftInputs:
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.input_ids, self.positions, self.slot_mapping, self.seq_lens, self.block_table)
+        tensors = (self.input_ids, self.positions, self.slot_mapping, self.seq_lens, self.block_tables)
         return sum(tensor.nbytes for tensor in tensors)
 
     def write(
@@ -73,8 +79,9 @@ class DraftInputs:
     ) -> None:
         """Describes the rows at `step` tokens after the roots.
 
-        A row after `max_position` keeps that position and has no slot; what it drafts is never verified. A padding
-        request attends one token of block 0 and has no slot.
+        Tables of single layers are left to `BlockSelection.write_tables`. A row after `max_position` keeps that
+        position and has no slot; what it drafts is never verified. A padding request attends one token of block 0 and
+        has no slot.
         """
         num_reqs = idx_mapping.shape[0]
         assert tokens.is_contiguous() and tokens.numel() == num_reqs
@@ -88,15 +95,16 @@ class DraftInputs:
             self.positions,
             self.slot_mapping,
             self.seq_lens,
-            self.block_table,
-            self.block_table.shape[1],
+            self.block_tables,
+            self.block_tables.shape[2],
             step,
             self.max_position,
             cdiv(self.part.sinks, self.block_size),
             self.part.budget,
             BLOCK_SIZE=self.block_size,
             PAD_SLOT=PAD_SLOT_ID,
-            WIDTH_BLOCK=triton.next_power_of_2(self.block_table.shape[1]),
+            WIDTH=triton.next_power_of_2(self.block_tables.shape[2]),
+            WRITES_TABLE=self.part.selection == "recent",
             num_warps=4,
         )
 
@@ -112,7 +120,7 @@ def _write_draft_inputs_kernel(
     positions_ptr,  # int64 [num_reqs]
     slot_mapping_ptr,  # int64 [num_reqs]
     seq_lens_ptr,  # int32 [num_reqs]
-    part_ptr,  # int32 [num_reqs, width]
+    part_ptr,  # int32 [num_reqs, width], if there is one table for all layers
     width,
     step,
     max_position,
@@ -120,7 +128,8 @@ def _write_draft_inputs_kernel(
     budget,
     BLOCK_SIZE: tl.constexpr,
     PAD_SLOT: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WRITES_TABLE: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
     is_request = tl.load(idx_mapping_ptr + request) >= 0
@@ -136,11 +145,9 @@ def _write_draft_inputs_kernel(
     slot = block * BLOCK_SIZE + position % BLOCK_SIZE
     tl.store(slot_mapping_ptr + request, tl.where(is_request & (linear <= max_position), slot, PAD_SLOT))
 
-    # Blocks between the sinks and the last tokens.
-    first_recent = tl.maximum(position + 1 - budget, 0) // BLOCK_SIZE
-    num_skipped = tl.maximum(first_recent - num_sink_blocks, 0)
+    num_skipped = num_left_out(position + 1, num_sink_blocks, budget, BLOCK_SIZE)
     tl.store(seq_lens_ptr + request, (position + 1 - num_skipped * BLOCK_SIZE).to(tl.int32))
-    place = tl.arange(0, WIDTH_BLOCK)
-    source = tl.where(place < num_sink_blocks, place, place + num_skipped)
-    blocks = tl.load(block_table_ptr + source, mask=source <= tl.where(is_request, own, -1), other=0)
-    tl.store(part_ptr + request * width + place, blocks, mask=place < width)
+    if WRITES_TABLE:
+        num_tokens = tl.where(is_request, position + 1, 0)
+        part_ptr += request * width
+        write_part(block_table_ptr, num_tokens, num_skipped, num_sink_blocks, part_ptr, width, BLOCK_SIZE, WIDTH)

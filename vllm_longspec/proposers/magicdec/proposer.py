@@ -13,6 +13,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
 
@@ -26,12 +27,14 @@ from vllm_longspec.tree.best_children import best_children, best_children_in_pyt
 from vllm_longspec.tree.coupling import LevelNoise
 from vllm_longspec.tree.shape import TreeShape
 
+# Below vLLM's logger, whose handlers it uses.
+logger = init_logger(f"vllm.{__name__}")
+
 
 class MagicDecProposer(Proposer):
     target: nn.Module
     inputs: DraftInputs
     selection: BlockSelection | None = None  # None: every layer attends the last tokens
-    tables: torch.Tensor  # int32 [num_layers, max_num_reqs, num_blocks] of a step, if there is a selection
     layer_names: Sequence[str] = ()  # in the order in which they attend, once the cache is laid out
 
     def __init__(self, vllm_config: VllmConfig, shape: TreeShape, device: torch.device):
@@ -51,7 +54,7 @@ class MagicDecProposer(Proposer):
 
     def _allocate(self, block_size: int, num_layers: int) -> None:
         part, max_model_len = self.part, self.vllm_config.model_config.max_model_len
-        self.inputs = DraftInputs.allocate(part, block_size, self.max_num_reqs, max_model_len, self.device)
+        self.inputs = DraftInputs.allocate(part, block_size, self.max_num_reqs, max_model_len, num_layers, self.device)
         if part.selection == "scores":
             self.selection = BlockSelection.allocate(
                 part.sinks,
@@ -63,7 +66,6 @@ class MagicDecProposer(Proposer):
                 block_size,
                 self.device,
             )
-            self.tables = self.inputs.block_table.new_zeros(num_layers, *self.inputs.block_table.shape)
 
     def set_cache(self, kv_cache_config: KVCacheConfig) -> None:
         # Builders of metadata of its own, whose buffers no graph of verification reads.
@@ -72,6 +74,15 @@ class MagicDecProposer(Proposer):
         self.layer_names = kv_cache_config.kv_cache_groups[0].layer_names
         # Blocks, and the longest request, may be other ones than when weights were loaded.
         self._allocate(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size, len(self.layer_names))
+        # Known only here, since `load` is before the sizes of blocks and of the longest request are settled.
+        logger.info_once(
+            "MagicDec: a draft attends at most %d blocks of %d tokens; its inputs, tables and attention metadata take "
+            "%d bytes in all",
+            self.inputs.num_blocks,
+            self.inputs.block_size,
+            self.num_bytes,
+            scope="global",
+        )
         self.seq_lens_bound = torch.full((self.max_num_reqs,), self.inputs.max_seq_len, dtype=torch.int32)
 
     def observers(self) -> Mapping[str, Observer]:
@@ -84,15 +95,18 @@ class MagicDecProposer(Proposer):
             self.selection.start(idx_mapping)
 
     def describe(self) -> str:
-        inputs = self.inputs
-        num_bytes, kind = inputs.num_bytes, "last"
-        if self.selection is not None:
-            num_bytes += self.selection.num_bytes + self.tables.nbytes
-            kind = "chosen or last"
-        return (
-            f"drafts attend {self.part.sinks} first and {self.part.budget} {kind} tokens, at most "
-            f"{inputs.num_blocks} blocks of {inputs.block_size}, tables {num_bytes} bytes in all"
+        kind = "last" if self.selection is None else "chosen or last"
+        return f"drafts attend {self.part.sinks} first and {self.part.budget} {kind} tokens"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is allocated on the device beside the CUDA graphs, once the cache is laid out."""
+        builders = [builder for groups in self.attn_groups for group in groups for builder in group.metadata_builders]
+        kept = [tensor for builder in builders for tensor in vars(builder).values() if isinstance(tensor, torch.Tensor)]
+        num_bytes = sum(
+            tensor.nbytes for tensor in (self.query_start_loc, *kept) if tensor.device.type == self.device.type
         )
+        return num_bytes + self.inputs.num_bytes + (0 if self.selection is None else self.selection.num_bytes)
 
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
         choose = best_children_in_pytorch if interpreting() else best_children
@@ -107,7 +121,7 @@ class MagicDecProposer(Proposer):
                     requests.block_table,
                     requests.idx_mapping,
                     self.inputs.positions[:num_reqs],
-                    self.tables[:, :num_reqs],
+                    self.inputs.block_tables[:, :num_reqs],
                 )
             logits = self.target.compute_logits(self._forward(num_reqs))
             noise = None
@@ -161,7 +175,7 @@ class MagicDecProposer(Proposer):
             max_query_len=1,
             seq_lens=inputs.seq_lens,
             max_seq_len=inputs.max_seq_len,
-            block_tables=(inputs.block_table[:num_reqs],),
+            block_tables=(inputs.block_tables[0, :num_reqs],),
             slot_mappings=inputs.slot_mapping[:, :num_reqs],
             kv_cache_config=self.kv_cache_config,
             seq_lens_cpu_upper_bound=self.seq_lens_bound,
@@ -169,5 +183,5 @@ class MagicDecProposer(Proposer):
         )
         if self.selection is not None:
             for layer, name in enumerate(self.layer_names):
-                metadata[name] = metadata[name].with_block_table(self.tables[layer, :num_reqs])
+                metadata[name] = metadata[name].with_block_table(inputs.block_tables[layer, :num_reqs])
         return metadata

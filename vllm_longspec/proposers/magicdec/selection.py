@@ -6,6 +6,7 @@ The settings are measured with `benchmarks/training/sparse.py`; docs/performance
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from vllm.utils.math_utils import cdiv
@@ -20,6 +21,34 @@ RECENT = 64
 UNIT = 32
 # Verifications from one choice of a layer to the next.
 INTERVAL = 8
+
+
+class Choice(NamedTuple):
+    unit_blocks: int  # blocks that are chosen as one
+    max_age: int  # tokens after which a choice is too old
+    num_chosen: int  # blocks
+
+
+def plan_choice(budget: int, num_steps: int, max_model_len: int, block_size: int) -> Choice:
+    """How many blocks are chosen of a budget of tokens besides the first, for drafts of `num_steps` tokens.
+
+    Raises:
+        ValueError: the budget leaves no block to choose.
+    """
+    unit_blocks = max(blocks_per_unit(max_model_len, block_size), UNIT // block_size, 1)
+    # What is emitted until a layer has its turn again, and the draft after it.
+    max_age = (INTERVAL + 1) * (1 + num_steps)
+    # The last blocks slide on while a choice is kept. They reach back to what it was made from: to the last tokens that
+    # it left out, and the unit that these cut.
+    num_last = cdiv(RECENT + unit_blocks * block_size + max_age, block_size)
+    num_chosen = (budget // block_size - num_last) // unit_blocks * unit_blocks
+    if num_chosen <= 0:
+        least = (unit_blocks + num_last) * block_size
+        raise ValueError(
+            f'budget must be at least {least} tokens with selection "scores" and blocks of {block_size} tokens, got '
+            f'{budget}: give more, or "selection": "recent"'
+        )
+    return Choice(unit_blocks, max_age, num_chosen)
 
 
 @dataclass(frozen=True)
@@ -57,22 +86,9 @@ class BlockSelection:
     ) -> "BlockSelection":
         """For `sinks` first tokens, a budget of tokens besides, and drafts of `num_steps` tokens.
 
-        Raises:
-            ValueError: the budget leaves no block to choose.
+        Raises ValueError as `plan_choice` does.
         """
-        unit_blocks = max(blocks_per_unit(max_model_len, block_size), UNIT // block_size, 1)
-        # What is emitted until a layer has its turn again, and the draft after it.
-        max_age = (INTERVAL + 1) * (1 + num_steps)
-        # The last blocks slide on while a choice is kept. They reach back to what it was made from: to the last tokens
-        # that it left out, and the unit that these cut.
-        num_last = cdiv(RECENT + unit_blocks * block_size + max_age, block_size)
-        num_chosen = (budget // block_size - num_last) // unit_blocks * unit_blocks
-        if num_chosen <= 0:
-            least = (unit_blocks + num_last) * block_size
-            raise ValueError(
-                f'budget must be at least {least} tokens with selection "scores", got {budget}: give more, or '
-                '"selection": "recent"'
-            )
+        unit_blocks, max_age, num_chosen = plan_choice(budget, num_steps, max_model_len, block_size)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)

@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """MagicDec's `DraftSetup`. There is no draft to find: the user names the method."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.options import DEFAULT_GAMMA
+from vllm.logger import init_logger
+
+from vllm_longspec.options import DEFAULT_GAMMA, options_of
 from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup, word_of_another_method
-from vllm_longspec.proposers.magicdec.cost import MagicDecCost
+from vllm_longspec.proposers.magicdec.cost import MagicDecCost, largest_batch_with_graph
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_longspec.proposers.interface import HfOverrides
+
+# Below vLLM's logger, whose handlers it uses.
+logger = init_logger(f"vllm.{__name__}")
 
 # More requests than a batch ever has.
 _NO_BATCH = 1 << 16
@@ -97,6 +106,45 @@ class MagicDecSetup(DraftSetup):
             "code_revision": target.code_revision,
         }
 
+    def hf_overrides(self, overrides: "HfOverrides", of_target: "HfOverrides | dict[str, Any] | None") -> "HfOverrides":
+        # The draft is the target, also as the user changed it.
+        return functools.partial(_override, of_target, overrides) if isinstance(of_target, dict) else overrides
+
+    @staticmethod
+    def check_engine(vllm_config: "VllmConfig") -> None:
+        options = options_of(vllm_config.speculative_config)
+        assert options is not None and options.partial_attention is not None
+        if options.partial_attention.selection == "scores":
+            from vllm_longspec.proposers.magicdec.selection import plan_choice
+
+            # Unless the user gave the size of blocks a worker may still change it, and checks again.
+            plan_choice(
+                options.partial_attention.budget,
+                options.tree_shape.max_depth,
+                vllm_config.model_config.max_model_len,
+                vllm_config.cache_config.block_size,
+            )
+        if options.adaptive_verification and largest_batch_with_graph(vllm_config) == 0:
+            logger.warning(
+                "The method magicdec drafts nothing without full CUDA graphs, where a step of drafting takes as long "
+                "as one of decoding: serve without enforce_eager, or give adaptive_verification=false to draft all the "
+                "same."
+            )
+
     @staticmethod
     def drafting_cost(vllm_config: "VllmConfig") -> MagicDecCost:
         return MagicDecCost.of(vllm_config)
+
+
+def _override(
+    of_target: Mapping[str, Any], overrides: "HfOverrides", hf_config: "PretrainedConfig"
+) -> "PretrainedConfig":
+    from transformers import PretrainedConfig
+
+    for name, value in of_target.items():
+        nested = getattr(hf_config, name, None)
+        if isinstance(value, dict) and isinstance(nested, PretrainedConfig):
+            nested.update(value)
+        else:
+            setattr(hf_config, name, value)
+    return overrides(hf_config)

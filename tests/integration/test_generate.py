@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `vllm-longspec generate` makes of its input before an engine starts, and the answers of one."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.process import run_alone
+from vllm_longspec import commands
+from vllm_longspec.training.generate import (
+    MANIFEST,
+    check_prompts,
+    parse_prompt,
+    read_prompts,
+    seed_of,
+    to_answer,
+    write_atomically,
+)
+
+PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
+USER = {"role": "user", "content": "def f("}
+ANSWER = {"role": "assistant", "content": "x)"}
+TEMPLATE = (
+    "{% if messages[0].role == 'tool' %}{{ raise_exception('a tool first') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object, but list"),
+        ('{"text": "a"}', "has none of messages, prompt, input_ids"),
+        ('{"prompt": "a", "input_ids": [1]}', "has prompt and input_ids of"),
+        ('{"prompt": ""}', "prompt must be a text"),
+        ('{"prompt": ["a"]}', "prompt must be a text"),
+        ('{"input_ids": []}', "input_ids must be a list"),
+        ('{"input_ids": [1, true]}', "input_ids must be a list"),
+        ('{"input_ids": [1, -1]}', "input_ids must be a list"),
+        ('{"messages": []}', "messages must be a list"),
+        ('{"messages": ["a"]}', "a message must be an object with a role"),
+        ('{"messages": [{"content": "a"}]}', "a message must be an object with a role"),
+        ('{"messages": [{"role": "user"}]}', "the content of a message of user must be a text"),
+        ('{"messages": [{"role": "user", "content": [1]}]}', "the content of a message of user must be a text"),
+        (json.dumps({"messages": [ANSWER]}), "messages must have one to answer"),
+        ('{"prompt": "a", "tools": []}', "tools must be a list, beside messages"),
+        ('{"input_ids": [9]}', "token id 9 is not in the target's vocabulary of 9"),
+    ],
+)
+def test_a_wrong_line_is_named_with_its_number(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n\n{line}\n{{"prompt": "b"}}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl line 3: ") as error:
+        check_prompts(path, vocab_size=9)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_prompts_of_several_files_are_numbered_through(tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text('{"prompt": "a"}\n\n{"input_ids": [1, 2]}\n')
+    second.write_text(json.dumps({"messages": [USER, ANSWER], "tools": [{}], "source": "any"}))
+    assert check_prompts(first, 9)[::2] == (2, {"prompt", "input_ids"})
+    assert check_prompts(second, 9)[::2] == (1, {"messages"})
+    prompts = list(read_prompts([first, second]))
+    assert [(each.number, each.place.split("/")[-1], each.kind) for each in prompts] == [
+        (0, "first.jsonl line 1", "prompt"),
+        (1, "first.jsonl line 3", "input_ids"),
+        (2, "second.jsonl line 1", "messages"),
+    ]
+    assert (prompts[1].content, prompts[2].tools) == ([1, 2], [{}])
+    assert to_answer(prompts[2].content) == [USER]
+    called: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [{}]}
+    assert parse_prompt(json.dumps({"messages": [USER, called, USER]}).encode())[1][1] == called
+
+
+def test_each_answer_has_a_seed_of_its_own():
+    seeds = {seed_of(seed, f"{prompt}.{sample}") for seed in (0, 1) for prompt in range(20) for sample in range(20)}
+    assert len(seeds) == 800 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_file_that_cannot_be_written_is_not_there(tmp_path):
+    with pytest.raises(TypeError):
+        write_atomically(tmp_path / "a.jsonl", object())  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """The trained target with a chat template."""
+    shutil.copytree(PAIR / "target", tmp_path / "target")
+    path = tmp_path / "target" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    return tmp_path / "target"
+
+
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "kv_cache_memory_bytes": 32 << 20,
+    "gpu_memory_utilization": 0.1,
+    "distributed_executor_backend": "uni",
+}
+
+
+def generate(arguments: Sequence[str]) -> None:
+    commands.main(["generate", *arguments])
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    shards = sorted(folder.glob("*.jsonl"))
+    return {record["id"]: record for shard in shards for record in map(json.loads, shard.read_text().splitlines())}
+
+
+def test_answers_and_the_same_again_after_a_stop(tmp_path, target):
+    """What is missing is generated again, with a draft this time, and no answer changes."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "data"
+    lines: list[dict[str, Any]] = [
+        {"messages": [USER, ANSWER]},
+        {"prompt": "def g(self):\n"},
+        {"input_ids": [476, 260, 325, 258]},
+        {"input_ids": [5] * 128},
+        {"messages": [USER]},
+        {"messages": [{"role": "tool", "content": "1"}]},
+    ]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--target", str(target), "--prompts", str(prompts), "--out", str(out), "--engine", json.dumps(ENGINE)]
+    command += ["--samples", "2", "--temperature", "0.7", "--max-tokens", "24", "--shard-size", "3", "--text"]
+    _, printed = run_alone(generate, command)
+    assert "2 prompts left out" not in printed
+    assert "1 prompts left out, too long for the window of 128 tokens: " + f"{prompts} line 4" in printed
+    assert f"1 prompts left out, refused by the chat template: {prompts} line 6 (a tool first)" in printed
+    assert "1 conversations ended with an answer" in printed
+    assert [len(shard.read_text().splitlines()) for shard in sorted(out.glob("*.jsonl"))] == [3, 3, 2]
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["finished"] and manifest["sampling"]["temperature"] == 0.7
+    assert manifest["counts"]["answers"] == 8 and manifest["versions"]["vllm"].startswith("0.3")
+    answers = records(out)
+    assert answers.keys() == {f"{prompt}.{sample}" for prompt in (0, 1, 2, 4) for sample in (0, 1)}
+    for record in answers.values():
+        num_answered = sum(record["loss_mask"])
+        assert record["loss_mask"] == [0] * (len(record["input_ids"]) - num_answered) + [1] * num_answered
+        assert record["finish_reason"] == ("length" if num_answered == 24 else "stop") and record["text"]
+    assert answers["2.0"]["input_ids"][:4] == [476, 260, 325, 258]
+    # The given answer is not part of the prompt, so both are the same prompt; seeds differ.
+    given, alone = (answers[name]["input_ids"][: answers[name]["loss_mask"].index(1)] for name in ("0.0", "4.0"))
+    assert given == alone
+    assert len({tuple(answers[name]["input_ids"]) for name in ("0.0", "0.1", "4.0", "4.1")}) > 1
+
+    with pytest.raises(SystemExit, match="has a run: go on with it by --resume"):
+        generate(command)
+    with pytest.raises(SystemExit, match=r"--resume with temperature 0.5, but the run in .* has 0.7: give the same"):
+        generate([*command, "--resume", "--temperature", "0.5"])
+    missing = {json.loads(line)["id"] for line in (out / "answers-000001.jsonl").read_text().splitlines()}
+    (out / "answers-000001.jsonl").rename(out / "answers-000001.jsonl.unfinished")
+    _, printed = run_alone(generate, [*command, "--resume", "--draft", str(PAIR / "draft")])
+    assert not (out / "answers-000001.jsonl.unfinished").exists()
+    assert json.loads((out / MANIFEST).read_text())["counts"]["answers"] == len(missing) == 3
+    again = records(out)
+    assert again == answers
+
+
+def test_refused_before_the_engine_starts(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": [USER]}))
+    command = ["--target", str(PAIR / "target"), "--prompts", str(prompts), "--out", str(tmp_path / "data")]
+    for more, message in (
+        ([], "has no chat template: give prompt or input_ids instead"),
+        (["--samples", "0"], "--samples must be 1 or more, got 0"),
+        (["--temperature", "-1"], "--temperature -1.0: temperature must be non-negative"),
+        (["--top-p", "2"], "--top-p 2.0: top_p must be in (0, 1]"),
+        (["--engine", '{"model": "a"}'], "--engine has 'model': give --target instead"),
+        (["--engine", '{"tensor_size": 2}'], "'tensor_size', which is no engine argument of vLLM's"),
+        (
+            ["--draft", "d", "--engine", '{"speculative_config": {"model": "e"}}'],
+            "--draft and the speculative_config of --engine are mutually exclusive",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            generate([*command, *more])
+        assert message in str(stopped.value) and "\n" not in str(stopped.value)
+    prompts.write_text("\n")
+    with pytest.raises(SystemExit, match="--prompts has no prompts"):
+        generate(command)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "other.jsonl").touch()
+    prompts.write_text('{"prompt": "a"}')
+    with pytest.raises(SystemExit, match=r"other.jsonl, which is not of a run: give another folder"):
+        generate(command)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers are started, watched and stopped with all that they have started; a small module stands in for vLLM's."""
+
+import os
+import time
+
+import psutil
+import pytest
+
+from vllm_longspec.bench.server import ServerError, run_server
+
+# Serves /health after it has started a child that leaves its process group.
+MODULE = """
+import os, subprocess, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+assert sys.argv[1:3] == ["serve", "model"], sys.argv
+if "--fail" in sys.argv:
+    print("INFO starting")
+    print("ValueError: no such model")
+    print("RuntimeError: the engine failed")
+    sys.exit(3)
+if "--hang" in sys.argv:
+    time.sleep(600)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/exit":
+            os._exit(7)
+        self.send_response(200)
+        self.end_headers()
+        body = {"/metrics": 'a:b_total{x="0"} 2\\na:b_total{x="1"} 3\\n', "/health": ""}.get(self.path, f"{child.pid}")
+        self.wfile.write(body.encode())
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    (tmp_path / "stand_in.py").write_text(MODULE)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    return lambda *options, **keywords: run_server(
+        ["model", *options], environment, tmp_path / "logs" / "x.log", command="stand_in", **keywords
+    )
+
+
+def has_ended(pid):
+    """Whether a process that was killed is gone, which takes a moment."""
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_nothing_of_a_server_is_left(start):
+    seconds: list[float] = []
+    with start(on_ready=seconds.append) as server:
+        with server.request("GET", "/child") as response:
+            child = int(response.read())
+        assert server.url == f"http://127.0.0.1:{server.port}"
+        assert server.metric("a:b_total") == 5
+        with pytest.raises(ServerError, match="no metric a:c"):
+            server.metric("a:c")
+        assert psutil.Process(child).status() != psutil.STATUS_ZOMBIE
+    assert len(seconds) == 1
+    assert has_ended(child) and server.process.poll() is not None
+
+
+def test_the_log_says_why_a_server_does_not_start(start, tmp_path):
+    with pytest.raises(ServerError) as error, start("--fail"):
+        pass
+    lines = str(error.value).splitlines()
+    assert lines[:2] == ["ValueError: no such model", "RuntimeError: the engine failed"]
+    assert lines[-1] == f"vllm serve exited with 3. The whole log is {tmp_path}/logs/x.log."
+
+
+def test_a_server_that_hangs_is_stopped(start):
+    with pytest.raises(ServerError, match="not ready after 1 s"), start("--hang", timeout=1):
+        pass
+
+
+def test_a_server_that_dies_is_said_to_have(start):
+    with (
+        pytest.raises(ServerError, match=r"The whole log is "),
+        start() as server,
+        server.request("GET", "/exit") as response,
+    ):
+        response.read()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GLIDE draft whose cross-attention sees a part of the cache: the option and its cost."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from benchmarks.shapes import SHAPES
+from tests.models import write_draft, write_target
+from vllm_longspec import plugin
+from vllm_longspec.options import PartialAttention, options_of
+from vllm_longspec.proposers.glide.cost import GlideCost
+from vllm_longspec.targets.families import cached_token_weights
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("pair")
+    target = write_target(folder / "target", "llama")
+    return str(target), str(write_draft(folder / "draft", target))
+
+
+def engine_config(target: str, speculative_config: dict[str, Any], **settings: Any) -> Any:
+    plugin.register()
+    return EngineArgs(
+        model=target, speculative_config=speculative_config, dtype="float32", skip_tokenizer_init=True, **settings
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [({}, None), ({"cross_attention_budget": 96}, (32, 96)), ({"cross-attention-budget": "96"}, (32, 96))],
+)
+def test_the_option(pair, given, part):
+    target, draft = pair
+    config = engine_config(target, {"model": draft, **given})
+    options = options_of(config.speculative_config)
+    assert options is not None
+    assert options.partial_attention == (part and PartialAttention(*part))
+    cost = GlideCost.of(config)
+    per_token = cached_token_weights(config.model_config.hf_text_config, 1, False)
+    assert cost.most_read == (float("inf") if part is None else sum(part) * per_token)
+
+
+def test_a_part_is_no_larger_than_the_longest_request(pair):
+    target, draft = pair
+    config = engine_config(target, {"model": draft, "cross_attention_budget": 10**9}, max_model_len=128)
+    options = options_of(config.speculative_config)
+    assert options is not None and options.partial_attention == PartialAttention(32, 128)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "all"])
+def test_values_that_are_refused(pair, value):
+    target, draft = pair
+    with pytest.raises(ValueError) as error:
+        engine_config(target, {"model": draft, "cross_attention_budget": value})
+    assert str(error.value) == (
+        f"cross_attention_budget must be a positive integer, got {value!r}: give the number of last tokens that the "
+        "draft attends, or leave it out to attend all"
+    )
+
+
+def test_it_needs_a_glide_draft(pair):
+    target, _ = pair
+    with pytest.raises(ValueError) as error:
+        engine_config(target, {"method": "magicdec", "cross_attention_budget": 96})
+    assert str(error.value) == (
+        "cross_attention_budget is not supported with the method magicdec: it is an option of a GLIDE draft; leave it "
+        "out"
+    )
+    with pytest.raises(ValueError, match=r"^cross_attention_budget needs a GLIDE draft: no draft was given"):
+        engine_config(target, {"cross_attention_budget": 96})
+
+
+@pytest.mark.parametrize(("num_ranks", "cache_is_quantised"), [(1, False), (2, False), (1, True)])
+def test_the_cross_attention_reads_one_layer_of_the_part(num_ranks, cache_is_quantised):
+    shape = SimpleNamespace(**SHAPES["llama-3-8b-262k"])
+    sizes = {"vocab_size": shape.vocab_size, "draft_vocab_size": shape.vocab_size, "num_ranks": num_ranks}
+    whole = GlideCost.of_shape(shape, **sizes)
+    part = GlideCost.of_shape(shape, **sizes, num_attended=1056, cache_is_quantised=cache_is_quantised)
+    token = cached_token_weights(shape, num_ranks, cache_is_quantised)
+    cache = 4 * 131072 * token
+    num_levels = 5
+    spared = num_levels * (cache - 4 * 1056 * token) / 32
+    assert whole(4, 24, cache) - part(4, 24, cache) == pytest.approx(spared)
+    # Requests that are shorter than the part.
+    assert whole(4, 24, 4 * 1000 * token) == part(4, 24, 4 * 1000 * token)

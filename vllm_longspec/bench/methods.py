@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured side by side: ways to decode, each with what `vllm serve` is told.
+
+`vanilla` decodes without speculation. `seq`, `tree` and `magicdec` are this plugin's. Peers are vLLM's own methods:
+`eagle3=HEAD`, `draft=MODEL`, `ngram`, `suffix`. Any other speculative configuration can be given a name.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+VANILLA = "vanilla"
+METHODS = (VANILLA, "seq", "tree", "magicdec")
+PEERS = ("eagle3=HEAD", "draft=MODEL", "ngram", "suffix")
+DEFAULT_GAMMA = 4
+# As many as the examples of vLLM's documentation take.
+PEER_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    # What vLLM is told; None for plain decoding, and for a server whose configuration is not known.
+    speculative_config: dict[str, Any] | None
+    # Variables that the server must have, whatever this process has.
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def arguments(self) -> list[str]:
+        """Of `vllm serve`."""
+        if self.speculative_config is None:
+            return []
+        # A request's metrics have every step of it, which is what the report is made of.
+        steps = ["--per-request-spec-decode-metrics", "detailed"]
+        return ["--speculative-config", json.dumps(self.speculative_config), *steps]
+
+
+def read_methods(
+    names: Sequence[str],
+    peers: Sequence[str],
+    others: Sequence[str],
+    draft: str | None,
+    gamma: int = DEFAULT_GAMMA,
+    peer_tokens: int = PEER_TOKENS,
+) -> list[Method]:
+    """The methods that the command line names, vanilla first.
+
+    Args:
+        names: of `METHODS`.
+        peers: of `PEERS`, with what they need.
+        others: NAME=JSON, where JSON is a speculative configuration of vLLM's.
+        draft: a GLIDE draft.
+        gamma: tokens that `seq` drafts.
+        peer_tokens: tokens that a peer drafts; `suffix` decides itself.
+
+    Raises:
+        ValueError: there is no such method, it lacks something, or two have one name.
+    """
+    methods = [_method(name, draft, gamma) for name in names]
+    methods += [_peer(peer, peer_tokens) for peer in peers]
+    methods += [_other(text) for text in others]
+    seen: set[str] = set()
+    for method in methods:
+        if method.name in seen:
+            raise ValueError(f"method {method.name} is given twice: leave one out, or give it another name")
+        seen.add(method.name)
+    if not methods:
+        raise ValueError("--methods names none: give some of " + ", ".join(METHODS))
+    # What others are compared with comes first, so that an interrupted run has it.
+    return sorted(methods, key=lambda method: method.name != VANILLA)
+
+
+def _method(name: str, draft: str | None, gamma: int) -> Method:
+    if name == VANILLA:
+        return Method(name, None)
+    if name == "magicdec":
+        return Method(name, {"method": "magicdec"})
+    if name not in METHODS:
+        peers = ", ".join(PEERS)
+        raise ValueError(f"--methods {name}: there is {', '.join(METHODS)}; --peers has vLLM's own: {peers}")
+    if draft is None:
+        raise ValueError(f"--methods {name} needs a GLIDE draft: give --draft, or leave {name} out")
+    if name == "seq":
+        return Method(name, {"model": draft, "gamma": gamma})
+    return Method(name, {"model": draft})
+
+
+def _peer(text: str, num_tokens: int) -> Method:
+    name, _, model = text.partition("=")
+    tokens = {"num_speculative_tokens": num_tokens}
+    if name in ("eagle3", "draft"):
+        if not model:
+            what = "head" if name == "eagle3" else "model"
+            raise ValueError(f"--peers {name} needs its {what}: give {name}={what.upper()}")
+        return Method(name, {"method": "eagle3" if name == "eagle3" else "draft_model", "model": model, **tokens})
+    if name not in ("ngram", "suffix"):
+        raise ValueError(f"--peers {name}: there is {', '.join(PEERS)}; --method NAME=JSON names any other")
+    if model:
+        raise ValueError(f"--peers {text}: {name} needs no model; give {name}")
+    if name == "ngram":
+        # On the GPU: vLLM schedules the other one synchronously.
+        return Method(name, {"method": "ngram_gpu", **tokens})
+    if importlib.util.find_spec("arctic_inference") is None:
+        raise ValueError("--peers suffix needs Arctic Inference: pip install arctic-inference, or leave suffix out")
+    # vLLM has it for its older model runner only.
+    return Method(name, {"method": "suffix"}, {"VLLM_USE_V2_MODEL_RUNNER": "0"})
+
+
+def _other(text: str) -> Method:
+    name, _, value = text.partition("=")
+    try:
+        config = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"--method {text}: what follows NAME= is not JSON ({error})") from error
+    if not name or not isinstance(config, dict):
+        raise ValueError(f"--method {text}: give NAME=JSON, where JSON is an object that --speculative-config takes")
+    if name == VANILLA:
+        raise ValueError(f"--method {VANILLA} is decoding without speculation: give another name")
+    if not all(character.isalnum() or character in "-_.@" for character in name):
+        raise ValueError(f"--method {name}: a name has letters, digits and - _ . @ only")
+    return Method(name, config)
