@@ -11,8 +11,8 @@ from vllm_longspec.targets.families import cached_token_weights, target_weights
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Constant time of a step in a CUDA graph, in weights that could be read meanwhile. Fitted to steps of Llama-3-8B's shape
-# that draft four tokens, at contexts of 16k to 128k and batches of 4 and 16 (docs/performance.md#self-drafting).
+# Constant time of a step in a CUDA graph, in weights that could be read meanwhile. Fitted to steps that draft four
+# tokens with Llama-3-8B's shape, contexts of 16k to 128k, batches of 4 and 16 (docs/performance.md#self-drafting).
 STEP = 2.5e9
 
 
