@@ -363,6 +363,15 @@ def test_a_step_of_drafting_in_steps_of_plain_decoding(batch_size, context, most
     assert 0.5 * most < cost.drafting(batch_size, 1, cache) / plain <= most
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "context", "measured"),
+    [(4, 16384, 3.92), (16, 16384, 2.75), (4, 32768, 3.30), (16, 32768, 2.09), (4, 131072, 2.01)],
+)
+def test_steps_cost_what_was_measured(batch_size, context, measured):
+    """docs/performance.md#self-drafting: steps that draft and verify four tokens, in steps of plain decoding."""
+    assert cost_of("llama-3-8b-262k")(batch_size, 4, batch_size * context) == pytest.approx(measured, rel=0.06)
+
+
 class Engine:
     """Requests of one length, and drafts each of whose tokens is accepted with one probability after the one before."""
 

@@ -11,9 +11,9 @@ from vllm_longspec.targets.families import cached_token_weights, target_weights
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Constant time of a step in a CUDA graph, in weights that could be read meanwhile: 0.7 ms of kernels that wait for each
-# other. A step of plain decoding has more, the host's part (`vllm_longspec/scheduling/cost.py`).
-STEP = 1.3e9
+# Constant time of a step in a CUDA graph, in weights that could be read meanwhile. Fitted to steps that draft four
+# tokens with Llama-3-8B's shape, contexts of 16k to 128k, batches of 4 and 16 (docs/performance.md#self-drafting).
+STEP = 2.5e9
 
 
 def largest_batch_with_graph(vllm_config: "VllmConfig") -> int:
