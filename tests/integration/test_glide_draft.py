@@ -645,6 +645,7 @@ def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> 
         idx_mapping=torch.tensor(slots, device=DEVICE),
         idx_mapping_np=np.array(slots),
         num_scheduled_tokens=num_scheduled,
+        query_start_loc_np=np.concatenate(([0], num_scheduled.cumsum())),
         num_computed_prefill_tokens_np=np.minimum(before, prompt_lens),
         prefill_len_np=prompt_lens,
         is_prefilling_np=before < prompt_lens,
@@ -656,7 +657,7 @@ def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> 
     return speculator.propose(
         input_batch,
         attn_metadata=None,
-        slot_mappings=None,
+        slot_mappings={proposer_of(speculator).target_layer_name: unused},
         last_hidden_states=unused,
         aux_hidden_states=None,
         num_sampled=num_sampled,
@@ -786,6 +787,7 @@ def test_a_new_request_in_a_slot_has_no_nodes_until_it_is_drafted_for(tmp_path):
     # vLLM's runner tells this class of new requests.
     model_state = TreeModelState.__new__(TreeModelState)
     model_state.__dict__.update(tree_state=tree, device=DEVICE, added_log_cutoffs={})
+    model_state.add_request_to_proposer = speculator.proposer.add_request
     model_state.rope_state = model_state.prompt_embeds_state = None
 
     def start(*requests: int) -> None:
