@@ -274,10 +274,12 @@ def create_speculative_config(
     return config
 
 
-def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Callable[..., PretrainedConfig]":
-    """The `hf_overrides` of the draft that is being built; must be picklable."""
-    setup = _current.get()
-    return original(*args) if setup is None else setup.hf_overrides(original(*args), *args)
+def compose_draft_hf_overrides(
+    original: Callable[..., Any], of_target: Any, *args: Any
+) -> "Callable[..., PretrainedConfig]":
+    """The `hf_overrides` of the draft that is being built; must be picklable. vLLM 0.33 has an argument more."""
+    overrides, setup = original(of_target, *args), _current.get()
+    return overrides if setup is None else setup.hf_overrides(overrides, of_target)
 
 
 def create_engine_config(
