@@ -651,7 +651,7 @@ def test_the_page_about_it_names_its_options_and_no_others():
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page))
     assert options - said == set()
     # Of vLLM's own.
-    assert said - options == {"--per-request-spec-decode-metrics", "--speculative-config"}
+    assert said - options == {"--per-request-spec-decode-metrics", "--speculative-config", "--api-key"}
     for name in (*WORKLOADS, *METHODS):
         assert f"`{name}`" in page
     for workload in WORKLOADS.values():
