@@ -46,8 +46,8 @@ def test_methods_side_by_side(tmp_path):
     vanilla, tree = report["figures"]
     assert (vanilla["method"], vanilla["tokens_per_step"]) == ("vanilla", 1.0)
     assert (tree["method"], tree["identical"], tree["compared"]) == ("tree", 2, 2)
-    # As steps count: 15 tokens of each after the prompt's own.
-    assert tree["output_tokens"] == 32 and 2 < tree["tokens_per_step"] <= 22
+    # 15 tokens of each after the prompt's own.
+    assert tree["output_tokens"] == 32 and 2 < tree["tokens_per_step"] <= 15
     assert tree["by_depth"][0] > 0.5 and sum(tree["drafted"].values()) > 0.99
     assert tree["speedup"] > 0
     assert report["environments"][0]["vllm"].startswith("0.3")

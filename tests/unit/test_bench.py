@@ -4,24 +4,29 @@
 import argparse
 import json
 import os
+import random
 import re
 import signal
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import PAIR, ROOT
 from vllm_longspec import commands
-from vllm_longspec.bench import command, plots
-from vllm_longspec.bench.cells import Answer, Cell, Key
-from vllm_longspec.bench.client import read_stream
+from vllm_longspec.bench import client, command, plots
+from vllm_longspec.bench import environment as machine
+from vllm_longspec.bench.cells import Answer, Cell, Key, Store, digest
+from vllm_longspec.bench.client import Load, measure, read_stream
 from vllm_longspec.bench.figures import all_figures
 from vllm_longspec.bench.methods import METHODS, read_methods
+from vllm_longspec.bench.report import Baseline, Report
 from vllm_longspec.bench.server import ServerError
 from vllm_longspec.bench.workloads import WORKLOADS
 
@@ -43,6 +48,7 @@ class FakeServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.with_details = True
         self.drafts = self.accepted = 0
+        self.api_key: str | None = None
 
     @property
     def url(self):
@@ -61,7 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def do_GET(self):
-        if self.path == "/v1/models":
+        authorised = self.server.api_key is None or self.headers["Authorization"] == f"Bearer {self.server.api_key}"
+        if self.path == "/v1/models" and not authorised:
+            self.send("{}", 401)
+        elif self.path == "/v1/models":
             model = {"id": "served", "root": TARGET, "max_model_len": 256}
             self.send(json.dumps({"data": [model]}))
         elif self.path == "/metrics":
@@ -197,8 +206,8 @@ def test_counters_stand_in_for_what_requests_do_not_say(server, prompts, tmp_pat
     bench(server, prompts, tmp_path / "out")
     [figures] = json.loads((tmp_path / "out" / "report.json").read_text())["figures"]
     assert figures["tokens_per_step"] == 2.0 and figures["by_depth"] == [1.0]
-    # From the chunks of the streams: tokens 1 to 3 in one step, 4 in one, 5 and 6 in one.
-    assert figures["by_position"] == {"1": 3.0, "4": 1.0, "5": 2.0}
+    # From the chunks of the streams: tokens 1 to 3 in one step, 4 in one, 5 and 6 in one. A part has two tokens.
+    assert figures["by_position"] == {"0": 3.0, "4": 1.5}
     assert figures["drafted"] == {}
 
 
@@ -264,7 +273,78 @@ def test_runs_are_compared(server, prompts, tmp_path, capsys):
     [row] = re.findall(r"### Compared with \S+one\n\n.*\n.*\n(.*)\n", text)
     assert row.startswith("| own.jsonl | mine | ") and row.endswith("| 2.00 | 2.00 |")
     assert "there is no" in error_of(capsys, server, prompts, tmp_path / "three", "--baseline", str(tmp_path))
+    options = ["--baseline", str(tmp_path / "one"), "--output-len", "8"]
+    message = error_of(capsys, server, prompts, tmp_path / "three", *options)
+    assert "one was measured with output_len 16, not 8: give the same, or leave --baseline out" in message
     assert not (tmp_path / "three").exists()
+    # Other prompts have nothing in common but their name.
+    bench(server, prompts, tmp_path / "three", "--baseline", str(tmp_path / "one"), "--max-prompts", "1")
+    text = (tmp_path / "three" / "report.md").read_text()
+    assert re.search(r"one\n\n- max prompts: 1, before none\n- mine on own.jsonl is left out: its prompts are", text)
+    assert "| before |" not in text
+
+
+def test_proxies_are_bypassed(server, prompts, tmp_path, monkeypatch):
+    """Nobody listens where the proxy is said to be."""
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.delenv("no_proxy", raising=False)
+    bench(server, prompts, tmp_path / "out")
+    assert os.environ["NO_PROXY"] == "example.org" and "no_proxy" not in os.environ
+
+
+def test_what_was_asked_before_is_not_in_the_prefix_cache(server, prompts, tmp_path):
+    bench(server, prompts, tmp_path / "out", "--temperatures", "0,1", "--warmups", "2", "--max-prompts", "2")
+    salts = [request["cache_salt"] for request in server.requests]
+    # Two warm-ups and two prompts of each cell: those of a cell have one salt, a warm-up its own.
+    assert [salts.count(salt) for salt in salts] == [1, 1, 2, 2] * 2
+
+
+def test_arrivals_follow_from_the_seed(monkeypatch):
+    async def benchmark(**arguments):
+        drawn.append((random.random(), np.random.gamma(1.0, 2.0)))
+        return {"errors": []}
+
+    drawn: list = []
+    monkeypatch.setattr(client, "benchmark", benchmark)
+    for seed in (1, 1, 2):
+        load = Load(output_len=2, temperature=0.0, seed=seed, batch=None, rate=1.0, warmups=0, ignore_eos=False)
+        measure("http://127.0.0.1:1", "m", None, [], load)
+    assert drawn[0] == drawn[1] and drawn[0][0] != drawn[2][0] and drawn[0][1] != drawn[2][1]
+
+
+def test_a_server_may_want_a_key(server, prompts, tmp_path, capsys, monkeypatch):
+    server.api_key = "secret"
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    message = error_of(capsys, server, prompts, tmp_path / "out")
+    assert "/v1/models answers 401 Unauthorized: set OPENAI_API_KEY" in message
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    bench(server, prompts, tmp_path / "out", "--max-prompts", "1")
+
+
+def test_settings_of_a_run_that_measured_nothing_may_change(server, prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    server.failing = (0, "no")
+    error_of(capsys, server, prompts, out, "--warmups", "0")
+    server.failing = None
+    bench(server, prompts, out, "--warmups", "0", "--resume", "--output-len", "8")
+    assert json.loads((out / "run.json").read_text())["settings"]["output_len"] == 8
+
+
+def test_cells_do_not_share_a_file(tmp_path):
+    store = Store(tmp_path / "out", {}, resume=False)
+    [method] = read_methods(["magicdec"], [], [], None)
+    measured = replace(cell("magicdec", [Answer([1, 2], [1, 1])]), speculative_config={"method": "magicdec"})
+    keys = [Key("magicdec", workload, temperature) for workload in ("a b", "a_b") for temperature in (0.1, 0.1 + 1e-9)]
+    for key in keys:
+        store.add(replace(measured, key=key, prompts=digest([])))
+    assert {each.key for each in store.all([], [])} == set(keys)
+    assert all(store.has(key, method, []) for key in keys)
+    other = keys[0]._replace(temperature=1.0)
+    store._path(keys[0]).rename(store._path(other))
+    with pytest.raises(ValueError, match="was measured with another method, workload or temperature"):
+        store.has(other, method, [])
 
 
 def test_what_is_wrong_is_said_before_anything_starts(server, prompts, tmp_path, capsys):
@@ -278,6 +358,7 @@ def test_what_is_wrong_is_said_before_anything_starts(server, prompts, tmp_path,
         (("--workload", f"{prompts},{prompts}"), "--workload has own.jsonl twice"),
         (("--draft", "D"), "--draft is of servers that this command starts: leave it out with --url"),
         (("--methods", "a,b"), "--url measures one server"),
+        (("--methods", "org/model"), "--methods org/model: a name has letters, digits"),
         (("--request-rate", "0"), "--request-rate must be more than 0"),
         (("--output-len", "256"), "--output-len 256 leaves no room for a prompt in a window of 256"),
         (("--workload", "aime24", "--no-chat-template", "--workload-data", str(tmp_path)), "aime24.jsonl; save the"),
@@ -335,6 +416,8 @@ def test_suffix_decoding_runs_on_the_older_runner(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     [method] = read_methods([], ["suffix"], [], None)
     assert method.environment == {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    # Nor does it remember answers to the prompts that it is asked again.
+    assert method.speculative_config == {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
 
 
 @pytest.mark.parametrize(
@@ -389,7 +472,7 @@ def test_servers_that_cannot_be_are_refused(options, message, prompts, tmp_path)
         commands.main(["bench", *given, *options])
 
 
-def cell(method, answers, seconds=1.0, workload="w", is_speculative=True, digest="same"):
+def cell(method, answers, seconds=1.0, workload="w", is_speculative=True, prompts="same"):
     lengths = [len(answer.token_ids) for answer in answers]
     latencies = {f"{what}_{name}_ms": 1.0 for name in ("ttft", "tpot") for what in ("median", "p99")}
     result = {
@@ -401,7 +484,7 @@ def cell(method, answers, seconds=1.0, workload="w", is_speculative=True, digest
         "ttfts": [0.5] * len(answers),
         **latencies,
     }
-    return Cell(Key(method, workload, 0.0), None, {"device": "x"}, digest, "two", result, answers, is_speculative)
+    return Cell(Key(method, workload, 0.0), None, {"device": "x"}, prompts, "two", result, answers, is_speculative)
 
 
 def test_figures_are_those_of_the_answers():
@@ -412,23 +495,97 @@ def test_figures_are_those_of_the_answers():
         Answer(tokens, [1, 3, 1, 1, 3], drafted=[5, 4], accepted=[2, 2]),
         Answer([*tokens[:6], 9, 7, 8], [1, 4, 4], drafted=[5, 5], accepted=[3, 5]),
     ]
-    plain, tree = all_figures([vanilla, cell("tree", answers)])
+    plain, tree = all_figures([vanilla, cell("tree", answers)], 16)
     assert (plain.tokens_per_step, plain.speedup, plain.identical) == (1.0, None, None)
     assert plain.user_tokens_per_second == 4.0 and tree.user_tokens_per_second == 8.0
     assert tree.speedup == 2.0
     assert (tree.identical, tree.compared, tree.first_differences) == (1, 2, [7])
-    assert tree.tokens_per_step == (2 + 3 + 3 + 4 + 6) / 6
+    assert tree.tokens_per_step == (8 + 8) / 6
     assert tree.by_depth == [1.0, 1.0, 0.5, 0.25, 0.25]
     assert tree.drafted == {0: 2 / 6, 4: 1 / 6, 5: 3 / 6}
     # Steps of the first by its chunks, of the second by its metrics: at 1, 4, 5, 6, and at 1 and 5.
-    assert tree.by_position == {1: 3.5, 4: 1.0, 5: 3.5, 6: 3.0}
+    assert tree.by_position == {0: 3.5, 4: 2.0, 6: 3.0}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks", "accepted", "steps"),
+    [
+        # The last step accepts 3 of which one is taken, after two steps without draft tokens.
+        (8, [1, 3, 1, 1, 2], [2, 3], 4),
+        # The last step has no draft tokens.
+        (8, [1, 3, 3, 1], [2, 2], 3),
+        # All steps after the first in one chunk: the totals say that the last took one of three.
+        (8, [1, 3, 4], [2, 1, 3], 3),
+        # An answer that ends with the prompt's token.
+        (1, [1], [], 0),
+    ],
+)
+def test_steps_count_what_the_answer_takes(tokens, chunks, accepted, steps):
+    answer = Answer(list(range(tokens)), chunks, drafted=[5] * len(accepted), accepted=accepted)
+    [figures] = all_figures([cell("tree", [answer])], 16)
+    assert figures.tokens_per_step == (pytest.approx((tokens - 1) / steps) if steps else None)
+
+
+def test_counters_see_steps_without_drafts():
+    one = cell("mine", [Answer(list(range(11)), [1] * 11)])
+    one.result |= {"spec_decode_num_drafts": 2, "spec_decode_accepted_tokens": 6, "spec_decode_acceptance_length": 4.0}
+    assert all_figures([one], 16)[0].tokens_per_step == 10 / 4
+
+
+def test_parts_of_answers_are_the_same_for_all_cells():
+    cells = [cell("vanilla", [Answer(list(range(n)), [1] * n)], is_speculative=False) for n in (20, 60)]
+    short, long = (all_figures([each], 64)[0].by_position for each in cells)
+    assert list(short) == [0, 8, 16] and list(long) == list(range(0, 64, 8))
+
+
+def test_speeds_of_two_machines_are_not_divided():
+    answers = [Answer([1, 2], [1, 1])]
+    vanilla, tree = cell("vanilla", answers, is_speculative=False), cell("tree", answers)
+    tree.environment = {"device": "y"}
+    figures = all_figures([vanilla, tree], 16)
+    assert (figures[1].speedup, figures[1].identical, figures[1].compared) == (None, 1, 1)
+    text = Report({"target": "t"}, [{"device": "x"}, {"device": "y"}], [], figures, None).as_markdown()
+    assert re.search(r"\| w \| tree .*\| 1 of 1 \| 2 \|\n", text) and "- Measured on (2): device y\n" in text
+
+
+@pytest.mark.parametrize(
+    ("temperature", "config", "compared"),
+    [
+        (0.0, {"method": "eagle3", "model": "HEAD"}, 1),
+        (1.0, {"method": "eagle3", "model": "HEAD"}, None),
+        (1.0, {"model": "D", "gamma": 4}, 1),
+        (1.0, {"method": "magicdec"}, 1),
+    ],
+)
+def test_vllms_own_methods_draw_other_tokens(temperature, config, compared):
+    cells = [cell(name, [Answer([1, 2], [1, 1])], is_speculative=name != "vanilla") for name in ("vanilla", "x")]
+    for each in cells:
+        each.key = each.key._replace(temperature=temperature)
+    cells[1].speculative_config = config
+    assert all_figures(cells, 16)[1].compared == compared
+
+
+def test_the_number_of_gpus_is_recorded(monkeypatch):
+    answer = SimpleNamespace(stdout="NVIDIA H100, 1.0\nNVIDIA H100, 1.0\nNVIDIA L4, 1.0\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *arguments, **keywords: answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = machine.environment()
+    assert (found["device"], found["GPUs"], found["driver"]) == ("NVIDIA H100 + NVIDIA L4", "3", "1.0")
+    for visible, device, number in [
+        ("2", "NVIDIA L4", "1"),
+        ("0,1", "NVIDIA H100", "2"),
+        ("GPU-a", "NVIDIA H100", "1"),
+    ]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = machine.environment()
+        assert (found["device"], found["GPUs"]) == (device, number)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert machine.environment()["GPUs"] == "0"
 
 
 def test_only_the_same_prompts_are_compared():
     answers = [Answer([1, 2], [1, 1])]
-    _, tree = all_figures(
-        [cell("vanilla", answers, is_speculative=False), cell("tree", answers, digest="other prompts")]
-    )
+    _, tree = all_figures([cell("vanilla", answers, is_speculative=False), cell("tree", answers, prompts="other")], 16)
     assert (tree.speedup, tree.identical, tree.compared) == (None, None, None)
 
 
@@ -464,20 +621,21 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_all_and_asks_for_nothing(tmp_path):
-    from vllm_longspec.bench.report import Report
-
     answers = [Answer([1, 2, 3, 4], [1, 3], drafted=[4], accepted=[2])]
     cells = [cell("vanilla", [Answer([1, 2, 3, 4], [1] * 4)], 3.0, "<b>&.jsonl", is_speculative=False)]
     cells += [cell("tree", answers, 1.0, "<b>&.jsonl")]
-    figures = all_figures(cells)
-    before = [{**asdict(each), "user_tokens_per_second": 1.5} for each in figures]
-    report = Report({"target": "a/<target>", "url": None}, [{"device": "GPU"}], ["2 prompts"], figures, ("old", before))
+    figures = all_figures(cells, 16)
+    before = [{**asdict(each), "user_tokens_per_second": 1.5, "environment": {"device": "<old>"}} for each in figures]
+    settings = {"target": "a/<target>", "engine": {"seed": 1}}
+    baseline = Baseline("old", {**settings, "engine": {}}, before)
+    report = Report(settings, [{"device": "GPU"}], ["2 prompts"], figures, baseline)
     report.write(tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert page.outside == [] and page.open == []
     text = " ".join(page.text)
     for words in ("a/<target>", "<b>&.jsonl", "3.00x", "1 of 1", "4: 100%", "Compared with old", "2.00x", "2 prompts"):
         assert words in text, words
+    assert 'engine: {"seed": 1}, before {}' in text and "device: x, before <old>" in text
     # The plot is in the page, as text that can be searched.
     assert "speed-up over vanilla" in text and "tokens per step by position" in text
     table = (tmp_path / "report.md").read_text()
@@ -493,7 +651,7 @@ def test_the_page_about_it_names_its_options_and_no_others():
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page))
     assert options - said == set()
     # Of vLLM's own.
-    assert said - options == {"--per-request-spec-decode-metrics", "--speculative-config"}
+    assert said - options == {"--per-request-spec-decode-metrics", "--speculative-config", "--api-key"}
     for name in (*WORKLOADS, *METHODS):
         assert f"`{name}`" in page
     for workload in WORKLOADS.values():

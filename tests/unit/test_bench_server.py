@@ -2,12 +2,15 @@
 """Servers are started, watched and stopped with all that they have started; a small module stands in for vLLM's."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 
-from vllm_longspec.bench.server import ServerError, run_server
+from vllm_longspec.bench.server import ServerError, exit_on_signals, run_server
 
 # Serves /health after it has started a child that leaves its process group.
 MODULE = """
@@ -86,3 +89,50 @@ def test_a_server_that_dies_is_said_to_have(start):
         server.request("GET", "/exit") as response,
     ):
         response.read()
+
+
+PARENT = """
+import os, sys
+from pathlib import Path
+from vllm_longspec.bench.server import run_server
+with run_server(["model", "--hang"], os.environ, Path(sys.argv[1]), command="stand_in"):
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell a process that its parent ended")
+def test_a_server_ends_with_the_process_that_started_it(start, tmp_path):
+    path = os.pathsep.join([str(tmp_path), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "log")], env=environment)
+    server = None
+    try:
+        for _ in range(300):
+            children = psutil.Process(parent.pid).children()
+            if children and "stand_in" in children[0].cmdline()[1:3]:
+                server = children[0]
+                break
+            time.sleep(0.1)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert server is not None
+    try:
+        assert has_ended(server.pid)
+    finally:
+        if server.is_running():
+            server.kill()
+
+
+def test_signals_that_are_ignored_stay_so():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        exit_on_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

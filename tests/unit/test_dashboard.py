@@ -44,3 +44,15 @@ def test_what_a_server_lacks_is_named():
     assert "vllm:num_requests_running" in dashboard.missing("")
     served = 'vllm:num_requests_running{engine="0"} 1.0'
     assert "vllm:num_requests_running{model_name}" in dashboard.missing(served)
+
+
+def test_tokens_per_step_count_steps_without_drafts():
+    """Two requests of 15 tokens: 14 in 7 steps each, of which 5 had drafts."""
+    served = {"generation_tokens_total": 30, "time_to_first_token_seconds_count": 2}
+    served |= {"spec_decode_num_accepted_tokens_total": 14, "spec_decode_num_drafts_total": 10}
+    [panel] = [panel for panel in dashboard.read()["panels"] if panel["title"] == "Tokens per step"]
+    [target] = panel["targets"]
+    value = re.sub(
+        r"sum\(rate\(vllm:(\w+)\{[^}]*\}\[\$__rate_interval\]\)\)", lambda m: str(served[m[1]]), target["expr"]
+    )
+    assert eval(value, {"__builtins__": {}}) == 28 / 14

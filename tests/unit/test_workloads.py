@@ -7,7 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks import PAIR
 from vllm_longspec.bench.prompts import SHORTEST, VICUNA_TEMPLATE, Renderer, choose, choose_own
@@ -154,6 +157,36 @@ def test_vicunas_template_is_shipped(tokenizer):
     assert tokenizer.decode(ids).endswith("polite answers to the user's questions. USER: Hello ASSISTANT:")
     with pytest.raises(ValueError, match="no chat template: give one by --chat-template"):
         Renderer(WithoutTemplate(), "a/base-model", 4000)
+
+
+def test_vicunas_template_makes_fastchats_tokens():
+    """Its separators are a space after the system's and the user's text and </s> after the assistant's, without one."""
+    texts = ["<s>", "</s>", "SYSTEM", "USER:", "ASSISTANT:", "one", "two", "three", " "]
+    own = Tokenizer(WordLevel({text: number for number, text in enumerate(texts)}))
+    own.pre_tokenizer = Split(" ", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>")
+    turns = [("system", "SYSTEM"), ("user", "one"), ("assistant", "two"), ("user", "three")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    ids = Renderer(tokenizer, "lmsys/vicuna-7b-v1.5", 4000).render_messages(messages, None)
+    assert [texts[number] for number in ids] == [
+        *("<s>", "SYSTEM", " ", "USER:", " ", "one", " ", "ASSISTANT:", " ", "two", "</s>"),
+        *("USER:", " ", "three", " ", "ASSISTANT:"),
+    ]
+
+
+def test_a_template_may_refuse_a_workload(tmp_path, tokenizer):
+    write(tmp_path, "aime24", [{"problem": "Find x."}])
+    refusing = Renderer(tokenizer, "a/target", 64, template="{{ raise_exception('no\\nuser') }}")
+    with pytest.raises(
+        ValueError, match=r"--workload aime24, .*:1: the chat template refuses it \(no user\); give one by --chat"
+    ):
+        choose(WORKLOADS["aime24"], tmp_path, refusing, None, seed=0)
+
+
+def test_windows_that_hold_short_prompts_only_are_refused(tmp_path, tokenizer):
+    write(tmp_path, "lcc", [longbench("".join(WORDS))])
+    with pytest.raises(ValueError, match="the window less --output-len holds 1,200: give a larger --max-model-len"):
+        choose(WORKLOADS["lcc"], tmp_path, Renderer(tokenizer, "a/target", SHORTEST), None, seed=0)
 
 
 def test_texts_may_be_left_as_they_are(tokenizer):

@@ -120,8 +120,9 @@ class Store:
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool):
         self.folder = folder
         manifest = folder / _MANIFEST
-        if not manifest.exists():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not manifest.exists() or not any((folder / _CELLS).glob("*.json")):
+            # A run that measured nothing binds nobody to its settings.
+            if not manifest.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise ValueError(f"--out {folder} has something that is no run of this command: give another folder")
             (folder / _CELLS).mkdir(parents=True, exist_ok=True)
             write_atomically(manifest, json.dumps({"settings": settings}, indent=2) + "\n")
@@ -140,7 +141,9 @@ class Store:
     def _path(self, key: Key) -> Path:
         # The workload may be a path.
         workload = re.sub(r"[^\w.-]+", "_", key.workload)
-        return self.folder / _CELLS / f"{key.method}-{workload}-t{key.temperature:g}.json"
+        # What is readable may be the same of two keys.
+        tag = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
+        return self.folder / _CELLS / f"{key.method}-{workload}-t{key.temperature:g}-{tag}.json"
 
     def add(self, cell: Cell) -> None:
         write_atomically(self._path(cell.key), json.dumps(cell.to_json()) + "\n")
@@ -149,13 +152,14 @@ class Store:
         """Whether a cell was measured.
 
         Raises:
-            ValueError: with another configuration or other prompts.
+            ValueError: with another configuration or other prompts, or the file is another cell's.
         """
         path = self._path(key)
         if not path.exists():
             return False
         cell = Cell.from_json(json.loads(path.read_text()))
         for what, is_same in (
+            ("method, workload or temperature", cell.key == key),
             ("method", cell.speculative_config == method.speculative_config),
             ("set of prompts", cell.prompts == digest(prompts)),
         ):

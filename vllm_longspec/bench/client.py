@@ -11,11 +11,16 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+import os
+import random
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
+import numpy as np
 from vllm.benchmarks.datasets import SampleRequest
 from vllm.benchmarks.lib.endpoint_request_func import (
     ASYNC_REQUEST_FUNCS,
@@ -32,6 +37,8 @@ from vllm_longspec.bench.server import ServerError
 
 _ENDPOINT_TYPE = "vllm-longspec"
 _SEED_BITS = 31
+_NUMPY_SEED_BITS = 32
+_NO_PROXY = ("no_proxy", "NO_PROXY")
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,10 @@ class Recorder:
         self, request_func_input: RequestFuncInput, session: aiohttp.ClientSession, pbar: Any = None
     ) -> RequestFuncOutput:
         kept = _Session(session)
+        if request_func_input.request_id is None:
+            # A warm-up. It is the first prompt that is timed, and must not leave it in the server's prefix cache.
+            body = {**(request_func_input.extra_body or {}), "cache_salt": uuid.uuid4().hex}
+            request_func_input = replace(request_func_input, extra_body=body)
         # It asks the session for no more than `post`.
         output = await async_request_openai_completions(request_func_input, kept, pbar)  # type: ignore[arg-type]
         # Warm-ups have no id.
@@ -104,10 +115,29 @@ class Recorder:
         return output
 
 
+@contextlib.contextmanager
+def _without_proxy(url: str) -> Iterator[None]:
+    """Has requests to the host of a URL bypass proxies, which vLLM's session takes from the environment."""
+    before = {name: os.environ.get(name) for name in _NO_PROXY}
+    hosts = [value for value in dict.fromkeys(before.values()) if value]
+    hosts.append(urlsplit(url).hostname or "")
+    try:
+        for name in _NO_PROXY:
+            # `*` is understood only where it stands alone.
+            os.environ[name] = "*" if "*" in hosts else ",".join(hosts)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def measure(
     url: str, model: str, tokenizer: Any, prompts: Sequence[Prompt], load: Load
 ) -> tuple[dict[str, Any], list[Answer]]:
-    """Sends all prompts to a server.
+    """Sends all prompts to a server, not through a proxy, at times that follow from the seed.
 
     Args:
         url: of the server, without a path.
@@ -121,7 +151,9 @@ def measure(
         ServerError: a request failed; says how.
     """
     recorder = Recorder()
-    body: dict[str, Any] = {"temperature": load.temperature, "return_token_ids": True}
+    # Prompts may share prefixes with each other, but not with what the server was asked before.
+    salt = uuid.uuid4().hex
+    body: dict[str, Any] = {"temperature": load.temperature, "return_token_ids": True, "cache_salt": salt}
     requests = [
         SampleRequest(
             prompt=prompt.token_ids,
@@ -133,7 +165,10 @@ def measure(
         for number, prompt in enumerate(prompts)
     ]
     # vLLM prints a table of each run; the report has its figures.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _without_proxy(url):
+        # vLLM draws the arrivals from the global generators, and seeds them in the main function of its command only.
+        random.seed(load.seed)
+        np.random.seed(load.seed % (1 << _NUMPY_SEED_BITS))
         ASYNC_REQUEST_FUNCS[_ENDPOINT_TYPE] = recorder
         try:
             result = asyncio.run(

@@ -18,14 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import ProxyHandler, build_opener
+from urllib.error import HTTPError, URLError
+from urllib.request import ProxyHandler, Request, build_opener
 
 from vllm_longspec.bench.cells import Key, Store, cell_of
 from vllm_longspec.bench.client import Load, measure
 from vllm_longspec.bench.environment import environment
 from vllm_longspec.bench.figures import all_figures
-from vllm_longspec.bench.methods import DEFAULT_GAMMA, METHODS, PEER_TOKENS, PEERS, Method, read_methods
+from vllm_longspec.bench.methods import DEFAULT_GAMMA, METHODS, PEER_TOKENS, PEERS, Method, check_name, read_methods
 from vllm_longspec.bench.plots import check_matplotlib
 from vllm_longspec.bench.prompts import Chosen, Renderer, choose, choose_own
 from vllm_longspec.bench.report import Report, read_baseline
@@ -162,6 +162,8 @@ def run(arguments: argparse.Namespace) -> None:
     target = _running_target(arguments) if arguments.url is not None else _target(arguments)
     tokenizer, chosen = _prompts(arguments, target)
     settings = _settings(arguments, target)
+    if baseline is not None:
+        baseline.check(settings)
     store = Store(arguments.out, settings, arguments.resume)
     for each in chosen.values():
         say(each.describe())
@@ -176,7 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
         if cells:
             environments = list({json.dumps(cell.environment): cell.environment for cell in cells}.values())
             lines = list(dict.fromkeys(cell.description for cell in cells))
-            report = Report(settings, environments, lines, all_figures(cells), baseline)
+            report = Report(settings, environments, lines, all_figures(cells, arguments.output_len), baseline)
             files = report.write(arguments.out)
             say(f"\n{report.summary()}\n{files[-1]} has all of it; beside it are the same figures as JSON and Markdown")
 
@@ -224,7 +226,9 @@ def _workload_key(name: str) -> str:
 
 def _methods(arguments: argparse.Namespace) -> list[Method]:
     if arguments.url is not None:
-        return [Method(arguments.methods[0], None)]
+        [name] = arguments.methods
+        check_name("--methods", name)
+        return [Method(name, None)]
     names = arguments.methods
     if names is None:
         names = ["vanilla", "tree" if arguments.draft is not None else "magicdec"]
@@ -291,11 +295,18 @@ def _running_target(arguments: argparse.Namespace) -> Target:
         ServerError: it does not answer, or is not vLLM.
     """
     models = f"{arguments.url.rstrip('/')}/v1/models"
+    request = Request(models)
+    # As vLLM's request function does.
+    if key := os.environ.get("OPENAI_API_KEY"):
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
         # Proxies are not for servers that are named by address.
-        with build_opener(ProxyHandler({})).open(models, timeout=30) as response:
+        with build_opener(ProxyHandler({})).open(request, timeout=30) as response:
             model = json.load(response)["data"][0]
             served_name, root, length = model["id"], model.get("root"), int(model["max_model_len"])
+    except HTTPError as error:
+        way_out = "set OPENAI_API_KEY to its --api-key" if error.code == 401 else "is it vLLM's?"
+        raise ServerError(f"--url {arguments.url}: {models} answers {error.code} {error.reason}: {way_out}") from error
     except (URLError, OSError) as error:
         raise ServerError(f"--url {arguments.url} does not answer ({error}): is the server running?") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:

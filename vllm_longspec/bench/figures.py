@@ -6,9 +6,10 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_longspec.bench.cells import Answer, Cell
-from vllm_longspec.bench.methods import VANILLA
+from vllm_longspec.bench.methods import VANILLA, draws_as_vanilla
 
 # Parts that an answer is looked at in, by position.
 _PARTS = 8
@@ -21,11 +22,15 @@ class Figures:
     method: str
     workload: str
     temperature: float
+    # What decides whether two figures can be compared, and what may explain how they differ.
+    prompts_digest: str
+    environment: dict[str, str]
+    speculative_config: dict[str, Any] | None
     num_prompts: int
     prompt_tokens: int  # of the prompt in the middle
     output_tokens: int
     tokens_per_step: float | None
-    # Share of the steps of which a node at depth 1, 2, ... was accepted.
+    # Share of the steps of which a node at depth 1, 2, ... was accepted, whether the answer had room for it or not.
     by_depth: list[float]
     # Position of the first token of a part of the answers -> tokens per step there.
     by_position: dict[int, float]
@@ -35,18 +40,20 @@ class Figures:
     tokens_per_second: float  # of all requests, from the first to the last
     ttft_ms: tuple[float, float]  # p50, p99
     tpot_ms: tuple[float, float]
-    speedup: float | None  # of user_tokens_per_second over vanilla's
+    speedup: float | None  # of user_tokens_per_second over vanilla's, on the same machine with the same versions
     # Answers that are vanilla's token for token, of how many, and the first token that is not, from 1, of each other.
+    # None where they need not be: vLLM's own methods draw other tokens at temperatures above 0.
     identical: int | None
     compared: int | None
     first_differences: list[int]
 
 
-def figures_of(cell: Cell, vanilla: Cell | None) -> Figures:
+def figures_of(cell: Cell, vanilla: Cell | None, output_len: int) -> Figures:
     """The figures of a cell.
 
     Args:
         vanilla: plain decoding of the same workload at the same temperature, if it was measured.
+        output_len: the most tokens of an answer, which is divided into the same parts for all cells.
     """
     steps = _steps(cell)
     speed = _user_tokens_per_second(cell)
@@ -54,12 +61,15 @@ def figures_of(cell: Cell, vanilla: Cell | None) -> Figures:
         method=cell.key.method,
         workload=cell.key.workload,
         temperature=cell.key.temperature,
+        prompts_digest=cell.prompts,
+        environment=cell.environment,
+        speculative_config=cell.speculative_config,
         num_prompts=len(cell.answers),
         prompt_tokens=round(statistics.median(cell.result["input_lens"])),
         output_tokens=cell.result["total_output_tokens"],
         tokens_per_step=_tokens_per_step(cell),
         by_depth=_by_depth(cell),
-        by_position=_by_position(steps),
+        by_position=_by_position(steps, output_len),
         drafted=_shares(cell),
         user_tokens_per_second=speed,
         tokens_per_second=cell.result["output_throughput"],
@@ -74,8 +84,10 @@ def figures_of(cell: Cell, vanilla: Cell | None) -> Figures:
     if vanilla is None or vanilla.prompts != cell.prompts or vanilla is cell:
         return figures
     plain = _user_tokens_per_second(vanilla)
-    if speed is not None and plain is not None:
+    if speed is not None and plain is not None and cell.environment == vanilla.environment:
         figures.speedup = speed / plain
+    if cell.key.temperature > 0 and not draws_as_vanilla(cell.speculative_config):
+        return figures
     differences = [
         _first_difference(ours.token_ids, theirs.token_ids)
         for ours, theirs in zip(cell.answers, vanilla.answers, strict=True)
@@ -86,9 +98,9 @@ def figures_of(cell: Cell, vanilla: Cell | None) -> Figures:
     return figures
 
 
-def all_figures(cells: Sequence[Cell]) -> list[Figures]:
+def all_figures(cells: Sequence[Cell], output_len: int) -> list[Figures]:
     plain = {cell.key[1:]: cell for cell in cells if cell.key.method == VANILLA}
-    return [figures_of(cell, plain.get(cell.key[1:])) for cell in cells]
+    return [figures_of(cell, plain.get(cell.key[1:]), output_len) for cell in cells]
 
 
 def _user_tokens_per_second(cell: Cell) -> float | None:
@@ -99,11 +111,29 @@ def _user_tokens_per_second(cell: Cell) -> float | None:
     return tokens / seconds if tokens and seconds > 0 else None
 
 
+def _emitted(answer: Answer) -> int:
+    """Tokens of all steps: the first is the prompt's."""
+    return max(len(answer.token_ids) - 1, 0)
+
+
+def _taken(answer: Answer) -> list[int]:
+    """Accepted tokens of each step with draft tokens that are in the answer.
+
+    The last step may accept more than an answer takes before it ends. Every chunk after the first has a step or more,
+    so what is over, if there were no more steps than that, was not taken.
+    """
+    accepted = list(answer.accepted or ())
+    if accepted:
+        least = max(len(accepted), len(answer.chunks) - 1)
+        over = sum(accepted) + least - _emitted(answer)
+        accepted[-1] -= min(accepted[-1], max(over, 0))
+    return accepted
+
+
 def _undrafted(answer: Answer) -> int:
-    """Steps of a request without draft tokens, which its metrics leave out; its first token is the prompt's."""
-    assert answer.accepted is not None
-    # The last step may have accepted more than the request took.
-    return max(0, len(answer.token_ids) - 1 - sum(answer.accepted) - len(answer.accepted))
+    """Steps of a request without draft tokens, which its metrics leave out."""
+    taken = _taken(answer)
+    return max(0, _emitted(answer) - sum(taken) - len(taken))
 
 
 def _tokens_per_step(cell: Cell) -> float | None:
@@ -112,13 +142,19 @@ def _tokens_per_step(cell: Cell) -> float | None:
         return 1.0 if cell.key.method == VANILLA else None
     known = [answer for answer in cell.answers if answer.accepted is not None]
     if not known:
-        return cell.result.get("spec_decode_acceptance_length")
-    steps = emitted = 0
-    for answer in known:
-        undrafted = _undrafted(answer)
-        steps += len(answer.accepted or ()) + undrafted
-        emitted += sum(answer.accepted or ()) + len(answer.accepted or ()) + undrafted
-    return emitted / steps if steps else None
+        return _by_counters(cell)
+    steps = sum(len(answer.accepted or ()) + _undrafted(answer) for answer in known)
+    return sum(_emitted(answer) for answer in known) / steps if steps else None
+
+
+def _by_counters(cell: Cell) -> float | None:
+    """Tokens per step where the server counts, but not by request."""
+    if "spec_decode_accepted_tokens" not in cell.result:
+        return None
+    emitted = sum(_emitted(answer) for answer in cell.answers)
+    # A step emits one token that was not drafted. Of those accepted, the last steps' may not have been taken.
+    steps = max(emitted - cell.result["spec_decode_accepted_tokens"], cell.result["spec_decode_num_drafts"])
+    return emitted / steps if emitted and steps else None
 
 
 def _by_depth(cell: Cell) -> list[float]:
@@ -149,7 +185,7 @@ def _steps(cell: Cell) -> Iterator[tuple[int, int]]:
         return
     for answer in cell.answers:
         if answer.accepted is not None and not _undrafted(answer):
-            position, tokens = 1, [1 + accepted for accepted in answer.accepted]
+            position, tokens = 1, [1 + accepted for accepted in _taken(answer)]
         elif answer.chunks:
             # Where a step's place among those with draft tokens is not known: a chunk of the stream is a step, unless
             # the server was so busy that it sent several as one.
@@ -161,13 +197,10 @@ def _steps(cell: Cell) -> Iterator[tuple[int, int]]:
             position += number
 
 
-def _by_position(steps: Iterator[tuple[int, int]]) -> dict[int, float]:
-    steps_of = list(steps)
-    if not steps_of:
-        return {}
-    width = max(1, -(-(1 + max(position for position, _ in steps_of)) // _PARTS))
+def _by_position(steps: Iterator[tuple[int, int]], output_len: int) -> dict[int, float]:
+    width = -(-output_len // _PARTS)
     parts: dict[int, list[int]] = {}
-    for position, tokens in steps_of:
+    for position, tokens in steps:
         parts.setdefault(position // width * width, []).append(tokens)
     return {start: statistics.fmean(tokens) for start, tokens in sorted(parts.items())}
 

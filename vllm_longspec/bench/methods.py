@@ -103,8 +103,10 @@ def _peer(text: str, num_tokens: int) -> Method:
         return Method(name, {"method": "ngram_gpu", **tokens})
     if importlib.util.find_spec("arctic_inference") is None:
         raise ValueError("--peers suffix needs Arctic Inference: pip install arctic-inference, or leave suffix out")
+    # Without the answers of earlier requests: they are those of the same prompts, of warm-ups and other temperatures.
+    config = {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
     # vLLM has it for its older model runner only.
-    return Method(name, {"method": "suffix"}, {"VLLM_USE_V2_MODEL_RUNNER": "0"})
+    return Method(name, config, {"VLLM_USE_V2_MODEL_RUNNER": "0"})
 
 
 def _other(text: str) -> Method:
@@ -117,6 +119,22 @@ def _other(text: str) -> Method:
         raise ValueError(f"--method {text}: give NAME=JSON, where JSON is an object that --speculative-config takes")
     if name == VANILLA:
         raise ValueError(f"--method {VANILLA} is decoding without speculation: give another name")
-    if not all(character.isalnum() or character in "-_.@" for character in name):
-        raise ValueError(f"--method {name}: a name has letters, digits and - _ . @ only")
+    check_name("--method", name)
     return Method(name, config)
+
+
+def check_name(option: str, name: str) -> None:
+    """Raises ValueError for a method's name that cannot be part of a file's."""
+    if not all(character.isalnum() or character in "-_.@" for character in name):
+        raise ValueError(f"{option} {name}: a name has letters, digits and - _ . @ only")
+
+
+def draws_as_vanilla(config: Mapping[str, Any] | None) -> bool:
+    """Whether tokens at a temperature above 0 are those of decoding without speculation, with the same seed.
+
+    vLLM's own methods draw by rejection sampling, which has the same distribution but not the same tokens.
+
+    Args:
+        config: a method's speculative configuration.
+    """
+    return config is None or config.get("method") in (None, "glide", "magicdec")

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 SHORTEST = 1200
 # FastChat's Vicuna format, which LongChat uses too; the tokenizers of both have no template.
 VICUNA_TEMPLATE = (
+    "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set rest = messages[1:] %}"
     "{% else %}A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions.{% set rest = messages %}{% endif %}"
-    "{% for message in rest %}{% if message['role'] == 'user' %} USER: {{ message['content'] }}"
-    "{% else %} ASSISTANT: {{ message['content'] }}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    "detailed, and polite answers to the user's questions.{% set rest = messages %}{% endif %} "
+    "{% for message in rest %}{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
+    "{% else %}ASSISTANT: {{ message['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
@@ -58,6 +59,10 @@ class Chosen:
         if self.num_long:
             what += f"; {self.num_long} too long for the window were left out"
         return what
+
+
+class TemplateRefusal(ValueError):
+    """A chat template raised an error for messages."""
 
 
 class Renderer:
@@ -105,11 +110,20 @@ class Renderer:
         return self.render_messages([{"role": "user", "content": text}], None)
 
     def render_messages(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
+        """The token ids of a conversation.
+
+        Raises:
+            ValueError: there is no chat template.
+            TemplateRefusal: it raises an error.
+        """
         if self.template is None and self.tokenizer.chat_template is None:
             self._refuse("workloads of plain texts only, without messages")
-        ids: Any = self.tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=self.template, add_generation_prompt=True, return_dict=False
-        )
+        try:
+            ids: Any = self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=self.template, add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # templates raise errors of their own, and any that Python has
+            raise TemplateRefusal(f"the chat template refuses it ({' '.join(str(error).split())})") from error
         return list(ids)
 
     def fit(self, text: str) -> tuple[list[int], int]:
@@ -144,15 +158,23 @@ def choose(workload: Workload, folder: Path | None, renderer: Renderer, max_prom
         max_prompts: at most so many; None for all.
 
     Raises:
-        ValueError: as `read_records` and `Renderer.fit` do, or no prompt is long enough.
+        ValueError: as `read_records` and `Renderer.fit` do, or no prompt is or can be long enough.
     """
+    if renderer.max_tokens <= SHORTEST and not workload.short:
+        raise ValueError(
+            f"--workload {workload.name}: prompts of {SHORTEST:,} tokens or fewer are left out, and the window less "
+            f"--output-len holds {renderer.max_tokens:,}: give a larger --max-model-len or fewer --output-len"
+        )
     records = list(read_records(workload, folder))
     random.Random(seed).shuffle(records)
     chosen = Chosen(workload.title)
     for place, record in records:
         if len(chosen.prompts) == max_prompts:
             break
-        token_ids, num_cut = renderer.fit(workload.ask(record))
+        try:
+            token_ids, num_cut = renderer.fit(workload.ask(record))
+        except TemplateRefusal as error:
+            raise ValueError(f"--workload {workload.name}, {place}: {error}; give one by --chat-template") from error
         if len(token_ids) <= SHORTEST and not workload.short:
             chosen.num_short += 1
             continue
@@ -201,7 +223,5 @@ def _own_token_ids(prompt: generate.Prompt, renderer: Renderer) -> list[int]:
         return renderer.tokenizer.encode(prompt.content)
     try:
         return renderer.render_messages(generate.to_answer(prompt.content), prompt.tools)
-    except ValueError:
-        raise
-    except Exception as error:  # templates raise errors of their own
-        raise ValueError(f"{prompt.place}: the chat template refuses it ({error})") from error
+    except TemplateRefusal as error:
+        raise ValueError(f"{prompt.place}: {error}") from error

@@ -15,6 +15,8 @@ from vllm_longspec.training.generate import write_atomically
 
 REPORT = "report.json"
 _NONE = "–"  # noqa: RUF001
+# Settings that two runs must share to be compared.
+_COMPARABLE = ("target", "output_len", "ignore_eos", "batch", "request_rate", "seed")
 # The rarest numbers of draft tokens are counted together.
 _NAMED_NUMBERS = 4
 _STYLE = """
@@ -31,6 +33,24 @@ dt { font-weight: 600; } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 """
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """Another run, and its name."""
+
+    name: str
+    settings: dict[str, Any]
+    figures: list[dict[str, Any]]
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Raises ValueError if a run with these settings was asked for something else."""
+        for name in _COMPARABLE:
+            if settings.get(name) != self.settings.get(name):
+                raise ValueError(
+                    f"--baseline {self.name} was measured with {name} {json.dumps(self.settings.get(name))}, not "
+                    f"{json.dumps(settings.get(name))}: give the same, or leave --baseline out"
+                )
+
+
 @dataclass
 class Report:
     """A run and its figures.
@@ -40,14 +60,14 @@ class Report:
         environments: the machine and versions; more than one if the run was resumed elsewhere.
         prompts: a line for each workload, of what it consists and what was left out.
         figures: of all cells.
-        baseline: figures of another run, and its name.
+        baseline: another run, measured with settings that `Baseline.check` takes.
     """
 
     settings: dict[str, Any]
     environments: list[dict[str, str]]
     prompts: list[str]
     figures: list[Figures]
-    baseline: tuple[str, list[dict[str, Any]]] | None
+    baseline: Baseline | None
 
     def write(self, folder: Path) -> list[Path]:
         """Writes all files, and returns them."""
@@ -77,29 +97,49 @@ class Report:
             "figures": [asdict(figures) for figures in self.figures],
         }
 
-    def _sections(self, figures: list[Figures]) -> Iterator[tuple[str, list[list[str]]]]:
-        """Titles and tables of one temperature; none without a row."""
+    def _sections(self, figures: list[Figures]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        """Titles, notes and tables of one temperature; none without a row or a note."""
         makers: list[tuple[str, Callable[[list[Figures]], list[list[str]]]]] = [
-            ("Speed", _speeds),
+            ("Speed", self._speeds),
             ("Accepted by depth, share of the steps with draft tokens", _depths),
             ("Tokens per step by position in the output", _positions),
             ("Draft tokens verified, share of the steps", _drafted),
         ]
-        if self.baseline is not None:
-            makers.append((f"Compared with {self.baseline[0]}", self._compared))
         for title, make in makers:
             rows = make(figures)
             if len(rows) > 1:
-                yield title, rows
+                yield title, [], rows
+        if self.baseline is not None:
+            notes, rows = self._compared(self.baseline, figures)
+            if notes or len(rows) > 1:
+                yield f"Compared with {self.baseline.name}", notes, rows
 
-    def _compared(self, figures: list[Figures]) -> list[list[str]]:
-        assert self.baseline is not None
-        before = {(each["method"], each["workload"], each["temperature"]): each for each in self.baseline[1]}
+    def _speeds(self, figures: Sequence[Figures]) -> list[list[str]]:
+        """With the number of a row's machine and versions, if there are several."""
+        rows = _speeds(figures)
+        if len(self.environments) > 1:
+            rows[0].append("measured on")
+            for row, each in zip(rows[1:], figures, strict=True):
+                row.append(str(1 + self.environments.index(each.environment)))
+        return rows
+
+    def _compared(self, baseline: Baseline, figures: list[Figures]) -> tuple[list[str], list[list[str]]]:
+        """What differs between the runs, and the figures of both."""
+        before = {(each["method"], each["workload"], each["temperature"]): each for each in baseline.figures}
+        notes = _differences(self.settings, baseline.settings)
         rows = [["workload", "method", "tokens/s per user", "before", "ratio", "tokens per step", "before"]]
         for each in figures:
             other = before.get((each.method, each.workload, each.temperature))
             if other is None:
                 continue
+            if other.get("prompts_digest") != each.prompts_digest:
+                notes.append(f"{each.method} on {each.workload} is left out: its prompts are others")
+                continue
+            notes += _differences(each.environment, other["environment"])
+            if each.speculative_config != other["speculative_config"]:
+                notes += _differences(
+                    {each.method: each.speculative_config}, {each.method: other["speculative_config"]}
+                )
             now, then = each.user_tokens_per_second, other["user_tokens_per_second"]
             ratio = now / then if now is not None and then is not None else None
             rows.append(
@@ -108,11 +148,12 @@ class Report:
                     *(_number(each.tokens_per_step, 2), _number(other["tokens_per_step"], 2)),
                 ]
             )
-        return rows
+        return list(dict.fromkeys(notes)), rows
 
     def _facts(self) -> Iterator[tuple[str, str]]:
-        for environment in self.environments:
-            yield "Measured on", ", ".join(f"{name} {value}" for name, value in environment.items())
+        for number, environment in enumerate(self.environments, start=1):
+            which = f"Measured on ({number})" if len(self.environments) > 1 else "Measured on"
+            yield which, ", ".join(f"{name} {value}" for name, value in environment.items())
         for name, value in self.settings.items():
             if value is not None and name != "workloads":
                 yield name.replace("_", " "), value if isinstance(value, str) else json.dumps(value)
@@ -124,7 +165,9 @@ class Report:
         for temperature in self.temperatures:
             parts.append(f"## Temperature {temperature:g}\n")
             parts.append(f"![Speed and acceptance]({_plot_name(temperature)})\n")
-            parts += [f"### {title}\n\n{markdown(rows)}" for title, rows in self._sections(self._at(temperature))]
+            for title, notes, rows in self._sections(self._at(temperature)):
+                said = "".join(f"- {note}\n" for note in notes)
+                parts += [f"### {title}\n", *([said] if notes else ()), *([markdown(rows)] if len(rows) > 1 else ())]
         parts.append("## Set-up\n")
         parts.append("".join(f"- {name}: {value}\n" for name, value in self._facts()))
         parts.append(_EXPLANATION + "\n")
@@ -145,15 +188,19 @@ class Report:
         ]
         for temperature in self.temperatures:
             parts.append(f'<h2>Temperature {temperature:g}</h2>\n<div class="plot">{plots[temperature]}</div>')
-            for heading, rows in self._sections(self._at(temperature)):
-                parts.append(f'<h3>{html.escape(heading)}</h3>\n<div class="wide">{html_table(rows)}</div>')
+            for heading, notes, rows in self._sections(self._at(temperature)):
+                parts.append(f"<h3>{html.escape(heading)}</h3>")
+                if notes:
+                    parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>")
+                if len(rows) > 1:
+                    parts.append(f'<div class="wide">{html_table(rows)}</div>')
         facts = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in self._facts())
         parts += ["<h2>Set-up</h2>\n<dl>", *facts, f"</dl><p>{html.escape(_EXPLANATION)}</p></body></html>\n"]
         return "\n".join(parts)
 
     def summary(self) -> str:
         """The speeds, for a terminal."""
-        tables = (f"Temperature {each:g}\n\n{markdown(_speeds(self._at(each)))}" for each in self.temperatures)
+        tables = (f"Temperature {each:g}\n\n{markdown(self._speeds(self._at(each)))}" for each in self.temperatures)
         return "\n".join(tables)
 
     @property
@@ -165,19 +212,32 @@ _EXPLANATION = (
     "A step is one forward pass of the target after the prompt's. Tokens/s per user is a request's speed after its "
     "first token; speed-up is over vanilla's. TTFT is the time to the first token, TPOT the time per token after it. "
     "Identical counts the answers that are vanilla's token for token: in half precision, near-ties between two tokens "
-    "fall differently from batch to batch, with and without speculation."
+    "fall differently from batch to batch, with and without speculation. At temperatures above 0 vLLM's own methods "
+    "draw other tokens of the same distribution, and are not compared."
 )
 
 
-def read_baseline(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The figures of another run, by its folder.
+def _differences(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    def said(value: Any) -> str:
+        return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+    return [
+        f"{name.replace('_', ' ')}: {said(now.get(name))}, before {said(before.get(name))}"
+        for name in dict.fromkeys((*now, *before))
+        if name not in _COMPARABLE and now.get(name) != before.get(name)
+    ]
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Another run, by its folder.
 
     Raises:
         ValueError: there is no report.
     """
     report = path / REPORT if path.is_dir() else path
     try:
-        return str(path), json.loads(report.read_text())["figures"]
+        value = json.loads(report.read_text())
+        return Baseline(str(path), dict(value["settings"]), list(value["figures"]))
     except FileNotFoundError as error:
         raise ValueError(f"--baseline {path}: there is no {report}; give a folder that --out wrote") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -18,6 +18,19 @@ import psutil
 
 START_TIMEOUT = 600.0  # seconds
 _STOP_TIMEOUT = 30.0
+# Ends the server when the process that started it is killed, which cannot stop it any more. The kernel keeps this over
+# the call of another program. Set by a program of its own: code between fork and exec is unsafe in a process with
+# threads. The parent may have ended before it was set.
+_PR_SET_PDEATHSIG = 1
+_TIED = f"""
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl({_PR_SET_PDEATHSIG}, int(signal.SIGTERM), 0, 0, 0):
+    raise OSError(ctypes.get_errno(), "prctl")
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the process that started this server has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class ServerError(ValueError):
@@ -68,6 +81,8 @@ def run_server(
 ) -> Iterator[Server]:
     """Runs `vllm serve` on a free port of 127.0.0.1, yields it once it answers and shuts it down whatever happens.
 
+    On Linux also when this process is killed, or the thread that called this ends.
+
     Args:
         arguments: of `vllm serve`: the model and options, without host and port.
         environment: all variables.
@@ -86,7 +101,10 @@ def run_server(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", command, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)],
+            [
+                *_tied_to_this_process(),
+                *(sys.executable, "-m", command, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)),
+            ],
             cwd=folder,
             env=dict(environment),
             stdout=output,
@@ -104,10 +122,21 @@ def run_server(
         _stop(process)
 
 
+def _tied_to_this_process() -> list[str]:
+    """What a command must begin with to be ended with this process."""
+    if not sys.platform.startswith("linux"):
+        return []
+    return [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid())]
+
+
 def exit_on_signals() -> None:
-    """Makes `kill` and a closed terminal shut the server down just as Ctrl-C does."""
+    """Makes `kill` and a closed terminal shut the server down just as Ctrl-C does.
+
+    Signals that this process was told to ignore stay ignored, as `nohup` wants it.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def what_went_wrong(log: Path) -> str:
