@@ -91,7 +91,7 @@ def train_draft(
     )
     shared = load_shared(config.target)
     accelerator = make_accelerator(config, run)
-    teacher = HfTeacher(shared, accelerator.device, compute_dtype(config), plan.batch_tokens)
+    teacher = HfTeacher(shared, accelerator.device, compute_dtype(config), plan.batch_tokens, config.compile_target)
     windows = Windows(train.ids.cpu(), train.generator)
     source = RandomWindows(windows, plan.draft_windows, plan.batch_tokens, shared.config.max_position_embeddings)
     lessons: list[Lesson] = [

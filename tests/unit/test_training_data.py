@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vllm_longspec.training import data
-from vllm_longspec.training.batches import Cursor, Plan, drawn_depths
-from vllm_longspec.training.config import Stage
+from vllm_longspec.training.batches import Cursor, Plan, drawn_depths, without_short_stage
+from vllm_longspec.training.config import Stage, TrainConfig
 from vllm_longspec.training.data import Counts, TokenStore, prepare
 
 WORDS = (
@@ -255,6 +255,28 @@ def test_a_stage_leaves_out_what_it_cuts_before_the_supervised_tokens():
     assert {index for batch in batches for index in batch} == {1, 2}
     with pytest.raises(ValueError, match="a larger max_length"):
         plan([20, 24], stage, first_supervised=25)
+
+
+def test_the_recipe_has_a_short_stage_if_samples_fit():
+    config = TrainConfig("target", ("data",), "out")
+    short, long = Lengths([3000] * 10, first_supervised=2000), Lengths([3000] * 10, first_supervised=2500)
+    assert without_short_stage(config, short) is config
+    assert without_short_stage(config, long).stages == config.stages[1:]
+    # What was asked for is kept.
+    asked = TrainConfig("target", ("data",), "out", stages=(Stage(steps=1, max_length=2048), Stage(steps=1)))
+    assert without_short_stage(asked, long) is asked
+
+
+def test_the_hash_of_prompts(tmp_path):
+    store = stored(
+        tmp_path,
+        {"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1]},
+        {"input_ids": [1, 2, 5], "loss_mask": [0, 0, 1]},
+        {"input_ids": [1, 3, 5], "loss_mask": [0, 0, 1]},
+        {"text": "how are you"},
+        {"text": "how are bye"},
+    )
+    assert store.prompts[0] == store.prompts[1] and len(set(store.prompts.tolist())) == 4
 
 
 def test_depths_that_are_drawn():

@@ -125,6 +125,20 @@ def test_gradients_are_those_of_the_layer(recompute_above):
             torch.testing.assert_close(found.grad, expected.grad, msg=name)
 
 
+def test_without_gradients_the_mlp_is_computed_by_parts_too():
+    torch.manual_seed(1)
+    glide, embedding = layer(CONFIG), torch.randn(50, 32, dtype=torch.float64)
+    lessons = [lesson(sample(*arguments), CONFIG) for arguments in SAMPLES["answers"]]
+    layout = lay_out([each.sample for each in lessons])
+    packed, sizes = pack(lessons, layout, "cpu"), []
+    glide.mlp.register_forward_hook(lambda _module, given, _output: sizes.append(given[0].shape[:-1].numel()))
+    with torch.no_grad():
+        found = draft_hidden(glide, embedding[layout.ids], packed, (1, 2, 4), 37)
+        expected = draft_hidden(glide, embedding[layout.ids], packed, (1, 2, 4))
+    assert max(sizes[:-1]) <= 37 and sizes[-1] == 3 * len(layout.labels)
+    torch.testing.assert_close(found, expected)
+
+
 def test_only_windows_of_rows_are_computed():
     layout = lay_out([sample(5000, [(4990, 5000)]), sample(3000, [(2000, 2001)])])
     assert len(layout.ids) == (512 + 10) + (512 + 1)

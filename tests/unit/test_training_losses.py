@@ -126,7 +126,9 @@ def test_depths_count_as_often_as_they_are_reached():
     found = depth_weights(acceptance, (1, 2, 3, 4), expected=True)
     reached = torch.tensor([1.0, 0.8, 0.4, 0.2])
     torch.testing.assert_close(found, reached / reached.mean())
-    torch.testing.assert_close(depth_weights(acceptance, (2, 4), expected=True), torch.tensor([1.6, 0.4]))
+    torch.testing.assert_close(depth_weights(acceptance, (2, 4), expected=True), torch.tensor([0.8, 0.2]) / 0.6)
+    # One that is drawn alone counts as often too.
+    torch.testing.assert_close(depth_weights(acceptance, (4,), expected=True), torch.tensor([0.2]) / 0.6)
     assert depth_weights(acceptance, (2, 4), expected=False).tolist() == [1, 1]
 
 

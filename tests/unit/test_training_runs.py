@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from tests.models import FAMILY_SETTINGS, GLIDE_ARCHITECTURES, glide_shapes, write_target
@@ -23,8 +25,16 @@ from vllm_longspec.proposers.glide.fit import check_fit
 from vllm_longspec.training import checkpoints, loop
 from vllm_longspec.training.config import build
 from vllm_longspec.training.target import load_shared
-from vllm_longspec.training.train import check_agreement, first_weights, train
+from vllm_longspec.training.train import (
+    _teacher_device,
+    check_agreement,
+    first_weights,
+    held_out_by_prompt,
+    make_teacher,
+    train,
+)
 
+CPU = torch.device("cpu")
 FAMILIES = sorted(GLIDE_ARCHITECTURES)
 # A stage at offset positions, then one at real ones.
 STAGES = "stages=[{steps: 8, learning_rate: 2e-3, anchor_positions: 700}, {steps: 8, learning_rate: 1e-3}]"
@@ -171,7 +181,8 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         "data": [str(data)],
         "stages": [{"steps": 4, "learning_rate": 2e-3}],
         "tokens_per_batch": 256,
-        "held_out": {"samples": 3},
+        # Due at every report.
+        "held_out": {"samples": 3, "minutes": 1e-9},
         "report": {"steps": 2},
         "device": "cpu",
     }
@@ -179,11 +190,16 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
     script = tmp_path / "both.py"
     script.write_text(
         "from pathlib import Path\n"
+        "from types import SimpleNamespace\n"
+        "from vllm_longspec.training import loop\n"
         "from vllm_longspec.training.config import build\n"
         "from vllm_longspec.training.train import make_accelerator, train\n"
         f"two = build({ {**values, 'out': str(two)} })\n"
         f"split = build({ {**values, 'out': str(split), 'sharding': 'fsdp2'} })\n"
         "accelerator = make_accelerator(two, Path(two.out))\n"
+        # Nothing is ever due by the clock of the second rank.
+        "if not accelerator.is_main_process:\n"
+        "    loop.time = SimpleNamespace(monotonic=lambda: 0.0)\n"
         "train(two, accelerator=accelerator)\n"
         "train(split, accelerator=accelerator)\n"
         # Split weights and moments are read again.
@@ -198,6 +214,9 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         for name, weight in load_file(run / "model.safetensors").items():
             torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5, msg=f"{run} {name}")
         assert [each["step"] for each in metrics(run)] == [each["step"] for each in metrics(one)]
+        assert [each["step"] for each in metrics(run, "held_out")][:3] == [2, 4, 4]
+    with pytest.raises(SystemExit, match="had 2 processes, but now 1: start torchrun with as many"):
+        main(["train", "--out", str(two), "--resume"])
 
 
 @pytest.mark.parametrize(
@@ -223,6 +242,91 @@ def test_what_is_not_finite_stops_the_run(tmp_path, target, data, monkeypatch, m
     # What is named is good.
     assert f"the last good checkpoint is {newest(out)}:" in message and newest(out).name == "step-00000002"
     assert all(weight.isfinite().all() for weight in load_file(newest(out) / "model.safetensors").values())
+    # What the message says to do, as in a new process: accelerate keeps one precision for all of a process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(loop, "learning_rate", learning_rate)
+    slower = STAGES.replace("2e-3", "1e-3, warmup: 0.2").replace("learning_rate: 1e-3}]", "learning_rate: 5e-4}]")
+    command(target, data, out, slower, "clip=0.5", "dtype=bfloat16", options=["--resume"])
+    assert metrics(out)[-1]["step"] == 16
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match="stages is "):
+        command(target, data, out, STAGES.replace("steps: 8", "steps: 9"), options=["--resume"])
+
+
+def test_a_run_is_not_resumed_with_other_data(tmp_path, target, data):
+    changed, out = tmp_path / "texts.jsonl", tmp_path / "run"
+    shutil.copy(data, changed)
+    command(target, changed, out, "stages=[{steps: 1}]")
+    lines = changed.read_text().splitlines(keepends=True)
+    changed.write_text("".join(lines[1:] + lines[:1]))
+    with pytest.raises(SystemExit, match=r"the data have changed since .*: give the files of the run"):
+        command(target, changed, out, "stages=[{steps: 1}]", options=["--resume"])
+
+
+def test_long_prompts_leave_held_out_tokens_to_other_samples(tmp_path, target, data, capsys):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(
+        "".join(
+            json.dumps({"input_ids": [1] * 60, "loss_mask": [0] * first + [1] * (60 - first)}) + "\n"
+            for first in (50, 10, 30)
+        )
+    )
+    settings = ["stages=[{steps: 1}]", f"held_out.data={held_out}"]
+    command(target, data, tmp_path / "run", *settings, "held_out.tokens=45")
+    said = capsys.readouterr().out
+    assert "held out: 1 of 3 samples are measured" in said and "stage 1 uses 40 of 40 samples" in said
+    assert metrics(tmp_path / "run", "held_out")[-1]["rows"] == 35
+    with pytest.raises(SystemExit, match="no held-out sample has a supervised token in its first 10 tokens"):
+        command(target, data, tmp_path / "none", *settings, "held_out.tokens=10")
+
+
+def test_all_answers_to_a_prompt_are_on_one_side():
+    prompts = np.repeat(np.arange(30), 4)
+    found = held_out_by_prompt(prompts, 16, 0)
+    assert found.sum() == 16
+    assert not set(prompts[found]) & set(prompts[~found])
+    assert np.array_equal(found, held_out_by_prompt(prompts, 16, 0))
+    assert not np.array_equal(found, held_out_by_prompt(prompts, 16, 1))
+    # A prompt has more answers than are asked for.
+    assert held_out_by_prompt(prompts, 3, 0).sum() == 4 and not held_out_by_prompt(prompts, 0, 0).any()
+    with pytest.raises(ValueError, match="all samples have the same prompt"):
+        held_out_by_prompt(np.zeros(9, dtype=np.int64), 2, 0)
+
+
+def test_an_engine_gets_the_length_of_the_configuration(tmp_path, target, data, monkeypatch):
+    from vllm_longspec.training.teachers import vllm
+
+    given = []
+    monkeypatch.setattr(vllm, "VllmTeacher", lambda *_, **engine: given.append(engine))
+    shared = load_shared(str(target))
+    values: dict[str, Any] = {"target": str(target), "data": [str(data)], "out": str(tmp_path), "teacher": "vllm"}
+    values["compared_samples"] = 0
+    for engine in ({}, {"max_length": 700, "seed": 1}):
+        make_teacher(build({**values, "stages": [{"steps": 1, "max_length": 300}], "engine": engine}), shared, CPU)
+    assert given == [{"revision": None, "max_length": 300}, {"revision": None, "max_length": 700, "seed": 1}]
+
+
+def test_devices_of_teachers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def place(device):
+        return _teacher_device(build({"target": "x", "data": ["x"], "out": "x", "teacher_device": device}), CPU)
+
+    assert place("auto") == CPU and place("cuda:0") == torch.device("cuda:0")
+    assert place(["cuda:0", "cuda:1"]) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="teacher_device cuda:2 is not there, of 2 GPUs"):
+        place("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="teacher_device has 2 entries, but this process has LOCAL_RANK 2"):
+        place(["cuda:0", "cuda:1"])
+
+
+def test_a_device_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = build({"target": "x", "data": ["x"], "out": "x", "device": "cuda"})
+    with pytest.raises(ValueError, match="device is cuda, but PyTorch finds no GPU here"):
+        loop.make_accelerator(config, tmp_path)
 
 
 def test_a_disk_that_is_full(tmp_path, target, data, monkeypatch):
@@ -290,6 +394,10 @@ def test_a_gpu_trains_as_a_cpu_does(tmp_path, target, data, settings):
         (["stages=[{steps: 1, lr: 1}]"], [], "unknown key stages[0].lr"),
         (["stages=[{steps: 1, epochs: 1}]"], [], "one of epochs, steps, tokens and minutes, not epochs and steps"),
         (["seed=many"], [], "seed is 'many', but takes int"),
+        (["device=gpu"], [], "device is one of auto, cpu, cuda, not 'gpu'"),
+        (["teacher_device=cuda:x"], [], "teacher_device is one of auto, cpu, cuda, cuda:N, not 'cuda:x'"),
+        (["engine.revision=main"], [], "engine.revision is not supported: give revision beside engine"),
+        (["engine.target=x"], [], "engine.target is not supported: give target beside engine"),
         (["teacher=vllm"], [], "anchor_positions is not supported with teacher vllm"),
         (["held_out.samples=40"], [], "the data have 40 samples, and 40 are held out"),
         (["report.to=mlflow"], [], "report.to is one of wandb, tensorboard, trackio, not 'mlflow'"),

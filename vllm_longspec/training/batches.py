@@ -5,6 +5,7 @@ All ranks make the same plan of lengths, and each loads its own batches. Whateve
 place in the plan, so that a cursor is all that a resumed run needs.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,11 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_longspec.training.config import Stage
+from vllm_longspec.training.config import Stage, TrainConfig, recipe
 from vllm_longspec.training.data import Dataset
 from vllm_longspec.training.teachers import Sample
 
 NUM_ANCHORS = 4
+# Where fewer of the samples have a supervised token in the short stage, the default recipe goes without it.
+_FEWEST_SHORT = 0.05
 
 
 class Cursor(NamedTuple):
@@ -60,9 +63,7 @@ class Plan:
         self.max_length = min(stage.max_length, max_position)
         self.last_position = min(stage.anchor_positions, max_position)
         lengths = torch.as_tensor(dataset.lengths).clamp(max=self.max_length)
-        # A sample that is cut before its first supervised token is none of this stage.
-        usable = torch.as_tensor(dataset.first_supervised) < lengths
-        self.usable = usable.nonzero()[:, 0]
+        self.usable = usable_samples(dataset, self.max_length)
         self.lengths = lengths.tolist()
         if len(self.usable) == 0:
             raise ValueError(
@@ -116,6 +117,22 @@ class Plan:
             generator = generator_of(self.seed, self.number, epoch, index)
             offset = int(torch.randint(self.last_position - len(ids) + 1, (), generator=generator))
         return Sample(ids, mask, anchored(len(ids), offset))
+
+
+def usable_samples(dataset: Dataset, max_length: int) -> Tensor:
+    """int64 [num_usable], numbers of the samples that are not cut before their first supervised token."""
+    lengths = torch.as_tensor(dataset.lengths).clamp(max=max_length)
+    return (torch.as_tensor(dataset.first_supervised) < lengths).nonzero()[:, 0]
+
+
+def without_short_stage(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """The configuration without the first stage of the default recipe, if almost no sample fits into it."""
+    if config.stages != recipe(config.teacher):
+        return config
+    num_usable = len(usable_samples(dataset, config.stages[0].max_length))
+    if num_usable >= _FEWEST_SHORT * len(dataset.lengths):
+        return config
+    return dataclasses.replace(config, stages=config.stages[1:])
 
 
 def anchored(length: int, offset: int) -> Tensor:

@@ -95,10 +95,14 @@ def newest(run: Path) -> Path | None:
     return next(reversed(_all(run)), None)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given, with `weights`, on the CPU. Raises ValueError where it is damaged."""
+def read_state(checkpoint: Path, mapped: bool = False) -> dict[str, Any]:
+    """What `save` was given, with `weights`, on the CPU. Raises ValueError where it is damaged.
+
+    Args:
+        mapped: whether tensors are read from the file when they are used
+    """
     try:
-        return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+        return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{checkpoint / _STATE} is damaged ({reason}): remove {checkpoint}, and resume") from None

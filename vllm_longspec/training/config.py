@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ INITIALISATIONS = ("normal", "last_layer")
 DEPTH_WEIGHTS = ("expected", "equal")
 SHARDINGS = ("none", "fsdp2")
 DTYPES = (AUTO, "float32", "bfloat16")
+DEVICES = (AUTO, "cpu", "cuda")
 TRACKERS = ("wandb", "tensorboard", "trackio")
 
 
@@ -63,7 +65,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples that are not trained with, to measure by: so many from the end of the data, or all of `data`."""
+    """Samples that are not trained with, to measure by: so many of the data, or all of `data`."""
 
     samples: int = 16
     data: tuple[str, ...] = ()
@@ -108,8 +110,8 @@ class TrainConfig:
     seed: int = 0
     # Of the trainer; "auto" is the GPU of the process, or the CPU.
     device: str = AUTO
-    # Of a teacher in Transformers; "auto" is the trainer's.
-    teacher_device: str = AUTO
+    # Of a teacher in Transformers, such as "cuda:1"; "auto" is the trainer's. Several are taken by LOCAL_RANK.
+    teacher_device: tuple[str, ...] = (AUTO,)
     # What target and draft compute in; the draft's own weights are float32. "auto" is bfloat16 on GPUs.
     dtype: str = AUTO
     # Of the target in Transformers, norms and MLPs.
@@ -143,6 +145,15 @@ class TrainConfig:
         _one_of("depth_weights", self.depth_weights, DEPTH_WEIGHTS)
         _one_of("sharding", self.sharding, SHARDINGS)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        if not self.teacher_device:
+            raise ValueError("teacher_device has no entry: give auto, cpu, cuda or cuda:N")
+        for place in self.teacher_device:
+            if not re.fullmatch(r"cuda:\d+", place):
+                _one_of("teacher_device", place, (*DEVICES, "cuda:N"))
+        for name in ("target", "revision"):
+            if name in self.engine:
+                raise ValueError(f"engine.{name} is not supported: give {name} beside engine, the trainer reads it too")
         if isinstance(self.compile_losses, str):
             _one_of("compile_losses", self.compile_losses, (AUTO,))
         _positive(self, "levels", "tokens_per_batch", "accumulation", "clip")
@@ -164,7 +175,18 @@ class TrainConfig:
 
 
 # What may differ in a run that is resumed.
-RESUMABLE = ("out", "device", "teacher_device", "compile_target", "compile_losses", "checkpoints", "report", "engine")
+RESUMABLE = (
+    "out",
+    "device",
+    "teacher_device",
+    "dtype",
+    "clip",
+    "compile_target",
+    "compile_losses",
+    "checkpoints",
+    "report",
+    "engine",
+)
 
 
 def build(values: dict[str, Any]) -> TrainConfig:
@@ -212,7 +234,17 @@ def load(path: Path | None, given: dict[str, Any], settings: list[str]) -> Train
 
 
 def differing(one: TrainConfig, other: TrainConfig) -> list[str]:
-    """Names of settings that differ, but for those that a resumed run may change."""
+    """Names of settings that differ, but for those that a resumed run may change: of stages their learning rates."""
+    one, other = (
+        dataclasses.replace(
+            config,
+            stages=tuple(
+                dataclasses.replace(stage, learning_rate=Stage.learning_rate, warmup=Stage.warmup)
+                for stage in config.stages
+            ),
+        )
+        for config in (one, other)
+    )
     return [
         each.name
         for each in dataclasses.fields(TrainConfig)

@@ -21,7 +21,7 @@ from torch import Tensor
 _KINDS = ("messages", "input_ids", "text")
 _META, _IDS, _MASK, _INDEX = "data.json", "ids.bin", "loss_mask.bin", "samples.npy"
 # Changes when the same lines would be written otherwise.
-_VERSION = 1
+_VERSION = 2
 
 
 class Dataset(Protocol):
@@ -68,16 +68,19 @@ class Counts:
 class TokenStore:
     """A `Dataset` in a folder that `prepare` wrote, or a part of it."""
 
-    def __init__(self, folder: Path, chosen: slice = slice(None)) -> None:
+    def __init__(self, folder: Path, chosen: slice | np.ndarray = slice(None)) -> None:
         self._folder = folder
-        self.counts = Counts(**json.loads((folder / _META).read_text())["counts"])
-        # int64 [num_samples, 3]: first token, tokens, first supervised token
+        meta = json.loads((folder / _META).read_text())
+        self.counts = Counts(**meta["counts"])
+        # Of all tokens and masks, also of those that are not chosen.
+        self.digest: str = meta["digest"]
+        # int64 [num_samples, 4]: first token, tokens, first supervised token, hash of the prompt
         index = np.load(folder / _INDEX)[chosen]
-        self._starts, self.lengths, self.first_supervised = index[:, 0], index[:, 1], index[:, 2]
+        self._starts, self.lengths, self.first_supervised, self.prompts = index.T
         self._ids = np.memmap(folder / _IDS, dtype=np.uint32, mode="r")
         self._mask = np.memmap(folder / _MASK, dtype=np.bool_, mode="r")
 
-    def part(self, chosen: slice) -> "TokenStore":
+    def part(self, chosen: slice | np.ndarray) -> "TokenStore":
         return TokenStore(self._folder, chosen)
 
     def __len__(self) -> int:
@@ -150,7 +153,8 @@ def _write(
     max_length: int,
     progress: Callable[[int], None],
 ) -> None:
-    index: list[tuple[int, int, int]] = []
+    index: list[tuple[int, int, int, int]] = []
+    digest = hashlib.sha256()
     numbers = dict.fromkeys(("supervised", "unsupervised", "cut"), 0)
     start = 0
     with (folder / _IDS).open("wb") as ids_file, (folder / _MASK).open("wb") as mask_file:
@@ -169,16 +173,26 @@ def _write(
             if not mask.any():
                 numbers["unsupervised"] += 1
                 continue
-            ids.astype(np.uint32).tofile(ids_file)
+            ids = ids.astype(np.uint32)
+            ids.tofile(ids_file)
             mask.tofile(mask_file)
-            index.append((start, len(ids), int(mask.argmax())))
+            for part in (len(ids).to_bytes(8, "little"), ids.tobytes(), mask.tobytes()):
+                digest.update(part)
+            first = int(mask.argmax())
+            index.append((start, len(ids), first, _prompt_hash(ids, first)))
             numbers["supervised"] += int(mask.sum())
             start += len(ids)
     if not index:
         raise ValueError("the data have no sample with a supervised token: check which turns or tokens are supervised")
     np.save(folder / _INDEX, np.array(index, dtype=np.int64))
     counts = Counts(samples=len(index), tokens=start, rewritten_turns=encoder.rewritten_turns, **numbers)
-    (folder / _META).write_text(json.dumps({"counts": asdict(counts)}) + "\n")
+    (folder / _META).write_text(json.dumps({"counts": asdict(counts), "digest": digest.hexdigest()}) + "\n")
+
+
+def _prompt_hash(ids: np.ndarray, first_supervised: int) -> int:
+    """Of what comes before the first supervised token; of a text that is supervised from its beginning, of all."""
+    prompt = ids[:first_supervised] if first_supervised > 1 else ids
+    return int.from_bytes(hashlib.sha256(prompt.tobytes()).digest()[:8], "little", signed=True)
 
 
 def _lines(files: Iterable[Path], progress: Callable[[int], None]) -> Iterator[tuple[str, dict[str, Any]]]:

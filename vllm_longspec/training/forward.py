@@ -7,6 +7,7 @@ before the next token are withheld. What comes before the cross-attention is the
 cross-attention all but the last few keys.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from vllm_longspec.training.attention import Intervals, interval_attention
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 from vllm_longspec.training.teachers import Lesson, Sample
 
-# Rows times depths above which the backward pass computes the MLP again.
+# Rows times depths above which the MLP is computed by parts, and again in the backward pass.
 RECOMPUTE_ABOVE = 1 << 16
 
 
@@ -79,6 +80,9 @@ def pack(lessons: Sequence[Lesson], layout: Layout, device: torch.device | str) 
     """
 
     def moved(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+            # A copy from pageable memory waits for the device.
+            tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
     window, context = (Intervals(*map(moved, bounds)) for bounds in (layout.window, layout.context))
@@ -107,8 +111,8 @@ def draft_hidden(
 
     Args:
         withheld: increasing, from 1 on
-        recompute_above: rows times depths above which the backward pass computes the MLP again, by parts, in place of
-            keeping what it needs of all rows
+        recompute_above: rows times depths above which the MLP is computed by parts. The backward pass then computes it
+            again, in place of keeping what it needs of all rows
 
     Returns:
         [len(withheld), num_rows, hidden_size]
@@ -132,13 +136,14 @@ def draft_hidden(
         hidden = hidden + added * glide.cross_attn.o_proj(cross.flatten(-2).to(residual.dtype))
         return hidden + added * glide.mlp(glide.post_cross_attention_layernorm(hidden))
 
-    if len(hidden) * len(withheld) <= recompute_above or not torch.is_grad_enabled():
+    if len(hidden) * len(withheld) <= recompute_above:
         return finish(hidden, torch.stack(crosses))
+    by_part = functools.partial(checkpoint, finish, use_reentrant=False) if torch.is_grad_enabled() else finish
     return torch.stack(
         [
             torch.cat(
                 [
-                    checkpoint(finish, *part, use_reentrant=False)
+                    by_part(*part)
                     for part in zip(hidden.split(recompute_above), cross.split(recompute_above), strict=True)
                 ]
             )

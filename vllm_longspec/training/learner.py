@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vllm_longspec.training.forward import Packed, draft_hidden
 from vllm_longspec.training.layer import GlideLayer
-from vllm_longspec.training.losses import ACCEPTED, LossWeights, depth_weights, draft_loss
+from vllm_longspec.training.losses import ACCEPTED, LossWeights, at_depths, depth_weights, draft_loss
 from vllm_longspec.training.target import SharedTarget
 
 # Of the estimate of acceptance, at each step.
@@ -50,7 +50,7 @@ class Learner(nn.Module):
             self.shared.head,
             self.shared.logit_scale,
             depth_weights(self.acceptance, withheld, self.expected_weights),
-            self.acceptance[[number - 1 for number in withheld]],
+            at_depths(self.acceptance, withheld),
             self.weights,
             self.compiled_losses,
         )

@@ -69,6 +69,8 @@ def make_accelerator(config: TrainConfig, run: Path) -> Any:
         # Accelerate would leave it out without a word.
         if find_spec(tracker) is None:
             raise ValueError(f"report.to has {tracker}, which is not installed: pip install {tracker}, or leave it out")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds no GPU here: give cpu, or auto for what there is")
     on_cpu = config.device == "cpu" or (config.device == AUTO and not torch.cuda.is_available())
     precision = "bf16" if compute_dtype(config) == torch.bfloat16 else "no"
     return Accelerator(
@@ -131,6 +133,7 @@ def fit(
     *,
     resume: Path | None = None,
     lessons: Sequence[Lesson] = (),
+    data: str = "",
 ) -> Result:
     """Trains a draft and writes it into the run's folder.
 
@@ -140,11 +143,12 @@ def fit(
         sources: one for each stage of the configuration
         resume: a checkpoint of this run
         lessons: on held-out samples
+        data: what tells these data from others, for the checkpoints
 
     Raises:
         ValueError: the loss is not finite, or a file cannot be written; the last checkpoint is named.
     """
-    return _Fit(config, shared, glide, teacher, sources, run, accelerator, resume, lessons).run()
+    return _Fit(config, shared, glide, teacher, sources, run, accelerator, resume, lessons, data).run()
 
 
 class _Fit:
@@ -159,9 +163,10 @@ class _Fit:
         accelerator: Any,
         resume: Path | None,
         lessons: Sequence[Lesson],
+        data: str,
     ) -> None:
         self.config, self.teacher, self.sources, self.folder = config, teacher, sources, run
-        self.accelerator, self.lessons = accelerator, lessons
+        self.accelerator, self.lessons, self.data = accelerator, lessons, data
         self.device = accelerator.device
         self.saved_dtype = shared.embedding.dtype
         self.draft_config = shared.draft_config(self.saved_dtype)
@@ -219,42 +224,61 @@ class _Fit:
         self.clock = Clock(stage, source, self.clock_state)
         self.reporter.stage(f"stage {self.stage + 1} of {len(self.config.stages)}")
         recent = _Recent(self.config.levels, self.device)
-        done, is_late = self._agreed()
+        done, is_late, is_measure_due = self._agreed()
         steps = _taught(source.steps(self.cursor), self.teacher)
+        upcoming: Taught | None = None
+
+        def go_ahead() -> None:
+            nonlocal upcoming
+            upcoming = next(steps, None) if self.clock.done() < 1.0 else None
+
         while done < 1.0:
-            taught = next(steps, None)
+            taught = upcoming or next(steps, None)
             if taught is None:
                 break
             step, batches = taught
-            loss = self._update(stage, step, batches, done, recent)
-            self.cursor = step.cursor
-            self.step += 1
             self.clock.steps += 1
             self.clock.tokens += step.num_tokens
+            loss = self._update(stage, step, batches, done, recent, go_ahead)
+            self.cursor = step.cursor
+            self.step += 1
             recent.tokens += step.num_tokens
-            done, is_late = self._agreed()
+            done, is_late, is_measure_due = self._agreed()
             self.reporter.progress(done, self.step, loss, recent.tokens_per_second)
             if self.step % self.config.report.steps == 0 or done >= 1.0:
                 self._report(stage, done, recent)
+                if is_measure_due:
+                    self._measure()
                 recent = _Recent(self.config.levels, self.device)
             if is_late or done >= 1.0:
                 self._save()
         steps.close()
 
     def _update(
-        self, stage: Stage, step: Step, batches: Iterator[tuple[Layout, list[Lesson]]], done: float, recent: "_Recent"
+        self,
+        stage: Stage,
+        step: Step,
+        batches: Iterator[tuple[Layout, list[Lesson]]],
+        done: float,
+        recent: "_Recent",
+        go_ahead: Callable[[], None],
     ) -> float:
-        """One step of the optimiser. Returns the loss per row."""
+        """One step of the optimiser. Returns the loss per row.
+
+        Args:
+            go_ahead: called while the device computes, to have the teacher begin with the next step
+        """
         accelerator, config = self.accelerator, self.config
-        own_rows = sum(int(sample.loss_mask.sum()) for batch in step.batches for sample in batch)
-        num_rows = accelerator.reduce(torch.tensor(own_rows, device=self.device), reduction="sum")
+        num_rows: int | Tensor = sum(int(sample.loss_mask.sum()) for batch in step.batches for sample in batch)
+        if accelerator.num_processes > 1:
+            num_rows = accelerator.reduce(torch.tensor(num_rows, device=self.device), reduction="sum")
         statistics = torch.zeros(config.levels, 3, dtype=torch.float64, device=self.device)
         rows_by_depth = torch.zeros(config.levels, dtype=torch.float64, device=self.device)
         total = torch.zeros((), device=self.device)
-        for number, (layout, lessons) in enumerate(batches):
-            withheld = drawn_depths(config.levels, config.depths_per_batch, config.seed, self.step, number)
+        for place, (layout, lessons) in enumerate(batches):
+            withheld = drawn_depths(config.levels, config.depths_per_batch, config.seed, self.step, place)
             packed = pack(lessons, layout, self.device)
-            is_last = number + 1 == len(step.batches)
+            is_last = place + 1 == len(step.batches)
             if self.is_sharded:
                 sharded: Any = self.learner  # of a class that FSDP2 has added methods to
                 sharded.set_requires_gradient_sync(is_last)
@@ -263,18 +287,22 @@ class _Fit:
                 loss, by_depth, _ = self.model(packed, withheld)
                 # Ranks' gradients are averaged, and the loss is per row of all ranks.
                 accelerator.backward(loss * (accelerator.num_processes / num_rows))
-            depths = [number - 1 for number in withheld]
-            statistics[depths] += by_depth.double()
-            rows_by_depth[depths] += len(packed.layout.labels)
+            for of_depth, number in zip(by_depth.double(), withheld, strict=True):
+                statistics[number - 1] += of_depth
+                rows_by_depth[number - 1] += len(packed.layout.labels)
             total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(stage, done)
-        total, statistics, rows_by_depth = (
-            accelerator.reduce(each, reduction="sum") for each in (total, statistics, rows_by_depth)
-        )
-        value, size = (total / num_rows).item(), float(norm)
+        if accelerator.num_processes > 1:
+            total, statistics, rows_by_depth = (
+                accelerator.reduce(each, reduction="sum") for each in (total, statistics, rows_by_depth)
+            )
+        # The device goes on with the next step's lessons while these come, and is not idle when they are there.
+        figures = _copied(torch.stack([total / num_rows, norm]))
+        go_ahead()
+        value, size = figures()
         if not math.isfinite(value) or not math.isfinite(size):
             raise ValueError(self._not_finite(f"the loss is {value} and its gradient {size}", self.step + 1))
         self.optimiser.step()
@@ -287,33 +315,36 @@ class _Fit:
         last = checkpoints.newest(self.folder)
         kept = "no checkpoint is there yet" if last is None else f"the last good checkpoint is {last}"
         return (
-            f"{what} at step {step} of the run, so it stops; {kept}: give a smaller learning_rate, or another "
-            "dtype, and --resume"
+            f"{what} at step {step} of the run, so it stops; {kept}: give the stages a smaller learning_rate, or "
+            "another clip or dtype, and --resume"
         )
 
-    def _agreed(self) -> tuple[float, bool]:
-        """How much of the stage is done and whether a checkpoint is due, the same on all ranks."""
-        is_late = time.monotonic() - self.last_checkpoint >= 60 * self.config.checkpoints.minutes
-        state = torch.tensor([self.clock.done(), float(is_late)], dtype=torch.float64, device=self.device)
+    def _agreed(self) -> tuple[float, bool, bool]:
+        """How much of the stage is done, and whether a checkpoint and a measurement are due, the same on all ranks."""
+        now = time.monotonic()
+        is_late = now - self.last_checkpoint >= 60 * self.config.checkpoints.minutes
+        is_measure_due = now - self.last_measured >= 60 * self.config.held_out.minutes
+        done = self.clock.done()
         if self.accelerator.num_processes > 1:
+            state = torch.tensor([done, is_late, is_measure_due], dtype=torch.float64, device=self.device)
             torch.distributed.broadcast(state, src=0)
-        done, late = state.tolist()
-        return done, bool(late)
+            done, is_late, is_measure_due = state.tolist()
+        return done, bool(is_late), bool(is_measure_due)
 
     def _report(self, stage: Stage, done: float, recent: "_Recent") -> None:
         values = recent.values() | {"stage": self.stage, "done": round(done, 4), "lr": learning_rate(stage, done)}
         if self.device.type == "cuda":
             values["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
         self.reporter.metrics(self.step, "train", values)
-        if time.monotonic() - self.last_measured >= 60 * self.config.held_out.minutes:
-            self._measure()
 
     def _measure(self) -> None:
         self.last_measured = time.monotonic()
         if not self.lessons:
             return
+        # Each rank measures for itself, without exchanging buffers, unless the weights are split.
+        model = self.model if self.is_sharded else self.learner
         with self.accelerator.autocast():
-            self.measured = held_out.measure(self.model, self.learner, self.lessons, self.device, self.config.seed)
+            self.measured = held_out.measure(model, self.learner, self.lessons, self.device, self.config.seed)
         self.reporter.metrics(self.step, "held_out", self.measured)
         chain = self.measured["chain"]
         self.reporter.say(
@@ -340,6 +371,8 @@ class _Fit:
             "clock": self.clock.state(),
             "acceptance": self.learner.acceptance.cpu(),
             "rng": torch.get_rng_state(),
+            "data": self.data,
+            "num_processes": self.accelerator.num_processes,
         }
         if self.accelerator.is_main_process:
             checkpoints.save(
@@ -365,8 +398,23 @@ class _Fit:
         torch.set_rng_state(state["rng"])
 
 
+def _copied(values: Tensor) -> Callable[[], list[float]]:
+    """Begins to copy from the device. What is returned waits for the copy, and for nothing that was begun later."""
+    if values.device.type != "cuda":
+        return values.tolist
+    there = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> list[float]:
+        event.synchronize()
+        return there.tolist()
+
+    return wait
+
+
 # A step, and the lessons of its batches.
-Taught = Generator[tuple[Step, Iterator[tuple[Layout, list[Lesson]]]], None, None]
+Taught = tuple[Step, Iterator[tuple[Layout, list[Lesson]]]]
 
 
 class _Recent:
@@ -404,7 +452,7 @@ class _Recent:
         }
 
 
-def _taught(steps: Iterator[Step], teacher: Teacher) -> Taught:
+def _taught(steps: Iterator[Step], teacher: Teacher) -> Generator[Taught, None, None]:
     """Each step with its lessons by batch. The teacher may be some steps ahead of what is asked for."""
     asked: deque[Step] = deque()
 

@@ -161,14 +161,18 @@ def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 
 def depth_weights(acceptance: Tensor, withheld: tuple[int, ...], expected: bool) -> Tensor:
-    """What a row counts at each depth, 1 on average over the depths.
+    """What a row counts at each depth, 1 on average over all depths, however few of them are drawn.
 
     Args:
-        acceptance: float32 [most withheld], estimates of what is accepted at depths 0, 1, ..
+        acceptance: float32 [levels], estimates of what is accepted at depths 0, 1, ..
         expected: by the probability that a tree's path gets to this depth; otherwise equally
     """
     if not expected:
         return torch.ones(len(withheld), device=acceptance.device)
     reached = torch.cat((torch.ones_like(acceptance[:1]), acceptance[:-1].cumprod(0)))
-    chosen = reached[[number - 1 for number in withheld]]
-    return chosen / chosen.mean()
+    return at_depths(reached, withheld) / reached.mean()
+
+
+def at_depths(values: Tensor, withheld: tuple[int, ...]) -> Tensor:
+    """Of `values` [levels] those of the drawn depths, without an index that would be copied to the device."""
+    return torch.stack([values[number - 1] for number in withheld])

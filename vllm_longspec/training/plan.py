@@ -9,7 +9,7 @@ import os
 from typing import Any, NamedTuple
 
 from vllm_longspec.targets.families import layer_sizes, layer_weights, num_experts, target_weights
-from vllm_longspec.training.batches import Plan
+from vllm_longspec.training.batches import Plan, without_short_stage
 from vllm_longspec.training.config import TrainConfig
 from vllm_longspec.training.forward import RECOMPUTE_ABOVE
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
@@ -39,12 +39,15 @@ def plan(config: TrainConfig) -> str:
     check_served(config.target, config.revision)
     shared = load_shared(config.target, config.revision)
     store, held_out = prepare_data(config, shared)
+    whole, config = config, without_short_stage(config, store)
     target = shared.config
     lines = [
         f"target: {config.target}, {target.model_type}, {target.num_hidden_layers} layers, vocabulary of "
         f"{shared.vocab_size}",
         f"data: {store.counts}; {len(held_out)} samples held out",
     ]
+    if config.stages != whole.stages:
+        lines.append(f"the recipe's stage of {whole.stages[0].max_length} tokens is left out: almost no sample fits")
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     hours, longest = 0.0, 0
     for number, stage in enumerate(config.stages):
@@ -72,6 +75,7 @@ def plan(config: TrainConfig) -> str:
             of_stage = epochs * _epoch_hours(config, target, shared.vocab_size, epoch)
             said = f"{epochs:.3g} epochs of {per_epoch} steps, {epochs * epoch.tokens:,.0f} tokens"
         hours += of_stage
+        said += f", {len(samples.usable)} of {len(store)} samples"
         lines.append(f"stage {number + 1}: {said}, {of_stage:.2f} GPU hours")
     lines += [
         f"GPU hours: {hours:.2f} of a GPU with {_PEAK / 1e12:.0f} TFLOP/s of bfloat16, if the teacher reaches "
@@ -129,6 +133,10 @@ def _memory(config: TrainConfig, target: Any, shared: Any, tokens: int) -> list[
     kept = min(tokens * depths, RECOMPUTE_ABOVE)
     activations = 2 * tokens * (4 * hidden + 3 * heads * head_size + depths * (2 * hidden + heads * head_size))
     activations += 2 * kept * (2 * hidden + 4 * intermediate)
+    if depths > 1:
+        # In float32: queries, and of each key that is added to the shared ones itself and its value less the mean.
+        added = (config.levels - 1) * (heads + kv_heads)
+        activations += 4 * tokens * (heads + added) * head_size
     logits = 4 * CHUNK_BYTES["cuda"]
     teacher = 2 * (target_weights(target, shared.vocab_size, 1)) if config.teacher == "hf" else 0
     prefill = 2 * tokens * (4 * hidden + 3 * intermediate) if config.teacher == "hf" else 0

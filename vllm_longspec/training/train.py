@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_longspec.training import checkpoints
-from vllm_longspec.training.batches import Plan, anchored, generator_of
+from vllm_longspec.training.batches import Plan, anchored, generator_of, without_short_stage
 from vllm_longspec.training.config import AUTO, TrainConfig, build, differing, load
 from vllm_longspec.training.data import TokenStore, prepare
 from vllm_longspec.training.initialise import initialise, initialise_from_last_layer
@@ -26,6 +27,8 @@ from vllm_longspec.training.target import SharedTarget, check_served, load_share
 from vllm_longspec.training.teachers import Lesson, Sample, Teacher
 
 CONFIG = "run.yaml"
+# In the place of a number of a stage, for what is drawn of held-out samples.
+_HELD_OUT = -1
 # Of tokens that teachers are compared at.
 _COMPARED_TOKENS = 512
 # Differences of two right computations, relative to the size of what is compared, by dtype.
@@ -88,8 +91,13 @@ def train(config: TrainConfig, resume: bool = False, accelerator: Any = None) ->
             checkpoints.clean(folder)
             _write_config(config, folder)
         store, held_out = prepare_data(config, shared)
+    if checkpoint is not None:
+        _check_same(checkpoint, folder, store.digest, accelerator.num_processes)
+    whole, config = config, without_short_stage(config, store)
     if accelerator.is_main_process:
         print(f"data: {store.counts}", flush=True)
+        if config.stages != whole.stages:
+            print(f"the recipe's stage of {whole.stages[0].max_length} tokens is left out: almost no sample fits")
     sources = [
         Plan(
             store,
@@ -104,13 +112,29 @@ def train(config: TrainConfig, resume: bool = False, accelerator: Any = None) ->
         )
         for number, stage in enumerate(config.stages)
     ]
+    if accelerator.is_main_process:
+        for number, source in enumerate(sources, start=1):
+            print(f"stage {number} uses {len(source.usable)} of {len(store)} samples", flush=True)
     if config.report.to:
         accelerator.init_trackers(config.report.project, config=_settings(config))
     glide = first_weights(config, shared)
     teacher = make_teacher(config, shared, accelerator.device)
     try:
         lessons = held_out_lessons(config, held_out, teacher)
-        return fit(config, shared, glide, teacher, sources, folder, accelerator, resume=checkpoint, lessons=lessons)
+        if accelerator.is_main_process and len(held_out):
+            print(f"held out: {len(lessons)} of {len(held_out)} samples are measured", flush=True)
+        return fit(
+            config,
+            shared,
+            glide,
+            teacher,
+            sources,
+            folder,
+            accelerator,
+            resume=checkpoint,
+            lessons=lessons,
+            data=store.digest,
+        )
     finally:
         teacher.close()
         if is_own:
@@ -132,9 +156,8 @@ def make_teacher(config: TrainConfig, shared: SharedTarget, device: torch.device
     from vllm_longspec.training.teachers.hf import HfTeacher
 
     dtype = compute_dtype(config)
-    place = device if config.teacher_device == AUTO else torch.device(config.teacher_device)
     if config.teacher == "hf":
-        return HfTeacher(shared, place, dtype, config.tokens_per_batch, config.compile_target)
+        return HfTeacher(shared, _teacher_device(config, device), dtype, config.tokens_per_batch, config.compile_target)
     from vllm_longspec.training.teachers.vllm import VllmTeacher
 
     samples = _compared(config, shared)
@@ -145,7 +168,7 @@ def make_teacher(config: TrainConfig, shared: SharedTarget, device: torch.device
         reference = list(plain.teach(samples))
         plain.close()
     longest = min(max(stage.max_length for stage in config.stages), shared.config.max_position_embeddings)
-    teacher: Teacher = VllmTeacher(config.target, longest, revision=config.revision, **config.engine)
+    teacher: Teacher = VllmTeacher(config.target, revision=config.revision, **{"max_length": longest, **config.engine})
     if samples:
         try:
             check_agreement(reference, list(teacher.teach(samples)), dtype)
@@ -153,6 +176,25 @@ def make_teacher(config: TrainConfig, shared: SharedTarget, device: torch.device
             teacher.close()
             raise
     return teacher
+
+
+def _teacher_device(config: TrainConfig, device: torch.device) -> torch.device:
+    """Of this process's teacher in Transformers."""
+    places = config.teacher_device
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if 1 < len(places) <= local_rank:
+        raise ValueError(
+            f"teacher_device has {len(places)} entries, but this process has LOCAL_RANK {local_rank}: give one for each"
+        )
+    place = places[local_rank if len(places) > 1 else 0]
+    if place == AUTO:
+        return device
+    found = torch.device(place)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"teacher_device {place} is not there, of {torch.cuda.device_count()} GPUs: give another, cpu or auto"
+        )
+    return found
 
 
 def check_agreement(expected: Sequence[Lesson], found: Sequence[Lesson], dtype: torch.dtype) -> None:
@@ -191,8 +233,34 @@ def prepare_data(config: TrainConfig, shared: SharedTarget) -> tuple[TokenStore,
         raise ValueError(
             f"the data have {len(whole)} samples, and {count} are held out: give more, or fewer as held_out.samples"
         )
-    end = len(whole) - count
-    return whole.part(slice(0, end)), whole.part(slice(end, None))
+    is_held_out = held_out_by_prompt(whole.prompts, count, config.seed)
+    return whole.part(~is_held_out), whole.part(is_held_out)
+
+
+def held_out_by_prompt(prompts: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which samples are held out: about `count`, all answers to a prompt or none, drawn by the seed.
+
+    Args:
+        prompts: int64 [num_samples], hashes
+
+    Returns:
+        bool [num_samples]
+    """
+    different, number_of, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
+    chosen = np.zeros(len(different), dtype=np.bool_)
+    if count:
+        if len(different) == 1:
+            raise ValueError("all samples have the same prompt, so none is held out: give held_out.data, or samples 0")
+        left = count
+        order = torch.randperm(len(different), generator=generator_of(seed, _HELD_OUT)).tolist()
+        for group in order:
+            if sizes[group] <= left:
+                chosen[group] = True
+                left -= sizes[group]
+        if not chosen.any():
+            # Each prompt has more answers than that.
+            chosen[sizes.argmin()] = True
+    return chosen[number_of]
 
 
 def held_out_lessons(config: TrainConfig, store: TokenStore, teacher: Teacher) -> list[Lesson]:
@@ -201,14 +269,20 @@ def held_out_lessons(config: TrainConfig, store: TokenStore, teacher: Teacher) -
     def samples() -> Iterator[Sample]:
         left = config.held_out.tokens
         for index in range(len(store)):
+            # A long prompt leaves its place to the samples after it.
+            if store.first_supervised[index] >= left:
+                continue
             ids, mask = store[index]
-            if not mask[:left].any():
-                return
             yield Sample(ids[:left], mask[:left], anchored(min(left, len(ids)), 0))
             left -= len(ids)
             if left <= 0:
                 return
 
+    if len(store) and min(store.first_supervised) >= config.held_out.tokens:
+        raise ValueError(
+            f"no held-out sample has a supervised token in its first {config.held_out.tokens} tokens: give more as "
+            "held_out.tokens, or held_out.samples 0"
+        )
     return [
         Lesson(lesson.sample, *(part.cpu() for part in (lesson.keys, lesson.values, lesson.hidden)))
         for lesson in teacher.teach(samples())
@@ -235,6 +309,21 @@ def _check_folder(config: TrainConfig, folder: Path, checkpoint: Path | None, re
         raise ValueError(
             f"--resume: {names[0]} is {getattr(saved, names[0])!r} in the run of {folder}, but now "
             f"{getattr(config, names[0])!r}: leave it as it was, or give another folder"
+        )
+
+
+def _check_same(checkpoint: Path, folder: Path, data: str, num_processes: int) -> None:
+    """Places in the data are those of the same data and the same number of processes."""
+    state = checkpoints.read_state(checkpoint, mapped=True)
+    if state.get("data") != data:
+        raise ValueError(
+            f"--resume: the data have changed since {checkpoint} was written: give the files of the run of {folder}, "
+            "or another --out"
+        )
+    if state["num_processes"] != num_processes:
+        raise ValueError(
+            f"--resume: the run of {folder} had {state['num_processes']} processes, but now {num_processes}: start "
+            "torchrun with as many, or give another --out"
         )
 
 
