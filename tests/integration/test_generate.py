@@ -11,6 +11,7 @@ import pytest
 
 from tests.process import run_alone
 from vllm_longspec import commands
+from vllm_longspec.training.data import prepare
 from vllm_longspec.training.generate import (
     MANIFEST,
     check_prompts,
@@ -147,7 +148,11 @@ def test_answers_and_the_same_again_after_a_stop(tmp_path, target):
     for record in answers.values():
         num_answered = sum(record["loss_mask"])
         assert record["loss_mask"] == [0] * (len(record["input_ids"]) - num_answered) + [1] * num_answered
-        assert record["finish_reason"] == ("length" if num_answered == 24 else "stop") and record["text"]
+        assert record["finish_reason"] == ("length" if num_answered == 24 else "stop") and record["answer"]
+    # As `train` reads it.
+    store = prepare([str(out)], tmp_path / "tokens", lambda: pytest.fail("ids need no tokenizer"), 1 << 16, 256)
+    assert store.counts.samples == 8
+    assert store.counts.supervised == sum(sum(record["loss_mask"]) for record in answers.values())
     assert answers["2.0"]["input_ids"][:4] == [476, 260, 325, 258]
     # The given answer is not part of the prompt, so both are the same prompt; seeds differ.
     given, alone = (answers[name]["input_ids"][: answers[name]["loss_mask"].index(1)] for name in ("0.0", "4.0"))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,9 @@ from vllm_longspec.proposers.capture.spool import (
     write_part,
 )
 from vllm_longspec.proposers.capture.writer import Captured, Slice, SpoolWriter
-from vllm_longspec.training.teachers import Lesson, Sample
+from vllm_longspec.training.teachers import Lesson, Sample, TeacherError
 from vllm_longspec.training.teachers.engine import engine_arguments
-from vllm_longspec.training.teachers.vllm import Assembly, TargetSizes, VllmTeacher, visible_devices
+from vllm_longspec.training.teachers.vllm import Assembly, TargetSizes, VllmTeacher, _room, visible_devices
 
 plugin.register()
 
@@ -271,8 +272,8 @@ def test_a_spool_without_room(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("script", "error", "message"),
     [
-        ("sys.exit(3)", RuntimeError, "the teacher's engine stopped with 3: see what it printed above"),
-        ("pipe.send(('failed', 'out of memory'))", RuntimeError, "the teacher's engine failed: out of memory"),
+        ("sys.exit(3)", TeacherError, "the teacher's engine stopped with 3: see what it printed above"),
+        ("pipe.send(('failed', 'no memory'))", TeacherError, r"engine failed \(no memory\): see what it printed above"),
         ("pipe.send(('refused', 'no such target'))", ValueError, "^no such target$"),
     ],
 )
@@ -281,6 +282,15 @@ def test_an_engine_that_does_not_start(tmp_path, monkeypatch, script, error, mes
     with pytest.raises(error, match=message):
         VllmTeacher("any", 100, spool=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_spools_share_the_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+    assert _room(tmp_path, None) == int(0.8 * (1 << 30)) and _room(tmp_path, 1 << 30) == 1 << 30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert _room(tmp_path, None) == int(0.8 * (1 << 27)) and _room(tmp_path, 1 << 27) == 1 << 27
+    with pytest.raises(ValueError, match=r"has 134217728 left for each of 8 processes: give a smaller spool_bytes"):
+        _room(tmp_path, (1 << 27) + 1)
 
 
 def run_instead(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -298,14 +308,17 @@ def run_instead(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     ("script", "message"),
     [
         ("sys.exit(5)", "the teacher's engine stopped with 5"),
-        ("pipe.send(('failed', 'a step failed')); pipe.recv()", "the teacher's engine failed: a step failed"),
+        (
+            "pipe.send(('failed', 'a step failed')); pipe.recv()",
+            r"the teacher's engine failed \(a step failed\): see what",
+        ),
     ],
 )
 def test_an_engine_that_fails_while_it_teaches(tmp_path, monkeypatch, script, message):
     sizes = pickle.dumps(("ready", (100, TargetSizes(2, 32, 128, torch.float32))))
     run_instead(monkeypatch, f"pipe.send_bytes({sizes!r}); pipe.recv(); {script}")
     failing = VllmTeacher("any", 100, spool=tmp_path)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(TeacherError, match=message):
         list(failing.teach([SAMPLES[1], SAMPLES[2]]))
     failing.close()
     failing.close()
@@ -317,7 +330,8 @@ def test_a_spool_that_cannot_be_written(tmp_path, monkeypatch):
     run_instead(monkeypatch, f"pipe.send_bytes({sizes!r}); pipe.recv(); pipe.recv()")
     full = VllmTeacher("any", 100, spool=tmp_path)
     write_failure(full.spool, "No space left on device")
-    with pytest.raises(RuntimeError, match="engine cannot write what it captured: No space left on device"):
+    message = r"cannot write what it captured to .* \(No space left on device\): make room, or give another spool"
+    with pytest.raises(TeacherError, match=message):
         list(full.teach([SAMPLES[1]]))
     full.close()
 

@@ -22,7 +22,7 @@ from tests.models import write_draft, write_target
 from tests.unit.test_graphs import config as graph_config
 from tests.unit.test_schedule import config
 from vllm_longspec import plugin
-from vllm_longspec.options import LongSpecOptions, PartialAttention, options_of
+from vllm_longspec.options import LongSpecOptions, PartialAttention, attach_options, options_of
 from vllm_longspec.proposers.magicdec import setup as magicdec_setup
 from vllm_longspec.proposers.magicdec.cost import STEP, MagicDecCost, largest_batch_with_graph
 from vllm_longspec.proposers.magicdec.setup import MagicDecSetup
@@ -185,6 +185,45 @@ def test_the_cost_knows_which_batches_have_graphs(most, monkeypatch):
     vllm_config.speculative_config.enforce_eager = False
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
     assert largest_batch_with_graph(vllm_config) == 0
+
+
+def test_a_size_above_the_largest_batch_is_no_graph_of_the_draft(monkeypatch):
+    """With cudagraph_mode FULL the target has such graphs. Start-up says what is not drafted for want of one."""
+    warned: list[str] = []
+    monkeypatch.setattr(magicdec_setup.logger, "warning", warned.append)
+    plugin.register()
+    rank = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.get_pp_group", lambda: rank)
+    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.current_platform", platform)
+    vllm_config = graph_config(GAMMA, 6, MagicDecSetup().schedule(GAMMA), True, TreeShape((1,) * GAMMA))
+    options = options_of(vllm_config.speculative_config)
+    assert options is not None
+    options = replace(options, partial_attention=PartialAttention())
+    attach_options(vllm_config.speculative_config, options)
+    vllm_config.speculative_config.enforce_eager = False
+    compilation = vllm_config.compilation_config
+    compilation.cudagraph_mode = CUDAGraphMode.FULL
+    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = [4, 8], 8
+    assert largest_batch_with_graph(vllm_config) == 4
+    speculator: Any = SimpleNamespace(
+        vllm_config=vllm_config,
+        device=torch.device("cpu"),
+        speculative_config=vllm_config.speculative_config,
+        options=options,
+        max_num_reqs=6,
+    )
+    TreeSpeculator.init_cudagraph_manager(speculator, compilation.cudagraph_mode)
+    assert {desc.num_reqs for desc in speculator.graphs._capture_descs[CUDAGraphMode.FULL]} == {4}
+    MagicDecSetup.check_engine(vllm_config)
+    (message,) = warned
+    assert "in batches of more than 4 requests" in message and "add 6 (max_num_seqs) to cudagraph_captu" in message
+    compilation.cudagraph_capture_sizes = [4, 6]
+    MagicDecSetup.check_engine(vllm_config)
+    # Larger batches than any graph are not for the user to mend by sizes.
+    vllm_config.scheduler_config.max_num_seqs, compilation.max_cudagraph_capture_size = 100, 6
+    MagicDecSetup.check_engine(vllm_config)
+    assert len(warned) == 1
 
 
 def test_slots_are_reserved_for_what_a_draft_writes(target, llama):

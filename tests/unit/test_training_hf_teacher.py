@@ -4,6 +4,7 @@
 import functools
 import json
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -85,6 +86,39 @@ def test_no_mask_of_all_pairs_is_made(targets, monkeypatch, family):
     samples = [sample(40, 20), sample(50, 30, gap=1000)]
     list(HfTeacher(load_shared(str(targets(family))), "cpu", torch.float32).teach(samples))
     assert masks == [None, None]
+
+
+def test_a_batch_is_computed_by_itself(targets, monkeypatch):
+    """However alike the samples of the next are, so that a run may be resumed between them."""
+    teacher = HfTeacher(load_shared(str(targets("llama"))), "cpu", torch.float32)
+    shapes = []
+    decoder = teacher.decoder.forward
+
+    def watched(**given):
+        shapes.append(tuple(given["input_ids"].shape))
+        return decoder(**given)
+
+    monkeypatch.setattr(teacher.decoder, "forward", watched)
+    batches = [[sample(30, 20), sample(31, 20)], [sample(31, 20)], [sample(30, 20)] * 3]
+    lessons = list(teacher.teach_batches(batches))
+    assert [lesson.sample for lesson in lessons] == [each for batch in batches for each in batch]
+    assert shapes == [(2, 31), (1, 31), (3, 30)]
+
+
+def test_a_gpu_gets_the_target_without_a_copy_on_the_host(targets, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    asked = []
+
+    def load(_folder, **given):
+        asked.append(given.get("device_map"))
+        return MagicMock()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    shared = load_shared(str(targets("llama")))
+    HfTeacher(shared, "cuda:1", torch.bfloat16)
+    HfTeacher(shared, "cpu", torch.bfloat16)
+    assert asked == [{"": torch.device("cuda:1")}, None]
 
 
 def test_a_compiled_teacher(targets, monkeypatch):

@@ -23,8 +23,11 @@ from vllm_longspec.commands import main
 from vllm_longspec.proposers.glide.checkpoint import read_draft
 from vllm_longspec.proposers.glide.fit import check_fit
 from vllm_longspec.training import checkpoints, loop
+from vllm_longspec.training import train as train_module
 from vllm_longspec.training.config import build
 from vllm_longspec.training.target import load_shared
+from vllm_longspec.training.teachers import Lesson, TeacherError
+from vllm_longspec.training.teachers.hf import HfTeacher
 from vllm_longspec.training.train import (
     _teacher_device,
     check_agreement,
@@ -138,6 +141,126 @@ def test_a_run_that_is_resumed_is_the_same(tmp_path, target, data):
         assert found[-1] == expected[-1]
         assert metrics(resumed, "held_out")[-1] == metrics(whole, "held_out")[-1]
         assert not list((resumed / checkpoints.FOLDER).glob(".*"))
+
+
+def test_no_resume_changes_what_is_computed_together(tmp_path, target):
+    """Samples of similar lengths, which a teacher would compute together, across batches and steps."""
+    data, whole = tmp_path / "alike.jsonl", tmp_path / "whole"
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randint(64, (60 + 4 * (number % 2),), generator=generator).tolist() for number in range(31)]
+    lines = [json.dumps({"input_ids": ids, "loss_mask": [0] * 20 + [1] * (len(ids) - 20)}) for ids in samples]
+    data.write_text("\n".join(lines) + "\n")
+    settings = ["stages=[{steps: 6, learning_rate: 2e-3}]", "checkpoints.minutes=1e-9", "checkpoints.keep=100"]
+    command(target, data, whole, *settings, "tokens_per_batch=188")
+    expected = checkpoints.read_state(newest(whole))
+    for step in range(1, 6):
+        resumed = tmp_path / f"resumed-{step}"
+        shutil.copytree(whole, resumed)
+        for checkpoint in (resumed / checkpoints.FOLDER).iterdir():
+            if int(checkpoint.name.removeprefix("step-")) > step:
+                shutil.rmtree(checkpoint)
+        command(target, data, resumed, *settings, "tokens_per_batch=188", options=["--resume"])
+        found = checkpoints.read_state(newest(resumed))
+        for state in (found, expected):
+            state["moments"] = state["optimiser"]["state"]
+        for name in ("weights", "moments", "acceptance"):
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=f"{name}, resumed from {step}")
+
+
+def test_a_process_trains_twice_with_different_precisions(tmp_path, target, data):
+    stages = "stages=[{steps: 1}]"
+    command(target, data, tmp_path / "bfloat16", stages, "dtype=bfloat16")
+    command(target, data, tmp_path / "float32", stages, "dtype=float32")
+    losses = [metrics(tmp_path / run)[0]["loss"] for run in ("bfloat16", "float32")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_other_ranks_wait_for_the_tokens(tmp_path, monkeypatch):
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("accelerate.Accelerator", lambda **given: asked.append(given))
+    config = build({"target": "x", "data": ["x"], "out": "x", "device": "cpu"})
+    loop.make_accelerator(config, tmp_path)
+    (handler,) = asked[0]["kwargs_handlers"]
+    assert handler.timeout.total_seconds() >= 12 * 3600
+
+
+def test_reading_the_data_shows_progress(tmp_path, target, data, monkeypatch):
+    bars = []
+
+    class Bar(train_module.tqdm):
+        def __init__(self, **settings):
+            # Without a terminal nothing is shown, and nothing is counted.
+            super().__init__(**{**settings, "disable": False})
+            bars.append(self)
+
+    monkeypatch.setattr(train_module, "tqdm", Bar)
+    config = build({"target": str(target), "data": [str(data)], "out": str(tmp_path)})
+    train_module.prepare_data(config, load_shared(str(target)))
+    assert [(bar.n, bar.total) for bar in bars] == [(data.stat().st_size, data.stat().st_size)]
+
+
+def test_an_engine_that_fails_leaves_the_last_checkpoint(tmp_path, target, data, monkeypatch):
+    out = tmp_path / "run"
+    teach_batches = HfTeacher.teach_batches
+
+    def failing(teacher, batches):
+        for number, lesson in enumerate(teach_batches(teacher, batches)):
+            if number == 14:
+                raise TeacherError("the teacher's engine stopped with 5: see what it printed above")
+            yield lesson
+
+    monkeypatch.setattr(HfTeacher, "teach_batches", failing)
+    with pytest.raises(SystemExit, match="see what it printed above; no checkpoint is there yet"):
+        command(target, data, out)
+    with pytest.raises(SystemExit) as error:
+        command(target, data, out, "checkpoints.minutes=1e-9")
+    assert str(error.value).endswith(f"stopped with 5: see what it printed above; --resume goes on from {newest(out)}")
+    monkeypatch.setattr(HfTeacher, "teach_batches", teach_batches)
+    command(target, data, out, "checkpoints.minutes=1e-9", options=["--resume"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_of_a_host_compares_teachers(tmp_path, target, data, monkeypatch, rank):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    loaded, engines = [], []
+
+    class Plain(HfTeacher):
+        def __init__(self, shared, device, dtype, **settings):
+            loaded.append((device, dtype))
+            super().__init__(shared, device, dtype, **settings)
+
+    class Engine(HfTeacher):
+        def __init__(self, name, *_args, **_settings):
+            super().__init__(load_shared(name), "cpu", torch.bfloat16)
+            engines.append(self)
+
+    monkeypatch.setattr("vllm_longspec.training.teachers.hf.HfTeacher", Plain)
+    monkeypatch.setattr("vllm_longspec.training.teachers.vllm.VllmTeacher", Engine)
+    values = {"target": str(target), "data": [str(data)], "out": str(tmp_path), "teacher": "vllm"}
+    config, shared = build(values), load_shared(str(target))
+    # An engine in another dtype than that of the files is compared by the coarser one.
+    assert train_module.make_teacher(config, shared, torch.device("cpu")) is engines[0]
+    assert loaded == ([("cpu", shared.embedding.dtype)] if rank == 0 else [])
+
+    def refuse(*_args, **_settings):
+        raise ValueError("Unknown quantization type")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    if rank == 0:
+        message = r"\(Unknown quantization type\): give compared_samples: 0 to train with what vLLM serves"
+        with pytest.raises(ValueError, match=message):
+            train_module.make_teacher(config, shared, torch.device("cpu"))
+        assert len(engines) == 1
+
+
+def test_a_target_that_transformers_does_not_compute_on_a_cpu(tmp_path, target, data, monkeypatch):
+    def refuse(*_args):
+        raise RuntimeError("needs a GPU")
+
+    monkeypatch.setattr(HfTeacher, "teach", refuse)
+    config = build({"target": str(target), "data": [str(data)], "out": str(tmp_path), "teacher": "vllm"})
+    with pytest.raises(ValueError, match=r"on a CPU.*\(needs a GPU\): give compared_samples: 0"):
+        train_module.make_teacher(config, load_shared(str(target)), torch.device("cpu"))
 
 
 def test_a_run_is_resumed_with_its_own_configuration(tmp_path, target, data, capsys):
@@ -423,13 +546,14 @@ def test_teachers_that_disagree_are_named(target):
     from tests.unit.test_training_forward import CONFIG, lesson, sample
 
     one = lesson(sample(50, [(10, 50)]), CONFIG)
-    check_agreement([one], [one._replace(keys=one.keys * (1 + 1e-5))], torch.float32)
+    one = Lesson(one.sample, *(part.float() for part in one[1:]))
+    check_agreement([one], [one._replace(keys=one.keys * (1 + 1e-5))])
     for name in ("keys", "values", "hidden"):
         other = one._replace(**{name: getattr(one, name) + 0.1})
         with pytest.raises(ValueError, match=f"the {name} of vLLM's last layer differ"):
-            check_agreement([one], [other], torch.float32)
+            check_agreement([one], [other])
     with pytest.raises(ValueError, match="differ"):
-        check_agreement([one], [one._replace(keys=one.keys * float("nan"))], torch.float32)
+        check_agreement([one], [one._replace(keys=one.keys * float("nan"))])
 
 
 def test_first_weights_of_the_last_layer(tmp_path):

@@ -262,7 +262,7 @@ def predict(evaluation: Evaluation) -> tuple[list[list[Steps]], list[Likelihood]
     shared = evaluation.shared
     stored = torch.float32 if arguments.device == "cpu" else shared.embedding.dtype
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else stored
-    target = HfTeacher(shared, arguments.device, dtype)
+    target = HfTeacher(shared, arguments.device, dtype, way_out="mend its files, or give a target that it loads")
     vocabulary = TargetVocabulary.of(shared, arguments.device, dtype)
     glide = load_draft(evaluation.checkpoint, evaluation.config, arguments.device)
     predictors = [

@@ -527,7 +527,7 @@ class Generator:
             "finish_reason": completion.finish_reason,
         }
         if self.arguments.text:
-            record["text"] = completion.text
+            record["answer"] = completion.text
         self.counts.answers += 1
         self.counts.prompt_tokens += len(request.prompt_ids)
         self.counts.answer_tokens += len(answer)

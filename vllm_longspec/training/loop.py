@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -37,7 +38,7 @@ from vllm_longspec.training.learner import Learner
 from vllm_longspec.training.losses import ACCEPTED, AGREED, LOSS
 from vllm_longspec.training.reporting import Reporter
 from vllm_longspec.training.target import SharedTarget
-from vllm_longspec.training.teachers import Lesson, Teacher
+from vllm_longspec.training.teachers import Lesson, Sample, Teacher
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=False)
 
@@ -61,7 +62,7 @@ class Result(NamedTuple):
 def make_accelerator(config: TrainConfig, run: Path) -> Any:
     """For this process, which may be one of several that torchrun has started."""
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError:
         raise ValueError("training needs accelerate: pip install 'vllm-longspec[train]'") from None
 
@@ -78,7 +79,18 @@ def make_accelerator(config: TrainConfig, run: Path) -> Any:
         mixed_precision=precision,
         log_with=list(config.report.to) or None,
         project_dir=run,
+        # While the first rank tokenizes, the others wait; PyTorch's own limit is 10 minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
+
+
+def end(accelerator: Any) -> None:
+    """Ends what `make_accelerator` made, so that the process may make another one with another device or precision."""
+    from accelerate.state import AcceleratorState
+
+    accelerator.end_training()
+    # It is one state for the process. Accelerate has no public way to give it up; Transformers does it so as well.
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -456,12 +468,12 @@ def _taught(steps: Iterator[Step], teacher: Teacher) -> Generator[Taught, None, 
     """Each step with its lessons by batch. The teacher may be some steps ahead of what is asked for."""
     asked: deque[Step] = deque()
 
-    def samples() -> Iterator[Any]:
+    def batches_asked() -> Iterator[list[Sample]]:
         for step in steps:
             asked.append(step)
-            yield from (sample for batch in step.batches for sample in batch)
+            yield from step.batches
 
-    stream = teacher.teach(samples())
+    stream = teacher.teach_batches(batches_asked())
     try:
         for first in stream:
             step = asked.popleft()

@@ -7,8 +7,9 @@
     lk           -log sum min(p, q)
     lk_hybrid    share * kl + (1 - share) * tv with share = exp(-3 * acceptance)
 
-The last two are the LK losses of arXiv 2602.23881; the acceptance is a running estimate, without gradient. Logits of a
-few rows exist at a time: their gradient with respect to the draft's hidden states is computed with the loss.
+The last two are the LK losses of arXiv 2602.23881, which uses a decay of 3; the acceptance is a running estimate,
+without gradient. Logits of a few rows exist at a time: their gradient with respect to the draft's hidden states is
+computed with the loss.
 """
 
 import functools

@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from vllm_longspec.training import checkpoints
 from vllm_longspec.training.batches import Plan, anchored, generator_of, without_short_stage
 from vllm_longspec.training.config import AUTO, TrainConfig, build, differing, load
-from vllm_longspec.training.data import TokenStore, prepare
+from vllm_longspec.training.data import TokenStore, files_of, prepare
 from vllm_longspec.training.initialise import initialise, initialise_from_last_layer
 from vllm_longspec.training.layer import GlideLayer
-from vllm_longspec.training.loop import Result, compute_dtype, fit, make_accelerator
+from vllm_longspec.training.loop import Result, compute_dtype, end, fit, make_accelerator
 from vllm_longspec.training.target import SharedTarget, check_served, load_shared, load_tokenizer
-from vllm_longspec.training.teachers import Lesson, Sample, Teacher
+from vllm_longspec.training.teachers import Lesson, Sample, Teacher, TeacherError
 
 CONFIG = "run.yaml"
 # In the place of a number of a stage, for what is drawn of held-out samples.
@@ -32,7 +33,7 @@ _HELD_OUT = -1
 # Of tokens that teachers are compared at.
 _COMPARED_TOKENS = 512
 # Differences of two right computations, relative to the size of what is compared, by dtype.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08}
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.08}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,10 +136,14 @@ def train(config: TrainConfig, resume: bool = False, accelerator: Any = None) ->
             lessons=lessons,
             data=store.digest,
         )
+    except TeacherError as error:
+        last = checkpoints.newest(folder)
+        kept = "no checkpoint is there yet" if last is None else f"--resume goes on from {last}"
+        raise TeacherError(f"{error}; {kept}") from error
     finally:
         teacher.close()
         if is_own:
-            accelerator.end_training()
+            end(accelerator)
 
 
 def first_weights(config: TrainConfig, shared: SharedTarget) -> GlideLayer:
@@ -160,19 +165,16 @@ def make_teacher(config: TrainConfig, shared: SharedTarget, device: torch.device
         return HfTeacher(shared, _teacher_device(config, device), dtype, config.tokens_per_batch, config.compile_target)
     from vllm_longspec.training.teachers.vllm import VllmTeacher
 
-    samples = _compared(config, shared)
-    reference: list[Lesson] = []
-    if samples:
-        # On the CPU, so that the engine finds an empty GPU.
-        plain = HfTeacher(shared, "cpu", torch.float32)
-        reference = list(plain.teach(samples))
-        plain.close()
+    # The engines of a host are alike, and its memory may have no room for several copies of the target.
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    samples = _compared(config, shared) if is_first else []
+    reference = _reference(shared, samples) if samples else []
     longest = min(max(stage.max_length for stage in config.stages), shared.config.max_position_embeddings)
     teacher: Teacher = VllmTeacher(config.target, revision=config.revision, **{"max_length": longest, **config.engine})
     if samples:
         try:
-            check_agreement(reference, list(teacher.teach(samples)), dtype)
-        except ValueError:
+            check_agreement(reference, list(teacher.teach(samples)))
+        except BaseException:
             teacher.close()
             raise
     return teacher
@@ -197,10 +199,29 @@ def _teacher_device(config: TrainConfig, device: torch.device) -> torch.device:
     return found
 
 
-def check_agreement(expected: Sequence[Lesson], found: Sequence[Lesson], dtype: torch.dtype) -> None:
-    """Raises ValueError where keys, values or hidden states differ by more than rounding does."""
-    most = _TOLERANCE[dtype]
+def _reference(shared: SharedTarget, samples: Sequence[Sample]) -> list[Lesson]:
+    """By Transformers, on the CPU, so that the engine finds an empty GPU, in the dtype of the target's files."""
+    from vllm_longspec.training.teachers.hf import HfTeacher
+
+    way_out = "give compared_samples: 0 to train with what vLLM serves"
+    teacher = HfTeacher(shared, "cpu", shared.embedding.dtype, way_out=way_out)
+    try:
+        return list(teacher.teach(samples))
+    except Exception as error:
+        # Of quantised weights, whose kernels may need a GPU.
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"Transformers does not compute --target {shared.name} on a CPU, to compare the engine with ({reason}): "
+            f"{way_out}"
+        ) from error
+    finally:
+        teacher.close()
+
+
+def check_agreement(expected: Sequence[Lesson], found: Sequence[Lesson]) -> None:
+    """Raises ValueError where keys, values or hidden states differ by more than rounding does, in the coarser dtype."""
     for one, other in zip(expected, found, strict=True):
+        most = max(_TOLERANCE[lesson.keys.dtype] for lesson in (one, other))
         for name in ("keys", "values", "hidden"):
             right, given = (getattr(lesson, name).detach().cpu().double() for lesson in (one, other))
             if right.shape != given.shape:
@@ -212,7 +233,7 @@ def check_agreement(expected: Sequence[Lesson], found: Sequence[Lesson], dtype: 
             if not difference <= most:
                 raise ValueError(
                     f"the {name} of vLLM's last layer differ from those of Transformers by {difference:.3g} of their "
-                    f"size, more than {most}: check dtype and engine settings, or give compared_samples 0 to train "
+                    f"size, more than {most}: check dtype and engine settings, or give compared_samples: 0 to train "
                     "with what vLLM serves"
                 )
 
@@ -223,7 +244,10 @@ def prepare_data(config: TrainConfig, shared: SharedTarget) -> tuple[TokenStore,
     cache = Path(config.out) / "data"
 
     def stored(paths: Sequence[str]) -> TokenStore:
-        return prepare(paths, cache, lambda: load_tokenizer(shared), shared.vocab_size, longest)
+        num_bytes = sum(file.stat().st_size for file in files_of(paths))
+        # Not shown where the tokens are there already.
+        with tqdm(total=num_bytes, desc="reading data", unit="B", unit_scale=True, delay=1.0, leave=False) as bar:
+            return prepare(paths, cache, lambda: load_tokenizer(shared), shared.vocab_size, longest, bar.update)
 
     if config.held_out.data:
         return stored(config.data), stored(config.held_out.data)

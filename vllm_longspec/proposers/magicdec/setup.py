@@ -124,11 +124,21 @@ class MagicDecSetup(DraftSetup):
                 vllm_config.model_config.max_model_len,
                 vllm_config.cache_config.block_size,
             )
-        if options.adaptive_verification and largest_batch_with_graph(vllm_config) == 0:
+        if not options.adaptive_verification:
+            return
+        largest, most = largest_batch_with_graph(vllm_config), vllm_config.scheduler_config.max_num_seqs
+        if largest == 0:
             logger.warning(
                 "The method magicdec drafts nothing without full CUDA graphs, where a step of drafting takes as long "
                 "as one of decoding: serve without enforce_eager, or give adaptive_verification=false to draft all the "
                 "same."
+            )
+        elif largest < min(most, vllm_config.compilation_config.max_cudagraph_capture_size or 0):
+            # A size above the largest batch is a graph of the target only, with cudagraph_mode FULL.
+            logger.warning(
+                f"The method magicdec drafts nothing in batches of more than {largest} requests, for which its draft "
+                f"has no CUDA graph: add {most} (max_num_seqs) to cudagraph_capture_sizes, or give "
+                "adaptive_verification=false to draft all the same."
             )
 
     @staticmethod

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a draft is trained with: the frozen target's last K and V, and its hidden states at supervised rows."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -30,10 +30,19 @@ class Lesson(NamedTuple):
     hidden: Tensor
 
 
+class TeacherError(ValueError):
+    """What runs in the background has failed; in one line, with the way out."""
+
+
 class Teacher(Protocol):
     """A frozen target. Lessons come in the order of the samples; it may work ahead, in bounded memory."""
 
     def teach(self, samples: Iterable[Sample]) -> Iterator[Lesson]: ...
+
+    def teach_batches(self, batches: Iterable[Sequence[Sample]]) -> Iterator[Lesson]:
+        """As `teach`, but what is computed together is of one batch where rounding depends on it: a run that is
+        resumed begins with a batch."""
+        ...
 
     def close(self) -> None:
         """Ends what the teacher runs in the background."""

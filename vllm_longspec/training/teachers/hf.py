@@ -55,6 +55,10 @@ class HfTeacher:
     Args:
         tokens_at_once: of samples that are computed together, where they are short; a longer one is computed alone
         compiled: whether to compile norms and MLPs, whose parts are otherwise kernels of their own
+        way_out: what to do about a target that Transformers does not load
+
+    Raises:
+        ValueError: Transformers does not load the target.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class HfTeacher:
         dtype: torch.dtype,
         tokens_at_once: int = 32768,
         compiled: bool = False,
+        way_out: str = "mend its files, or give --teacher vllm",
     ) -> None:
         self.device, self.tokens_at_once = torch.device(device), tokens_at_once
-        self.decoder = _load_decoder(target, dtype).to(self.device)
+        self.decoder = _load_decoder(target, dtype, self.device, way_out).to(self.device)
         self.num_layers = target.config.num_hidden_layers
         if rope_type_of(target.config) == "longrope":
             # As vLLM: one table for texts of all lengths, so that a key does not depend on what follows.
@@ -84,6 +89,10 @@ class HfTeacher:
     def teach(self, samples: Iterable[Sample]) -> Iterator[Lesson]:
         for group in self._groups(samples):
             yield from self._lessons(group)
+
+    def teach_batches(self, batches: Iterable[Sequence[Sample]]) -> Iterator[Lesson]:
+        for batch in batches:
+            yield from self.teach(batch)
 
     def close(self) -> None:
         del self.decoder
@@ -124,16 +133,16 @@ class HfTeacher:
             yield Lesson(sample, keys, values, output.last_hidden_state[index, rows])
 
 
-def _load_decoder(target: SharedTarget, dtype: torch.dtype) -> Any:
+def _load_decoder(target: SharedTarget, dtype: torch.dtype, device: torch.device, way_out: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForImageTextToText if target.is_wrapper else AutoModelForCausalLM
+    # A GPU reads the files itself: each process would otherwise hold the target in the host's memory first.
+    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
     try:
-        model: Any = kind.from_pretrained(target.folder, dtype=dtype, attn_implementation="sdpa")
+        model: Any = kind.from_pretrained(target.folder, dtype=dtype, attn_implementation="sdpa", **placed)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"Transformers does not load --target {target.name} ({reason}): mend its files, or give --teacher vllm"
-        ) from None
+        raise ValueError(f"Transformers does not load --target {target.name} ({reason}): {way_out}") from None
     model = model.eval().requires_grad_(False)
     return model.model.language_model if target.is_wrapper else model.model

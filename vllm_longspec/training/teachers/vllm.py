@@ -8,6 +8,7 @@ parallelism as in serving: a draft learns from the keys that it will attend.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from vllm_longspec.proposers.capture.spool import Part, read_failure, read_parts
-from vllm_longspec.training.teachers import Lesson, Sample
+from vllm_longspec.training.teachers import Lesson, Sample, TeacherError
 
 DEFAULT_SPOOL = Path("/dev/shm")
 MAX_SPOOL_BYTES = 4 << 30
@@ -72,12 +73,12 @@ class VllmTeacher:
             leave room for that.
         spool: folder of the files; None for /dev/shm.
         spool_bytes: the most bytes that they take, and the most that one sample may need; None for 4 GiB, or what the
-            folder has room for.
+            folder has room for, divided by the training processes of the host.
         engine: arguments of vLLM's engine, such as tensor_parallel_size=2 and gpu_memory_utilization=0.5.
 
     Raises:
         ValueError: an option is not supported, the spool has no room, or vLLM refuses the target or an argument.
-        RuntimeError: the engine did not start.
+        TeacherError: the engine did not start.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class VllmTeacher:
 
         Raises:
             ValueError: an engine cannot teach a sample.
-            RuntimeError: the engine or its disk failed.
+            TeacherError: the engine or its disk failed.
         """
         waiting = iter(samples)
         ahead: deque[Assembly] = deque()
@@ -146,6 +147,10 @@ class VllmTeacher:
                     self._connection.send(("abort",))
                 for assembly in ahead:
                     shutil.rmtree(assembly.folder, ignore_errors=True)
+
+    def teach_batches(self, batches: Iterable[Sequence[Sample]]) -> Iterator[Lesson]:
+        """An engine's steps take whatever waits, so batches make no difference to it."""
+        return self.teach(itertools.chain.from_iterable(batches))
 
     def close(self) -> None:
         """Ends the engine and removes its files. May be called again."""
@@ -196,9 +201,15 @@ class VllmTeacher:
                 assembly.folder.rmdir()
                 return assembly.lesson()
             if (failure := read_failure(self.spool)) is not None:
-                raise RuntimeError(f"the teacher's engine cannot write what it captured: {failure}")
+                raise TeacherError(
+                    f"the teacher's engine cannot write what it captured to {self.spool.parent} ({failure}): make "
+                    "room, or give another spool in engine"
+                )
             if is_late:
-                raise RuntimeError(f"the teacher's engine ended {assembly.folder.name} without all of its files")
+                raise TeacherError(
+                    f"the teacher's engine ended sample {assembly.folder.name} without all of its files in "
+                    f"{self.spool.parent}: give a spool in engine that all of its ranks write at once"
+                )
             while self._connection.poll(_POLL_SECONDS):
                 name = self._receive()
                 for each in ahead:
@@ -210,11 +221,15 @@ class VllmTeacher:
             kind, value = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
             code = self._process.wait()
-            raise RuntimeError(f"the teacher's engine stopped with {code}: see what it printed above") from error
+            raise TeacherError(
+                f"the teacher's engine stopped with {code}: see what it printed above, and change engine by that"
+            ) from error
         if kind == "refused":
             raise ValueError(value)
         if kind == "failed":
-            raise RuntimeError(f"the teacher's engine failed: {value}")
+            raise TeacherError(
+                f"the teacher's engine failed ({value}): see what it printed above, and change engine by that"
+            )
         return value
 
 
@@ -273,15 +288,17 @@ def _mark(seen: Tensor) -> int:
 def _room(folder: Path, asked_for: int | None) -> int:
     if not folder.is_dir():
         raise ValueError(f"the teacher's spool {folder} is no folder: give one that exists")
-    free = shutil.disk_usage(folder).free
+    # Each training process of the host has a spool there.
+    num_spools = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = shutil.disk_usage(folder).free // num_spools
     if asked_for is None:
         return min(MAX_SPOOL_BYTES, int(_SPOOL_SHARE * free))
     if asked_for < 1:
         raise ValueError(f"spool_bytes must be positive, got {asked_for}: leave it out")
     if asked_for > free:
         raise ValueError(
-            f"the teacher's spool may take {asked_for} bytes, but {folder} has {free} left: give a smaller spool_bytes "
-            "or another folder"
+            f"the teacher's spool may take {asked_for} bytes, but {folder} has {free} left for each of {num_spools} "
+            "processes: give a smaller spool_bytes or another folder"
         )
     return asked_for
 
