@@ -260,7 +260,7 @@ def test_parts_that_nobody_wants_any_more(tmp_path):
     [
         ({"spool": Path("/nowhere")}, "spool /nowhere is no folder: give one that exists"),
         ({"spool_bytes": 0}, "spool_bytes must be positive, got 0"),
-        ({"spool_bytes": 1 << 60}, "left: give a smaller spool_bytes or another folder"),
+        ({"spool_bytes": 1 << 60}, "left for each of 1 processes: give a smaller spool_bytes or another folder"),
     ],
 )
 def test_a_spool_without_room(tmp_path, settings, message):
