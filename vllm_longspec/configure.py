@@ -274,12 +274,11 @@ def create_speculative_config(
     return config
 
 
-def compose_draft_hf_overrides(
-    original: Callable[..., Any], of_target: Any, *args: Any
-) -> "Callable[..., PretrainedConfig]":
-    """The `hf_overrides` of the draft that is being built; must be picklable. vLLM 0.33 has an argument more."""
-    overrides, setup = original(of_target, *args), _current.get()
-    return overrides if setup is None else setup.hf_overrides(overrides, of_target)
+def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Callable[..., PretrainedConfig]":
+    """The `hf_overrides` of the draft that is being built; must be picklable."""
+    overrides, setup = original(*args), _current.get()
+    # The first is those of the target. vLLM 0.33 has one more.
+    return overrides if setup is None else setup.hf_overrides(overrides, args[0])
 
 
 def create_engine_config(
