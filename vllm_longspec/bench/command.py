@@ -31,6 +31,7 @@ from vllm_longspec.bench.prompts import Chosen, Renderer, choose, choose_own
 from vllm_longspec.bench.report import Report, read_baseline
 from vllm_longspec.bench.server import Server, ServerError, exit_on_signals, run_server
 from vllm_longspec.bench.workloads import WORKLOADS
+from vllm_longspec.training.generate import json_object
 from vllm_longspec.version import __version__
 
 DEFAULT_OUTPUT_LEN = 1024
@@ -111,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--engine",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='engine arguments of vLLM, such as {"tensor_parallel_size": 2}',
@@ -134,16 +135,6 @@ def _temperatures(text: str) -> list[float]:
     if not values or not all(0 <= value < float("inf") for value in values) or len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of different temperatures, such as 0,1")
     return values
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
 
 
 @dataclass(frozen=True)

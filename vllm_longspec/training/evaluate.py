@@ -32,6 +32,7 @@ from vllm_longspec.training.data import TokenStore
 from vllm_longspec.training.data import prepare as store_texts
 from vllm_longspec.training.draft import TargetVocabulary, check_draft, load_draft
 from vllm_longspec.training.engine import run_engine
+from vllm_longspec.training.generate import MANIFEST, json_object
 from vllm_longspec.training.layer import rope_type_of
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor, Steps
 from vllm_longspec.training.sampling import Sampling
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the target (its own; float32 on a CPU)")
     add("--engine", action="store_true", help="serve the same prompts, and fail if an engine accepts otherwise")
-    add("--engine-args", type=_json_object, default={}, metavar="JSON", help="further arguments of vLLM's LLM")
+    add("--engine-args", type=json_object, default={}, metavar="JSON", help="further arguments of vLLM's LLM")
     add("--tolerance", type=float, default=0.03, metavar="X", help="what walk and engine may differ by (0.03)")
     add("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     add("--plot", type=Path, metavar="FILE", help="draw them, as .svg or .png")
@@ -397,7 +398,7 @@ def mismatch(sampling: Sampling, likelihood: Likelihood) -> str | None:
 
 def _read_manifest(data: Path) -> dict[str, Any]:
     """What `vllm-longspec generate` wrote beside its data; nothing if there is none."""
-    path = (data if data.is_dir() else data.parent) / "manifest.json"
+    path = (data if data.is_dir() else data.parent) / MANIFEST
     if not path.is_file():
         return {}
     try:
@@ -428,13 +429,3 @@ def _temperatures(value: str) -> list[float]:
         return [float(each) for each in value.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is no list of numbers such as 0,0.6,1") from None
-
-
-def _json_object(value: str) -> dict[str, Any]:
-    try:
-        content = json.loads(value)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"{value!r} is no JSON object")
-    return content

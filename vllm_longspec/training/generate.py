@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the answers, each of which gets one of its own (0)")
     parser.add_argument(
         "--chat-template-kwargs",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='such as {"enable_thinking": false}',
@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", metavar="DRAFT", help="generate faster with this draft; answers stay what they are")
     parser.add_argument(
         "--engine",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='engine arguments of vLLM, such as {"tensor_parallel_size": 2}',
@@ -175,7 +175,8 @@ def _given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an argument whose value is a JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:
