@@ -112,6 +112,29 @@ LLAMA_3_2_3B = _COMMON | {
     "eos_token_id": 128009,
 }
 
+# https://huggingface.co/Qwen/Qwen3-30B-A3B/blob/main/config.json
+QWEN3_30B_A3B = _COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
 # Small enough for Triton's interpreter. EAGLE-3 reads layers 2, n / 2 and n - 3 of n, which must differ;
 # fewer tokens too few for `vllm bench latency`, whose prompts are of the first 10,000.
 TOY = _COMMON | {
@@ -137,6 +160,7 @@ SHAPES = {
     "qwen2.5-7b": QWEN2_5_7B,
     "qwen3-32b": QWEN3_32B,
     "llama-3.2-3b": LLAMA_3_2_3B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
     "toy": TOY,
 }
 
