@@ -178,9 +178,7 @@ def main() -> None:
 
     def trained(num_steps: int, seed: int) -> Trainer:
         windows = Windows(ids, torch.Generator().manual_seed(seed))
-        source = RandomWindows(
-            windows, plan.draft_windows, plan.batch_tokens, target_config["max_position_embeddings"]
-        )
+        source = RandomWindows(windows, plan.draft_windows, plan.batch_tokens, target_config["max_position_embeddings"])
         loader = DataLoader(Batches(source, states, collate, num_steps), batch_size=None)
         config = trainer_config(chosen, train_call_kwargs, num_steps)
         return (CpuTrainer if on_cpu else Trainer)(model, config, loader)

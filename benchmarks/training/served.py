@@ -43,7 +43,8 @@ def methods_of(draft: Path, target_config: dict[str, Any], batch: int, chosen: S
     found = {
         "tree": tree,
         "tree without copies": tree | {"copy_length": 0},
-        "chain": tree | {"tree_shape": chain, "copy_length": 0, "num_speculative_tokens_per_batch_size": [[1, batch, 5]]},
+        "chain": tree
+        | {"tree_shape": chain, "copy_length": 0, "num_speculative_tokens_per_batch_size": [[1, batch, 5]]},
     }
     return {name: method for name, method in found.items() if name in chosen}
 
@@ -66,7 +67,9 @@ def records_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     emitted = steps + sum(sum(each["accepted"]) for each in results)
     cut = [before_loop(each["accepted"], each["token_ids"]) for each in results]
     cut_steps, cut_emitted = (sum(column) for column in zip(*cut, strict=True))
-    by_depth = [sum(number >= depth for each in results for number in each["accepted"]) for depth in range(1, CHAIN + 1)]
+    by_depth = [
+        sum(number >= depth for each in results for number in each["accepted"]) for depth in range(1, CHAIN + 1)
+    ]
     return {
         "requests": len(results),
         "steps": steps,
@@ -83,7 +86,8 @@ def main() -> None:
     add("--pair", type=Path, required=True, help="folder with target/, prompts.jsonl and the drafts")
     add("--drafts", nargs="+", required=True, help="folders in it")
     add("--methods", nargs="+", default=["tree", "tree without copies", "chain"], help="of GLIDE drafts")
-    add("--contexts", type=int, nargs="+", default=[2048, 8192, 15872])
+    # Answers end within 2k, 8k and 16k, the contexts of `vllm-longspec evaluate`.
+    add("--contexts", type=int, nargs="+", default=[1792, 7936, 15872])
     add("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     add("--prompts", type=int, default=16, help="of each context")
     add("--tokens", type=int, default=256, help="of each answer")
@@ -91,6 +95,7 @@ def main() -> None:
     add("--dtype", default="auto")
     add("--engine", type=json.loads, default={}, help="further arguments of the engines, JSON")
     add("--commit", help="of the plugin, where there is no git to ask")
+    add("--answers", type=Path, help="folder for the first draft's greedy answers, for `vllm-longspec evaluate`")
     add("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -137,6 +142,8 @@ def main() -> None:
         except ValueError as error:
             # The others' figures are kept.
             return [{"draft": name, "method": method, "error": str(error)}]
+        if args.answers and job is jobs[0]:
+            write_answers(args.answers, runs, found)
         return [
             {
                 "draft": name,
@@ -158,6 +165,20 @@ def main() -> None:
     print(markdown(list(table(records))))
     if any("error" in record for record in records):
         raise SystemExit("an engine failed: see above")
+
+
+def write_answers(folder: Path, runs: Sequence[dict[str, Any]], found: Sequence[Sequence[dict[str, Any]]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {
+            "input_ids": [*prompt, *result["token_ids"]],
+            "loss_mask": [0] * len(prompt) + [1] * len(result["token_ids"]),
+        }
+        for run, results in zip(runs, found, strict=True)
+        if run["sampling"]["temperature"] == 0
+        for prompt, result in zip(run["prompts"], results, strict=True)
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def table(records: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
