@@ -19,7 +19,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 assert sys.argv[1:3] == ["serve", "model"], sys.argv
 if "--fail" in sys.argv:
     print("INFO starting")
-    print("ValueError: no such model")
+    place = "11-28 02:23:25 [core.py:12]"
+    print(f"(APIServer pid=1) WARNING {place} there may be errors like `OSError: [Errno 24]`")
+    print(f"(Worker pid=12) ERROR {place}     raise ValueError")
+    print(f"(Worker pid=12) ERROR {place} ValueError: no such model")
+    print(f"(EngineCore pid=13) ERROR {place} ValueError: no such model")
     print("RuntimeError: the engine failed")
     sys.exit(3)
 if "--hang" in sys.argv:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.interpreter import interpreting, overhead
+from vllm_longspec.interpreter import booleans, interpreting, overhead
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="Triton compiles on this machine")
 
@@ -115,3 +115,26 @@ def test_nothing_is_left_out_twice():
     before = interpreter._patch_lang, interpreter._get_np_dtype
     overhead.leave_out()
     assert before == (interpreter._patch_lang, interpreter._get_np_dtype)
+
+
+@triton.jit
+def _first_if_positive_kernel(values_ptr, out_ptr, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)
+    first = tl.load(values_ptr)
+    tl.store(out_ptr + offsets, tl.load(values_ptr + offsets, mask=(offsets < 2) & (first > 0), other=7))
+
+
+@pytest.mark.parametrize(("first", "expected"), [(1, [1, 5, 7, 7]), (-1, [7, 7, 7, 7])])
+def test_a_scalar_comparison_is_a_mask(first, expected):
+    """As in vLLM's n-gram speculator."""
+    values, out = torch.tensor([first, 5, 5, 5]), torch.zeros(4, dtype=torch.int64)
+    _first_if_positive_kernel[(1,)](values, out, SIZE=4)
+    assert out.tolist() == expected
+
+
+def test_booleans_are_kept_once():
+    from triton.runtime import interpreter
+
+    kept = interpreter.InterpreterBuilder.create_splat
+    booleans.keep()
+    assert interpreter.InterpreterBuilder.create_splat is kept

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the process that started this server has ended")
 os.execv(sys.argv[2], sys.argv[2:])
 """
+# What vLLM puts before a line of its log; all of it may be missing.
+_PREFIX = re.compile(r"(?:\(\w+(?: pid=\d+)?\) )?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[[^]]+\] )?")
 
 
 class ServerError(ValueError):
@@ -140,9 +143,14 @@ def exit_on_signals() -> None:
 
 
 def what_went_wrong(log: Path) -> str:
-    """The first errors of a server's log (what follows them is usually their echo), or its end if it names none."""
+    """The first errors of a server's log (what follows them is usually their echo), or its end if it names none.
+
+    Without the process, level, time and place that vLLM puts before each line. Warnings may speak of errors too.
+    """
     lines = log.read_text(errors="replace").splitlines()
-    return "\n".join([line for line in lines if "Error: " in line][:5] or lines[-10:])
+    logged = [(match["level"], line[match.end() :].strip()) for line in lines if (match := _PREFIX.match(line))]
+    errors = [text for level, text in logged if level in (None, "ERROR", "CRITICAL") and "Error: " in text]
+    return "\n".join(list(dict.fromkeys(errors))[:5] or lines[-10:])
 
 
 def _wait_until_ready(server: Server, timeout: float) -> float:

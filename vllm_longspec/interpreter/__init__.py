@@ -13,7 +13,7 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_longspec.compat.cpu_build import name_cpu_build
-from vllm_longspec.interpreter import overhead
+from vllm_longspec.interpreter import booleans, overhead
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -48,6 +48,7 @@ def enable() -> None:
     except ImportError:
         return  # start-up refuses every draft of this plugin's and says that Triton is missing
     backends.setdefault("cpu", Backend(compiler=None, driver=InterpreterDriver))
+    booleans.keep()
     overhead.leave_out()
 
 
