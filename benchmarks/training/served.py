@@ -106,7 +106,7 @@ def main() -> None:
     prompts = [tokenizer.encode(text).ids for text in texts[: args.prompts]]
     if min(map(len, prompts)) < max(args.contexts):
         parser.error(f"--contexts {max(args.contexts)}: the prompts have {min(map(len, prompts))} tokens")
-    runs = [
+    runs: list[dict[str, Any]] = [
         {
             "prompts": [ids[-context:] for ids in prompts],
             "max_tokens": [args.tokens] * len(prompts),
