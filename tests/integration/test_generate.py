@@ -90,6 +90,45 @@ def test_a_file_that_cannot_be_written_is_not_there(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_is_named_with_the_way_out(tmp_path):
+    (tmp_path / "a.jsonl.unfinished").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"a.jsonl cannot be written \(No space left on device\): make room") as error:
+        write_atomically(tmp_path / "a.jsonl", "text")
+    assert "--resume" in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def command_error(*arguments: str) -> str:
+    with pytest.raises(SystemExit) as error:
+        generate(arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_target_that_has_no_drafts_answers_nothing(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    said = command_error(
+        "--target", str(tmp_path), "--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")
+    )
+    assert "model_type 'opt'" in said and "llama, qwen2, qwen3" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_does_not_start_is_one_line(tmp_path, target, monkeypatch):
+    def failing(**_settings: Any) -> None:
+        raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+
+    monkeypatch.setattr("vllm.LLM", failing)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"input_ids": [5]}\n')
+    arguments = ["--target", str(target), "--prompts", str(prompts), "--out", str(tmp_path / "out")]
+    said = command_error(*arguments)
+    assert "the engine does not start (Engine core initialization failed. See root cause above.): give --engine" in said
+    # The folder holds nothing that a second try would stumble over.
+    assert "the engine does not start" in command_error(*arguments)
+
+
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """The trained target with a chat template."""

@@ -486,6 +486,27 @@ def test_a_disk_that_is_full(tmp_path, target, data, monkeypatch):
     assert not list((again / checkpoints.FOLDER).glob(".*"))
 
 
+def test_a_disk_that_is_full_where_pytorch_writes(tmp_path):
+    """The system's reason is said: that of PyTorch is of the place in the file that it had got to."""
+    state = tmp_path / checkpoints.FOLDER / f".step-00000002.{os.getpid()}" / "trainer" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.symlink_to("/dev/full")
+    weights = {"a": torch.zeros(100_000)}
+    with pytest.raises(ValueError, match=r"step-00000002 cannot be written \(No space left on device\): make room"):
+        checkpoints.save(tmp_path, 2, {}, weights, torch.float32, {}, 2)
+    assert not list((tmp_path / checkpoints.FOLDER).iterdir())
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "metrics.jsonl"])
+def test_a_disk_that_is_full_before_the_first_step(tmp_path, target, data, name):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 0}\n')
+    (out / {"run.yaml": ".run.yaml", "metrics.jsonl": "metrics.tmp"}[name]).symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match=rf"{name} cannot be written \(No space left on device\): make room"):
+        command(target, data, out)
+
+
 def test_a_stage_by_the_clock(tmp_path, target, data):
     out = tmp_path / "run"
     started = time.monotonic()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of rows that each see an interval of keys: flex_attention on GPUs, chunks of rows on CPUs.
 
-Packed samples, windows and withheld keys are all such intervals, since the keys of a sample follow each other.
+Packed samples, windows and withheld keys are all such intervals, since the keys of a sample follow each other. Kernels
+for causal runs (SDPA, varlen functions) do not serve: depths are merged by the logarithms of sums, which need a
+gradient, and flex_attention alone gives them one. The self-attention needs none, but its windows are short.
 """
 
 import functools

@@ -55,7 +55,9 @@ def save(
     try:
         (temporary / _STATE).parent.mkdir(parents=True, exist_ok=True)
         write_draft(temporary, config, weights, dtype)
-        torch.save({**state, "weights": {name: weight.cpu() for name, weight in weights.items()}}, temporary / _STATE)
+        # Of a file that PyTorch opens itself, its errors do not say what the system says.
+        with (temporary / _STATE).open("wb") as file:
+            torch.save({**state, "weights": {name: weight.cpu() for name, weight in weights.items()}}, file)
         for path in (*(each for each in temporary.rglob("*") if each.is_file()), temporary / _STATE.parent, temporary):
             _flush(path)
         if (folder / name).exists():
@@ -66,8 +68,9 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         last = newest(run)
         kept = "no earlier one is there" if last is None else f"{last} is whole, and --resume goes on from there"
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"the checkpoint {folder / name} cannot be written ({reason}): make room; {kept}") from None
+        raise ValueError(
+            f"the checkpoint {folder / name} cannot be written ({_reason(error)}): make room; {kept}"
+        ) from None
     for old in _all(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder / name
@@ -84,8 +87,9 @@ def export(run: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], 
             (temporary / name).replace(run / name)
         _flush(run)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"the draft cannot be written to {run} ({reason}): make room, and give --resume") from None
+        raise ValueError(
+            f"the draft cannot be written to {run} ({_reason(error)}): make room, and give --resume"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -115,6 +119,16 @@ def clean(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         for path in folder.glob(".draft.*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, if it did: PyTorch ends a file that could not be written with an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return " ".join(str(error).split())
 
 
 def _all(run: Path) -> list[Path]:

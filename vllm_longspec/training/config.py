@@ -211,6 +211,8 @@ def load(path: Path | None, given: dict[str, Any], settings: list[str]) -> Train
     if path is not None:
         try:
             values = yaml.safe_load(path.read_text()) or {}
+        except OSError as error:
+            raise ValueError(f"--config {path} cannot be read ({error.strerror}): give a file of YAML") from None
         except yaml.YAMLError as error:
             raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_longspec.proposers.glide.convert import read_target
 from vllm_longspec.version import __version__
 
 MANIFEST = "manifest.json"
@@ -142,6 +143,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
     engine = engine_arguments(arguments)
     _check_sampling(arguments)
+    # Answers of a target that has no drafts would be of no use; `train` would refuse it only when all are there.
+    read_target(arguments.target, arguments.revision)
     vocab_size = _vocab_size(arguments.target, arguments.revision)
     prompt_files = {str(path): check_prompts(path, vocab_size) for path in arguments.prompts}
     kinds = set().union(*(prompts.kinds for prompts in prompt_files.values()))
@@ -369,10 +372,12 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+        unfinished.rename(path)
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"{path} cannot be written ({error.strerror}): make room, and give --resume") from None
         raise
-    unfinished.rename(path)
 
 
 def seed_of(seed: int, answer: str) -> int:
@@ -405,7 +410,13 @@ class Generator:
         self.settings = settings
         self.counts = Counts()
         skip = {} if needs_tokenizer else {"skip_tokenizer_init": True}
-        self.llm = LLM(**{"disable_log_stats": True, **skip, **engine})
+        try:
+            self.llm = LLM(**{"disable_log_stats": True, **skip, **engine})
+        except RuntimeError as error:
+            # What an engine in a process of its own fails with, it has printed.
+            raise ValueError(
+                f"the engine does not start ({error}): give --engine what vllm serve needs for {arguments.target}"
+            ) from error
         self.engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer() if needs_tokenizer else None
         self.max_model_len = self.llm.model_config.max_model_len
@@ -431,10 +442,17 @@ class Generator:
         return params
 
     def run(self, prompts: Iterable[Prompt], total: int, done: set[str]) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         try:
             self._write_manifest(finished=False)
             try:
                 self._generate(self._requests(prompts, done), total * self.settings.samples - len(done))
+            except EngineDeadError as error:
+                raise ValueError(
+                    f"the engine has stopped, see what it printed above ({error}): finished answers are kept, give "
+                    "--resume to go on"
+                ) from error
             finally:
                 self._write_shard()
             self._write_manifest(finished=True)

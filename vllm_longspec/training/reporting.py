@@ -29,9 +29,12 @@ class Reporter:
         path = run / METRICS
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        try:
+            temporary.write_text("".join(kept))
+            temporary.replace(path)
+            self._file = path.open("a")
+        except OSError as error:
+            raise _unwritten(path, error) from None
 
     def stage(self, name: str) -> None:
         if self._is_first:
@@ -66,7 +69,7 @@ class Reporter:
             self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise ValueError(f"{self._file.name} cannot be written ({error.strerror}): make room, and resume") from None
+            raise _unwritten(self._file.name, error) from None
         self._accelerator.log({f"{kind}/{name}": value for name, value in _flat(values)}, step=step)
 
     def say(self, text: str) -> None:
@@ -87,6 +90,10 @@ class Reporter:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _unwritten(path: Path | str, error: OSError) -> ValueError:
+    return ValueError(f"{path} cannot be written ({error.strerror}): make room, and give --resume")
 
 
 def _lines(path: Path) -> list[str]:

@@ -366,8 +366,13 @@ def _write_config(config: TrainConfig, folder: Path) -> None:
     import yaml
 
     temporary = folder / f".{CONFIG}"
-    temporary.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
-    temporary.replace(folder / CONFIG)
+    try:
+        temporary.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+        temporary.replace(folder / CONFIG)
+    except OSError as error:
+        raise ValueError(
+            f"{folder / CONFIG} cannot be written ({error.strerror}): make room, or give another --out"
+        ) from None
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

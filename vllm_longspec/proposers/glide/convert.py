@@ -226,7 +226,7 @@ def _read_config(target: str, path: Path) -> dict[str, Any]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"--target {target} has model_type {model_type!r} in its config.json, but the families with GLIDE drafts "
-            f"are {', '.join(FAMILIES)}: give the target that the draft was trained for"
+            f"are {', '.join(FAMILIES)}: give a target of one of them"
         )
     for name in (*SIZES[1:], "num_hidden_layers"):
         value = config.get(name)
