@@ -458,12 +458,13 @@ def _rungs(floor, low, k_low, k_high, p_low, p_high, top_p, ROUND: tl.constexpr)
         # With top-k and top-p, half of them for each.
         num_of_k = tl.where(top_p < 1.0, _RUNGS // 2, _RUNGS)
         num_of_k = tl.where(k_low > float("-inf"), num_of_k, 0)
-        of_k = tl.where(k_low > float("-inf"), k_low, 0.0)
+        of_k = tl.where(num_of_k > 0, k_low, 0.0)
+        k_range = tl.where(num_of_k > 0, k_high - of_k, 0.0)
         of_p = tl.maximum(p_low, k_low)
         of_p = tl.where(of_p > float("-inf"), of_p, tl.minimum(low, p_high))
         k_share = rung.to(tl.float32) / tl.maximum(num_of_k, 1)
         p_share = tl.maximum(rung - num_of_k, 0).to(tl.float32) / tl.maximum(_RUNGS - num_of_k, 1)
-        rungs = tl.where(rung < num_of_k, of_k + (k_high - of_k) * k_share, of_p + (p_high - of_p) * p_share)
+        rungs = tl.where(rung < num_of_k, of_k + k_range * k_share, of_p + (p_high - of_p) * p_share)
     return rungs
 
 
