@@ -196,7 +196,7 @@ def compile_draw_kernels(dtype: torch.dtype, vocab_size: int) -> None:
             apply_sampling_params=lambda logits, *args, **kwargs: logits.float(),
         )
         logits = torch.zeros(num_rows, vocab_size, dtype=dtype)
-        draw = FilteredDraw(sampler, logits, per_row, torch.from_numpy(slots), slots, per_row)
+        draw = FilteredDraw(sampler, logits, per_row, starts, slots, per_row, per_row, per_row, slots)
         draw.settle(starts, torch.zeros(num_reqs, 6, dtype=torch.int32), starts[1:])
 
 

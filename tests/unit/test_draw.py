@@ -121,8 +121,8 @@ def mixed(temperatures: tuple[float, ...] = (0.7, 1.0, 1.6)) -> list[SamplingPar
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("slice_", "vocab_size"), [(64, 1000), (256, 700), (1024, 900)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("slice_", "vocab_size"), [(64, 600), (256, 900)])
 def test_draws_what_vllm_draws(monkeypatch, dtype, slice_, vocab_size):
     monkeypatch.setattr(draw, "SLICE", slice_)
     monkeypatch.setattr(draw, "SLICES", 4)

@@ -22,7 +22,6 @@ from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.min_p import apply_min_p
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from vllm_longspec.interpreter import interpreting
 
@@ -47,8 +46,7 @@ _LOWEST = tl.constexpr(-40.0)
 _NO_TOP_K = tl.constexpr(1 << 30)
 
 # Of a row's bounds.
-_FIELDS = tl.constexpr(16)
-_NUM_FIELDS = 16
+_FIELDS = tl.constexpr(9)
 
 
 def draws_without_filtering(
@@ -70,11 +68,11 @@ def _changes_logits(sampler: Sampler, idx_mapping_np: np.ndarray) -> bool:
         return True
     for processor in sampler.logits_processors:
         if isinstance(processor, LogitBiasState):
-            changes = np.any(processor.use_logit_bias[idx_mapping_np])
+            changes = bool(np.any(processor.use_logit_bias[idx_mapping_np]))
         elif isinstance(processor, PenaltiesState):
-            changes = np.any(processor.use_penalty[idx_mapping_np])
+            changes = bool(np.any(processor.use_penalty[idx_mapping_np]))
         elif isinstance(processor, BadWordsState):
-            changes = np.any(processor.num_bad_words.np[idx_mapping_np])
+            changes = bool(np.any(processor.num_bad_words.np[idx_mapping_np]))
         else:
             changes = True
         if changes:
@@ -107,14 +105,24 @@ class FilteredDraw:
         idx_mapping: torch.Tensor,
         idx_mapping_np: np.ndarray,  # [num_reqs] req_state_idx
         positions: torch.Tensor,  # int64 [num_rows]
-        *others: torch.Tensor | np.ndarray,
+        input_ids: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
     ):
         self.states = states = sampler.sampling_states
         self.use_fp64 = sampler.use_fp64_gumbel
         is_scaled = _changes_logits(sampler, idx_mapping_np)
         if is_scaled:
             logits = sampler.apply_sampling_params(
-                logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, positions, *others, skip_top_k_top_p=True
+                logits,
+                expanded_idx_mapping,
+                idx_mapping,
+                idx_mapping_np,
+                positions,
+                input_ids,
+                expanded_local_pos,
+                seq_lens_upper_bound_np,
+                skip_top_k_top_p=True,
             )
         self.rows = Rows(logits, expanded_idx_mapping, positions, is_scaled)
         self.has_top_k = bool(np.any(states.top_k.np[idx_mapping_np] != states.vocab_size))
@@ -123,6 +131,9 @@ class FilteredDraw:
         num_rows, self.vocab_size = logits.shape
         self.num_slices = triton.cdiv(self.vocab_size, SLICE)
         self.grid = (num_rows, triton.cdiv(self.num_slices, SLICES))
+        top_k = states.top_k.np[idx_mapping_np]
+        # Without a bound from the maxima of slices the first round knows little of the cut.
+        self.num_rounds = 3 if np.any((top_k > self.num_slices) & (top_k < self.vocab_size)) else 2
         self.undecided: torch.Tensor | None = None
         if self.has_top_k or self.has_top_p or self.has_min_p:
             self.sampled = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
@@ -196,8 +207,11 @@ class FilteredDraw:
         num_rows, num_chunks = self.grid
         device = rows.logits.device
         slices = torch.empty(2, num_rows, self.num_slices, device=device)
-        bounds = torch.empty(2, num_rows, _NUM_FIELDS, device=device)
-        above = torch.empty(2, 2, num_rows, num_chunks, _RUNGS.value, device=device)
+        # The highest logits, and sums of exp(logit - highest logit).
+        tops = torch.empty(2, num_rows, device=device)
+        # Before each round, and what the round counts.
+        bounds = torch.empty(self.num_rounds, num_rows, _FIELDS.value, device=device)
+        above = torch.empty(self.num_rounds, 2, num_rows, num_chunks, _RUNGS.value, device=device)
         filters = (
             rows.expanded_idx_mapping,
             states.temperature.gpu,
@@ -220,30 +234,34 @@ class FilteredDraw:
         _first_bounds_kernel[(num_rows,)](
             *filters,
             slices,
-            bounds,
+            tops,
+            bounds[0],
             self.vocab_size,
             self.num_slices,
             SLICES_BLOCK=triton.next_power_of_2(self.num_slices),
             num_warps=8,
         )
-        for round_ in range(2):
+        for index in range(self.num_rounds):
             _count_above_kernel[self.grid](
                 rows.logits,
                 rows.logits.stride(0),
                 *filters,
                 slices,
-                bounds,
-                above,
+                tops,
+                bounds[max(index - 1, 0)],
+                above[index - 1] if index > 0 else None,
+                bounds[index],
+                above[index],
                 self.vocab_size,
                 self.num_slices,
-                ROUND=round_,
+                IS_FIRST=index < 2,
                 IS_SCALED=rows.is_scaled,
                 SLICE=SLICE,
                 SLICES=SLICES,
                 CHUNKS_BLOCK=triton.next_power_of_2(num_chunks),
                 num_warps=8,
             )
-        self._draw(rows, None, (slices, bounds, above))
+        self._draw(rows, None, (slices, tops, bounds[-1], above[-1]))
 
     def _draw(
         self,
@@ -261,7 +279,7 @@ class FilteredDraw:
         seen = torch.empty(2, num_rows, num_chunks, device=device)
         # Logits above the first are not cut; whether the only token between the bounds is not cut either.
         verdicts = torch.empty(num_rows, 3, device=device)
-        slices, bounds, above = cut if cut is not None else (None, None, None)
+        slices, tops, bounds, above = cut if cut is not None else (None,) * 4
         filters = (
             rows.expanded_idx_mapping,
             states.temperature.gpu,
@@ -278,6 +296,7 @@ class FilteredDraw:
             rows.positions,
             due,
             slices,
+            tops,
             bounds,
             above,
             best,
@@ -308,9 +327,7 @@ class FilteredDraw:
 
 
 @triton.jit
-def _filters(
-    row, mapping_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size, IS_SCALED: tl.constexpr
-):
+def _filters(row, mapping_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size, IS_SCALED: tl.constexpr):
     """Temperature by which the logits are to be divided, top-k (`_NO_TOP_K` for none), top-p and min-p of a row."""
     req_state_idx = tl.load(mapping_ptr + row).to(tl.int64)
     temperature = 1.0
@@ -386,7 +403,8 @@ def _first_bounds_kernel(
     top_p_ptr,
     min_p_ptr,
     slices_ptr,
-    bounds_ptr,  # [2, num_rows, _FIELDS], the first is written
+    tops_ptr,  # [2, num_rows] written: highest logit, sum of exp(logit - highest logit)
+    bounds_ptr,  # [num_rows, _FIELDS] written
     vocab_size,
     num_slices,
     SLICES_BLOCK: tl.constexpr,
@@ -422,36 +440,37 @@ def _first_bounds_kernel(
         low = tl.maximum(low, tl.log(min_p) - _LOGIT_SLACK)
     low = tl.minimum(low, -_LOGIT_SLACK)
 
+    tl.store(tops_ptr + row, top)
+    tl.store(tops_ptr + tl.num_programs(0) + row, total)
     bounds_ptr += row * _FIELDS
-    tl.store(bounds_ptr, top)
-    tl.store(bounds_ptr + 1, total)
-    tl.store(bounds_ptr + 2, floor)
-    tl.store(bounds_ptr + 3, low)
-    _store_bounds(bounds_ptr, float("-inf"), 0.0, 0.0, 0.0, total, float("-inf"), 0.0)
+    _store_bounds(bounds_ptr, floor, low, float("-inf"), 0.0, 0.0, 0.0, total, float("-inf"), 0.0)
 
 
 @triton.jit
-def _store_bounds(bounds_ptr, k_low, k_high, count, inside, outside, p_low, p_high):
+def _store_bounds(bounds_ptr, floor, low, k_low, k_high, count, inside, outside, p_low, p_high):
     """What is known of a row's cuts.
 
-    The k-th highest logit is above `k_low` and not above `k_high`. `count` logits are above the latter, with a mass (the
-    sum of exp(logit - highest logit)) of `inside`, and `outside` is not less than the mass of the k highest ones. The
-    lowest logit that top-p leaves is above `p_low` and not above `p_high`.
+    The k-th highest logit is above `k_low` and not above `k_high`. `count` logits are above the latter, with a mass
+    (the sum of exp(logit - highest logit)) of `inside`, and `outside` is not less than the mass of the k highest ones.
+    The lowest logit that top-p leaves is above `p_low` and not above `p_high`. `floor` and `low` are those of
+    `_first_bounds_kernel`.
     """
-    tl.store(bounds_ptr + 4, k_low)
-    tl.store(bounds_ptr + 5, k_high)
-    tl.store(bounds_ptr + 6, count)
-    tl.store(bounds_ptr + 7, inside)
-    tl.store(bounds_ptr + 8, outside)
-    tl.store(bounds_ptr + 9, p_low)
-    tl.store(bounds_ptr + 10, p_high)
+    tl.store(bounds_ptr, floor)
+    tl.store(bounds_ptr + 1, low)
+    tl.store(bounds_ptr + 2, k_low)
+    tl.store(bounds_ptr + 3, k_high)
+    tl.store(bounds_ptr + 4, count)
+    tl.store(bounds_ptr + 5, inside)
+    tl.store(bounds_ptr + 6, outside)
+    tl.store(bounds_ptr + 7, p_low)
+    tl.store(bounds_ptr + 8, p_high)
 
 
 @triton.jit
-def _rungs(floor, low, k_low, k_high, p_low, p_high, top_p, ROUND: tl.constexpr):
+def _rungs(floor, low, k_low, k_high, p_low, p_high, top_p, IS_FIRST: tl.constexpr):
     """The thresholds of a round, float32 [_RUNGS], from the bounds before it."""
     rung = tl.arange(0, _RUNGS)
-    if ROUND == 0:
+    if IS_FIRST:
         share = (rung - 1).to(tl.float32) / (_RUNGS - 1)
         rungs = tl.where(rung == 0, floor, low * (1.0 - share))
     else:
@@ -469,18 +488,18 @@ def _rungs(floor, low, k_low, k_high, p_low, p_high, top_p, ROUND: tl.constexpr)
 
 
 @triton.jit
-def _narrowed(bounds_ptr, above_ptr, top_k, top_p, num_chunks, ROUND: tl.constexpr, CHUNKS_BLOCK: tl.constexpr):
+def _narrowed(bounds_ptr, above_ptr, top_k, top_p, num_chunks, IS_FIRST: tl.constexpr, CHUNKS_BLOCK: tl.constexpr):
     """A row's bounds after a round, as `_store_bounds` takes them.
 
     `bounds_ptr` is at the row's bounds before the round, `above_ptr` at the row's part of what the round counted.
     """
     rung = tl.arange(0, _RUNGS)
     chunk = tl.arange(0, CHUNKS_BLOCK)
-    k_low = tl.load(bounds_ptr + 4)
-    k_high = tl.load(bounds_ptr + 5)
-    p_low = tl.load(bounds_ptr + 9)
-    p_high = tl.load(bounds_ptr + 10)
-    rungs = _rungs(tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3), k_low, k_high, p_low, p_high, top_p, ROUND)
+    k_low = tl.load(bounds_ptr + 2)
+    k_high = tl.load(bounds_ptr + 3)
+    p_low = tl.load(bounds_ptr + 7)
+    p_high = tl.load(bounds_ptr + 8)
+    rungs = _rungs(tl.load(bounds_ptr), tl.load(bounds_ptr + 1), k_low, k_high, p_low, p_high, top_p, IS_FIRST)
     offsets = chunk[:, None] * _RUNGS + rung[None, :]
     is_chunk = (chunk < num_chunks)[:, None]
     counts = tl.sum(tl.load(above_ptr + offsets, mask=is_chunk, other=0.0), axis=0)
@@ -490,9 +509,9 @@ def _narrowed(bounds_ptr, above_ptr, top_k, top_p, num_chunks, ROUND: tl.constex
     is_low = counts >= top_k
     k_low = tl.maximum(k_low, tl.max(tl.where(is_low, rungs, float("-inf")), axis=0))
     k_high = tl.minimum(k_high, tl.min(tl.where(is_low, float("inf"), rungs), axis=0))
-    count = tl.maximum(tl.load(bounds_ptr + 6), tl.max(tl.where(is_low, 0.0, counts), axis=0))
-    inside = tl.maximum(tl.load(bounds_ptr + 7), tl.max(tl.where(is_low, 0.0, masses), axis=0))
-    outside = tl.minimum(tl.load(bounds_ptr + 8), tl.min(tl.where(is_low, masses, float("inf")), axis=0))
+    count = tl.maximum(tl.load(bounds_ptr + 4), tl.max(tl.where(is_low, 0.0, counts), axis=0))
+    inside = tl.maximum(tl.load(bounds_ptr + 5), tl.max(tl.where(is_low, 0.0, masses), axis=0))
+    outside = tl.minimum(tl.load(bounds_ptr + 6), tl.min(tl.where(is_low, masses, float("inf")), axis=0))
     if top_p < 1.0:
         # The other tokens up to the k-th are above `k_low`.
         least = inside + tl.maximum(top_k - count, 0.0) * tl.exp(k_low)
@@ -513,11 +532,14 @@ def _count_above_kernel(
     top_p_ptr,
     min_p_ptr,
     slices_ptr,
-    bounds_ptr,  # [2, num_rows, _FIELDS] before each round
-    above_ptr,  # [2 rounds, 2, num_rows, num_chunks, _RUNGS] number and mass of logits above each threshold
+    tops_ptr,
+    bounds_ptr,  # [num_rows, _FIELDS] before the last round; of the first round if it is this one
+    above_ptr,  # [2, num_rows, num_chunks, _RUNGS] what the last round counted; None if this is the first
+    new_bounds_ptr,  # [num_rows, _FIELDS] written, but for the first round
+    new_above_ptr,  # [2, num_rows, num_chunks, _RUNGS] written: number and mass of logits above each threshold
     vocab_size,
     num_slices,
-    ROUND: tl.constexpr,
+    IS_FIRST: tl.constexpr,  # whether the last round, or this one, is the first
     IS_SCALED: tl.constexpr,
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,
@@ -533,24 +555,19 @@ def _count_above_kernel(
     if (top_k == _NO_TOP_K) & (top_p >= 1.0):
         return
     bounds_ptr += row * _FIELDS
-    above_ptr += row * num_chunks * _RUNGS
-    top = tl.load(bounds_ptr)
-    floor = tl.load(bounds_ptr + 2)
-    low = tl.load(bounds_ptr + 3)
-    if ROUND == 0:
-        rungs = _rungs(floor, low, 0.0, 0.0, 0.0, 0.0, top_p, 0)
+    top = tl.load(tops_ptr + row)
+    floor = tl.load(bounds_ptr)
+    low = tl.load(bounds_ptr + 1)
+    if above_ptr is None:
+        rungs = _rungs(floor, low, 0.0, 0.0, 0.0, 0.0, top_p, True)
     else:
         k_low, k_high, count, inside, outside, p_low, p_high = _narrowed(
-            bounds_ptr, above_ptr, top_k, top_p, num_chunks, 0, CHUNKS_BLOCK
+            bounds_ptr, above_ptr + row * num_chunks * _RUNGS, top_k, top_p, num_chunks, IS_FIRST, CHUNKS_BLOCK
         )
-        rungs = _rungs(floor, low, k_low, k_high, p_low, p_high, top_p, 1)
+        rungs = _rungs(floor, low, k_low, k_high, p_low, p_high, top_p, False)
         if chunk == 0:
-            bounds_ptr += num_rows * _FIELDS
-            tl.store(bounds_ptr, top)
-            tl.store(bounds_ptr + 2, floor)
-            tl.store(bounds_ptr + 3, low)
-            _store_bounds(bounds_ptr, k_low, k_high, count, inside, outside, p_low, p_high)
-        above_ptr += 2 * num_rows * num_chunks * _RUNGS
+            new_bounds_ptr += row * _FIELDS
+            _store_bounds(new_bounds_ptr, floor, low, k_low, k_high, count, inside, outside, p_low, p_high)
     lowest = tl.min(rungs, axis=0)
     threshold = _min_p_threshold(top, min_p)
 
@@ -565,21 +582,21 @@ def _count_above_kernel(
             is_above = logits[None, :] > rungs[:, None]
             counts += tl.sum(is_above.to(tl.float32), axis=1)
             masses += tl.sum(tl.where(is_above, tl.exp(logits)[None, :], 0.0), axis=1)
-    offsets = chunk * _RUNGS + tl.arange(0, _RUNGS)
-    tl.store(above_ptr + offsets, counts)
-    tl.store(above_ptr + num_rows * num_chunks * _RUNGS + offsets, masses)
+    new_above_ptr += (row * num_chunks + chunk) * _RUNGS + tl.arange(0, _RUNGS)
+    tl.store(new_above_ptr, counts)
+    tl.store(new_above_ptr + num_rows * num_chunks * _RUNGS, masses)
 
 
 @triton.jit
-def _bounds_of_cut(bounds_ptr, above_ptr, top_k, top_p, num_chunks, CHUNKS_BLOCK: tl.constexpr):
-    """After both rounds: vLLM cuts no logit above `high`, and every one up to `low`.
+def _bounds_of_cut(top, bounds_ptr, above_ptr, top_k, top_p, num_chunks, CHUNKS_BLOCK: tl.constexpr):
+    """After all rounds: vLLM cuts no logit above `high`, and every one up to `low`.
 
     Returns low, high, and whether a logit is not cut if it is the only one between them.
     """
     k_low, k_high, _, _, _, p_low, p_high = _narrowed(
-        bounds_ptr, above_ptr, top_k, top_p, num_chunks, 1, CHUNKS_BLOCK
+        bounds_ptr, above_ptr, top_k, top_p, num_chunks, False, CHUNKS_BLOCK
     )
-    slack = _LOGIT_SLACK + _RELATIVE_SLACK * tl.abs(tl.load(bounds_ptr))
+    slack = _LOGIT_SLACK + _RELATIVE_SLACK * tl.abs(top)
     low = k_low - slack
     high = k_high + slack
     keeps_single = top_k < _NO_TOP_K
@@ -607,6 +624,7 @@ def _draw_kernel(
     positions_ptr,
     due_ptr,  # int8 [num_rows] or None
     slices_ptr,  # None if the logits are filtered
+    tops_ptr,
     bounds_ptr,
     above_ptr,
     best_ptr,  # [num_rows, num_chunks] written: the greatest noised logit
@@ -625,7 +643,8 @@ def _draw_kernel(
     num_rows = tl.num_programs(0).to(tl.int64)
     chunk = tl.program_id(1)
     num_chunks = tl.num_programs(1)
-    if due_ptr is not None:
+    # Triton reads a pointer that is None unless the conditions are nested.
+    if due_ptr is not None:  # noqa: SIM102
         if tl.load(due_ptr + row) == 0:
             return
     scale, top_k, top_p, min_p = _filters(
@@ -644,13 +663,12 @@ def _draw_kernel(
     is_cut = False
     has_maxima = False
     if slices_ptr is not None:
-        bounds_ptr += row * _FIELDS
         has_maxima = (top_k < _NO_TOP_K) | (top_p < 1.0) | (min_p > 0.0)
         if has_maxima:
-            top = tl.load(bounds_ptr)
+            top = tl.load(tops_ptr + row)
             threshold = _min_p_threshold(top, min_p)
             # Not if there are NaNs, infinite logits, or none that is allowed.
-            total = tl.load(bounds_ptr + 1)
+            total = tl.load(tops_ptr + num_rows + row)
             if not ((total > 0.0) & (total < float("inf"))):
                 high = float("inf")
                 is_cut = True
@@ -658,8 +676,9 @@ def _draw_kernel(
             is_cut = True
             if high != float("inf"):
                 low, high, keeps_single = _bounds_of_cut(
-                    bounds_ptr + num_rows * _FIELDS,
-                    above_ptr + (2 * num_rows + row) * num_chunks * _RUNGS,
+                    top,
+                    bounds_ptr + row * _FIELDS,
+                    above_ptr + row * num_chunks * _RUNGS,
                     top_k,
                     top_p,
                     num_chunks,
@@ -676,7 +695,7 @@ def _draw_kernel(
     num_between = 0.0
     for index in range(chunk * SLICES, tl.minimum((chunk + 1) * SLICES, num_slices)):
         is_possible = True
-        if slices_ptr is not None:
+        if slices_ptr is not None:  # noqa: SIM102
             if has_maxima:
                 maximum = tl.load(slices_ptr + row * num_slices + index)
                 is_possible = (maximum - top > low) & (maximum >= threshold)
@@ -717,7 +736,7 @@ def _decide_kernel(
     CHUNKS_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if due_ptr is not None:
+    if due_ptr is not None:  # noqa: SIM102
         if tl.load(due_ptr + row) == 0:
             return
     chunk = tl.arange(0, CHUNKS_BLOCK)

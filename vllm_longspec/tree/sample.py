@@ -6,6 +6,8 @@ position. vLLM's Gumbel noise is keyed by (seed, position, token id), so plain d
 same tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
@@ -170,10 +172,10 @@ class TreeSampler:
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )
 
-    def _walk(self, walked: tuple[torch.Tensor, ...], positions: torch.Tensor) -> None:
+    def _walk(self, walked: tuple[Any, ...], positions: torch.Tensor) -> None:
         """`walk_tree` with the arguments `walked`, or its synthetic counterpart."""
         if self.synthetic_conditional_rates is None:
-            walk_tree(*walked, self.max_depth)
+            walk_tree(*walked, max_depth=self.max_depth)
         else:
             seeds = self.sampler.sampling_states.seeds.gpu
             walk_synthetically(self.synthetic_conditional_rates, seeds, positions, self.state.depths, *walked)
