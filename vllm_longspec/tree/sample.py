@@ -6,8 +6,6 @@ position. vLLM's Gumbel noise is keyed by (seed, position, token id), so plain d
 same tokens.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
@@ -120,13 +118,14 @@ class TreeSampler:
         logits = logits[rows]
         idx_mapping_np = input_batch.idx_mapping_np[start:end]
         logits_indices = input_batch.logits_indices[rows]
+        positions = input_batch.positions[logits_indices]
 
         arguments = (
             logits,
             input_batch.expanded_idx_mapping[rows],
             input_batch.idx_mapping[start:end],
             idx_mapping_np,
-            input_batch.positions[logits_indices],
+            positions,
             input_batch.input_ids[logits_indices],
             input_batch.expanded_local_pos[rows],
             input_batch.seq_lens_cpu_upper_bound.numpy()[start:end],
@@ -150,10 +149,18 @@ class TreeSampler:
             num_emitted[start:end],
             path_rows,
         )
-        self._walk(walked, input_batch.positions[logits_indices])
+        rates, states = self.synthetic_conditional_rates, self.sampler.sampling_states
+
+        def walk() -> None:
+            if rates is None:
+                walk_tree(*walked, self.max_depth)
+            else:
+                walk_synthetically(rates, states.seeds.gpu, positions, self.state.depths, *walked)
+
+        walk()
         if draw is not None and draw.undecided is not None:
             draw.settle(cu_num_logits, path_rows, num_emitted[start:end])
-            self._walk(walked, input_batch.positions[logits_indices])
+            walk()
         if logprobs_dims is None:
             return None
         num_logprobs, num_named_tokens = logprobs_dims
@@ -171,14 +178,6 @@ class TreeSampler:
             max_per_req_token_ids=num_named_tokens,
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )
-
-    def _walk(self, walked: tuple[Any, ...], positions: torch.Tensor) -> None:
-        """`walk_tree` with the arguments `walked`, or its synthetic counterpart."""
-        if self.synthetic_conditional_rates is None:
-            walk_tree(*walked, max_depth=self.max_depth)
-        else:
-            seeds = self.sampler.sampling_states.seeds.gpu
-            walk_synthetically(self.synthetic_conditional_rates, seeds, positions, self.state.depths, *walked)
 
 
 @triton.jit
