@@ -110,7 +110,7 @@ FILTERS = [
 ]
 
 
-def mixed(temperatures: tuple[float, ...] = (0.7, 1.0, 1.6)) -> list[SamplingParams]:
+def mixed(temperatures: tuple[float, ...] = (0.7, 1.6)) -> list[SamplingParams]:
     """Every filter at every temperature, and a greedy request."""
     return [
         *(
@@ -130,3 +130,107 @@ def test_draws_what_vllm_draws(monkeypatch, dtype, slice_, vocab_size):
     logits = 3 * torch.randn(2 * len(params), vocab_size, generator=torch.Generator().manual_seed(slice_))
     share = Drawn(logits.to(dtype), params).check()
     assert share < 0.1
+
+
+def few_slices(monkeypatch, slice_: int = 64) -> None:
+    monkeypatch.setattr(draw, "SLICE", slice_)
+    monkeypatch.setattr(draw, "SLICES", 4)
+
+
+@pytest.mark.parametrize("spread", [0, 1, 4])
+def test_ties_are_settled_by_vllm(monkeypatch, spread):
+    """Equal logits, where cuts go through many equal tokens and nothing but vLLM's order of them decides."""
+    few_slices(monkeypatch)
+    params = mixed((1.0,))
+    logits = (spread * torch.randn(2 * len(params), 300, generator=torch.Generator().manual_seed(spread))).round()
+    share = Drawn(logits, params).check()
+    # Of all kinds of filters.
+    assert 0 < share < 1
+
+
+@pytest.mark.parametrize("temperature", [0.05, 2.0])
+def test_extreme_temperatures(monkeypatch, temperature):
+    few_slices(monkeypatch)
+    params = mixed((temperature,))
+    logits = 4 * torch.randn(2 * len(params), 500, generator=torch.Generator().manual_seed(1))
+    Drawn(logits, params).check()
+    Drawn(logits + 3000, params).check()
+
+
+def test_forbidden_tokens(monkeypatch):
+    """A grammar leaves few tokens, fewer than top-k, or one, in one slice or in many."""
+    few_slices(monkeypatch)
+    params = mixed((0.8,))
+    source = torch.Generator().manual_seed(2)
+    num_rows, vocab_size = 3 * len(params), 400
+    logits = 3 * torch.randn(num_rows, vocab_size, generator=source)
+    num_allowed = torch.tensor([1, 4, 40]).repeat(len(params))
+    rank = torch.rand(num_rows, vocab_size, generator=source).argsort(dim=1).argsort(dim=1)
+    Drawn(logits.masked_fill(rank >= num_allowed[:, None], -torch.inf), params).check()
+
+
+def test_noise_in_double_precision(monkeypatch):
+    few_slices(monkeypatch)
+    params = mixed((0.9,))
+    logits = 3 * torch.randn(len(params), 300, generator=torch.Generator().manual_seed(3))
+    Drawn(logits, params, use_fp64=True).check()
+
+
+def test_logits_that_other_parameters_change(monkeypatch):
+    """Everything before top-k and top-p is vLLM's own then, min-p included."""
+    few_slices(monkeypatch)
+    params = [
+        SamplingParams(temperature=0.8, seed=seed, logit_bias={7: 4.0, 9: -20.0}, **filters)  # type: ignore[arg-type]
+        for seed, filters in enumerate(FILTERS)
+    ]
+    logits = torch.randn(2 * len(params), 300, generator=torch.Generator().manual_seed(4))
+    drawn = Drawn(logits, params)
+    assert drawn.draw.rows.is_scaled
+    drawn.check()
+    assert (drawn.draw.sampled == 7).any()
+
+
+@pytest.mark.parametrize("is_processed", [False, True])
+def test_nothing_is_undecided_without_filters(is_processed):
+    bias = {"logit_bias": {1: 2.0}} if is_processed else {}
+    params = [SamplingParams(temperature=temperature, seed=5, **bias) for temperature in (0.0, 0.6, 1.0)]  # type: ignore[arg-type]
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(5)).bfloat16()
+    drawn = Drawn(logits, params)
+    assert drawn.draw.undecided is None
+    assert torch.equal(drawn.draw.sampled, drawn.expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_with_nans_and_infinite_logits_are_left_to_vllm(value):
+    params = [SamplingParams(temperature=0.8, seed=6, **filters) for filters in FILTERS[1:]]  # type: ignore[arg-type]
+    logits = torch.randn(len(params), 500, generator=torch.Generator().manual_seed(6))
+    logits[:, 123] = value
+    assert Drawn(logits, params).undecided.all()
+
+
+def test_only_what_a_walk_came_to_is_settled(monkeypatch):
+    """All rows are undecided. Requests of three rows, of which the walks came to some."""
+    params = [SamplingParams(temperature=1.0, seed=seed, top_k=3) for seed in range(4)]
+    drawn = Drawn(torch.zeros(12, 50), params)
+    assert drawn.undecided.all()
+    # The second one's rows are decided, as far as the walk is concerned; the last emits nothing.
+    drawn.draw.undecided[3:5] = 0  # type: ignore[index]
+    before = drawn.draw.sampled.clone()
+    path = torch.tensor([[0, 2], [0, 1], [0, -1], [-1, -1]], device=DEVICE, dtype=torch.int32)
+    drawn.draw.settle(drawn.starts, path, torch.tensor([2, 2, 1, 0], device=DEVICE, dtype=torch.int32))
+    settled = [0, 1, 2, 6, 7, 8]
+    assert drawn.undecided.nonzero()[:, 0].tolist() == [5, 9, 10, 11]
+    assert torch.equal(drawn.draw.sampled[settled], drawn.expected[settled])
+    others = [3, 4, 5, 9, 10, 11]
+    assert torch.equal(drawn.draw.sampled[others], before[others])
+
+
+def test_when_vllm_draws_itself(monkeypatch):
+    sampler = make_sampler([SamplingParams(temperature=0.0), SamplingParams(temperature=1.0)], 50)
+    assert draw.draws_without_filtering(sampler, np.array([0, 1]), return_processed=False) is not interpreting()
+    monkeypatch.setattr(draw, "interpreting", lambda: False)
+    assert draw.draws_without_filtering(sampler, np.array([0, 1]), return_processed=False)
+    assert not draw.draws_without_filtering(sampler, np.array([0]), return_processed=False)
+    assert not draw.draws_without_filtering(sampler, np.array([1]), return_processed=True)
+    sampler.use_flashinfer = True
+    assert not draw.draws_without_filtering(sampler, np.array([1]), return_processed=False)

@@ -185,7 +185,7 @@ class FilteredDraw:
             ROW_BLOCK=128,
         )
         # Rows that are not due are neither written nor read.
-        logits = torch.empty_like(self.rows.logits, dtype=torch.float32)
+        logits = torch.empty(num_rows, self.vocab_size, device=due.device)
         _copy_scaled_kernel[self.grid](
             self.rows.logits,
             self.rows.logits.stride(0),
