@@ -57,7 +57,7 @@ from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.best_children import best_children
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
-from vllm_longspec.tree.draw import FilteredDraw
+from vllm_longspec.tree.draw import FilteredDraw, Rows
 from vllm_longspec.tree.history.bad_words import apply_bad_words
 from vllm_longspec.tree.history.paths import gather_paths
 from vllm_longspec.tree.history.penalties import apply_penalties
@@ -188,15 +188,9 @@ def compile_draw_kernels(dtype: torch.dtype, vocab_size: int) -> None:
             top_p=state(0.9, np.float32),
             min_p=state(min_p, np.float32),
         )
-        sampler: Any = SimpleNamespace(
-            sampling_states=states,
-            use_fp64_gumbel=use_fp64,
-            thinking_budget_state=SimpleNamespace(enabled=False),
-            logits_processors=[None] if is_processed else [],
-            apply_sampling_params=lambda logits, *args, **kwargs: logits.float(),
-        )
-        logits = torch.zeros(num_rows, vocab_size, dtype=dtype)
-        draw = FilteredDraw(sampler, logits, per_row, starts, slots, per_row, per_row, per_row, slots)
+        sampler: Any = SimpleNamespace(sampling_states=states, use_fp64_gumbel=use_fp64)
+        logits = torch.zeros(num_rows, vocab_size, dtype=torch.float32 if is_processed else dtype)
+        draw = FilteredDraw(sampler, Rows(logits, per_row, per_row, is_processed), slots)
         draw.settle(starts, torch.zeros(num_reqs, 6, dtype=torch.int32), starts[1:])
 
 
@@ -354,8 +348,8 @@ def main() -> None:
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
         compile_attention_kernels(dtype, head_size)
         compile_draft_kernels(dtype)
-        for vocab_size in (152064, 50257):
-            compile_draw_kernels(dtype, vocab_size)
+    for dtype, vocab_size in ((torch.bfloat16, 152064), (torch.float16, 50257)):
+        compile_draw_kernels(dtype, vocab_size)
     print("\n".join(sorted(compiled)))
 
 

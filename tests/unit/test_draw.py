@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.interpreter.sampling import gumbel_sample
 from vllm_longspec.tree import draw
-from vllm_longspec.tree.draw import FilteredDraw
+from vllm_longspec.tree.draw import FilteredDraw, rows_to_draw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -67,7 +67,7 @@ class Drawn:
             anything,
             np.full(len(params), 64),
         )
-        self.draw = FilteredDraw(self.sampler, *arguments)
+        self.draw = FilteredDraw(self.sampler, rows_to_draw(self.sampler, *arguments), slots)
         self.expected, _ = self.sampler.sample(*arguments)
 
     @property

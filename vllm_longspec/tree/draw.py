@@ -10,7 +10,8 @@ alone there, the draw is undecided, and vLLM's own filter settles it, for rows t
 Everything is relative to a row's highest logit, whose probability counts as 1.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,8 +90,25 @@ class Rows(NamedTuple):
     is_scaled: bool  # whether the logits are divided by the temperature, and cut by min-p
 
 
+def rows_to_draw(
+    sampler: Sampler,
+    logits: torch.Tensor,  # [num_rows, vocab_size]
+    expanded_idx_mapping: torch.Tensor,  # [num_rows] req_state_idx
+    idx_mapping: torch.Tensor,
+    idx_mapping_np: np.ndarray,  # [num_reqs] req_state_idx
+    positions: torch.Tensor,  # int64 [num_rows]
+    *others: Any,
+) -> Rows:
+    """The rows that `sampler.sample` would sample with these arguments, as they come if that is enough."""
+    is_scaled = _changes_logits(sampler, idx_mapping_np)
+    if is_scaled:
+        arguments = (logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, positions, *others)
+        logits = partial(sampler.apply_sampling_params, skip_top_k_top_p=True)(*arguments)
+    return Rows(logits, expanded_idx_mapping, positions, is_scaled)
+
+
 class FilteredDraw:
-    """One draw from every row of some requests, as vLLM's `Sampler.sample`, whose arguments it takes.
+    """One draw from every row of some requests.
 
     `sampled`, int64 [num_rows], is what vLLM's sampler draws where `undecided`, int8 [num_rows], is 0. `settle` makes
     it so for the rows that a walk has come to. Nothing is ever undecided, and `undecided` is None, if no request has
@@ -100,38 +118,20 @@ class FilteredDraw:
     def __init__(
         self,
         sampler: Sampler,
-        logits: torch.Tensor,  # [num_rows, vocab_size]
-        expanded_idx_mapping: torch.Tensor,  # [num_rows] req_state_idx
-        idx_mapping: torch.Tensor,
-        idx_mapping_np: np.ndarray,  # [num_reqs] req_state_idx
-        positions: torch.Tensor,  # int64 [num_rows]
-        input_ids: torch.Tensor,
-        expanded_local_pos: torch.Tensor,
-        seq_lens_upper_bound_np: np.ndarray,
+        rows: Rows,
+        idx_mapping_np: np.ndarray,  # [num_reqs] req_state_idx of the requests that the rows belong to
     ):
         self.states = states = sampler.sampling_states
         self.use_fp64 = sampler.use_fp64_gumbel
-        is_scaled = _changes_logits(sampler, idx_mapping_np)
-        if is_scaled:
-            logits = sampler.apply_sampling_params(
-                logits,
-                expanded_idx_mapping,
-                idx_mapping,
-                idx_mapping_np,
-                positions,
-                input_ids,
-                expanded_local_pos,
-                seq_lens_upper_bound_np,
-                skip_top_k_top_p=True,
-            )
-        self.rows = Rows(logits, expanded_idx_mapping, positions, is_scaled)
-        self.has_top_k = bool(np.any(states.top_k.np[idx_mapping_np] != states.vocab_size))
+        self.rows = rows
+        logits = rows.logits
+        top_k = states.top_k.np[idx_mapping_np]
+        self.has_top_k = bool(np.any(top_k != states.vocab_size))
         self.has_top_p = bool(np.any(states.top_p.np[idx_mapping_np] != 1.0))
-        self.has_min_p = not is_scaled and bool(np.any(states.min_p.np[idx_mapping_np] != 0.0))
+        self.has_min_p = not rows.is_scaled and bool(np.any(states.min_p.np[idx_mapping_np] != 0.0))
         num_rows, self.vocab_size = logits.shape
         self.num_slices = triton.cdiv(self.vocab_size, SLICE)
         self.grid = (num_rows, triton.cdiv(self.num_slices, SLICES))
-        top_k = states.top_k.np[idx_mapping_np]
         # Without a bound from the maxima of slices the first round knows little of the cut.
         self.num_rounds = 3 if np.any((top_k > self.num_slices) & (top_k < self.vocab_size)) else 2
         self.undecided: torch.Tensor | None = None
@@ -140,16 +140,12 @@ class FilteredDraw:
             self.undecided = torch.empty(num_rows, dtype=torch.int8, device=logits.device)
             self._draw_all()
         else:
-            self.sampled = gumbel_sample(
-                logits,
-                expanded_idx_mapping,
-                states.temperature.gpu,
-                states.seeds.gpu,
-                positions,
-                apply_temperature=not is_scaled,
-                is_drafting=False,
-                use_fp64=self.use_fp64,
-            )
+            self.sampled = self._draw_without_filters()
+
+    def warm_up(self, *walked: torch.Tensor) -> None:
+        """Compiles all kernels for rows like these; takes the arguments of `settle`."""
+        self.settle(*walked)
+        self._draw_without_filters()
 
     def settle(
         self,
@@ -202,6 +198,18 @@ class FilteredDraw:
         logits = apply_top_k_top_p(logits, top_k if self.has_top_k else None, top_p if self.has_top_p else None)
         self._draw(self.rows._replace(logits=logits, is_scaled=True), due, None)
 
+    def _draw_without_filters(self) -> torch.Tensor:
+        return gumbel_sample(
+            self.rows.logits,
+            self.rows.expanded_idx_mapping,
+            self.states.temperature.gpu,
+            self.states.seeds.gpu,
+            self.rows.positions,
+            apply_temperature=not self.rows.is_scaled,
+            is_drafting=False,
+            use_fp64=self.use_fp64,
+        )
+
     def _draw_all(self) -> None:
         rows, states = self.rows, self.states
         num_rows, num_chunks = self.grid
@@ -217,7 +225,7 @@ class FilteredDraw:
             states.temperature.gpu,
             states.top_k.gpu,
             states.top_p.gpu,
-            states.min_p.gpu if self.has_min_p else None,
+            None if rows.is_scaled else states.min_p.gpu,
         )
         _weigh_slices_kernel[self.grid](
             rows.logits,
@@ -285,7 +293,7 @@ class FilteredDraw:
             states.temperature.gpu,
             states.top_k.gpu,
             states.top_p.gpu,
-            states.min_p.gpu if self.has_min_p and cut is not None else None,
+            None if rows.is_scaled else states.min_p.gpu,
         )
         chunks_block = triton.next_power_of_2(num_chunks)
         _draw_kernel[self.grid](

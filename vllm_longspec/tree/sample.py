@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import _iter_request_chunks, get_max_chunk_logits
 
 from vllm_longspec.tree.batch import TreeBatch
-from vllm_longspec.tree.draw import FilteredDraw, draws_without_filtering
+from vllm_longspec.tree.draw import FilteredDraw, draws_without_filtering, rows_to_draw
 from vllm_longspec.tree.state import NO_TOKEN, TreeState
 from vllm_longspec.tree.synthetic import walk_synthetically
 from vllm_longspec.tree.walk import walk_tree
@@ -44,6 +44,7 @@ class TreeSampler:
         self.batch = batch
         self.max_depth = max_depth
         self.synthetic_conditional_rates = synthetic_conditional_rates
+        self.is_warm = False
 
     def __call__(
         self,
@@ -133,7 +134,7 @@ class TreeSampler:
         return_processed = logprobs_dims is not None and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         draw, processed_logits = None, logits
         if draws_without_filtering(self.sampler, idx_mapping_np, return_processed):
-            draw = FilteredDraw(self.sampler, *arguments)
+            draw = FilteredDraw(self.sampler, rows_to_draw(self.sampler, *arguments), idx_mapping_np)
             sampled = draw.sampled
         else:
             sampled, processed_logits = self.sampler.sample(*arguments, return_logprobs=logprobs_dims is not None)
@@ -159,7 +160,13 @@ class TreeSampler:
 
         walk()
         if draw is not None and draw.undecided is not None:
-            draw.settle(cu_num_logits, path_rows, num_emitted[start:end])
+            paths = (cu_num_logits, path_rows, num_emitted[start:end])
+            if not self.is_warm:
+                # vLLM's warm-up uses every sampling parameter at once. Draws from logits as they come differ.
+                self.is_warm = True
+                unchanged = draw.rows._replace(logits=logits, is_scaled=False)
+                FilteredDraw(self.sampler, unchanged, idx_mapping_np).warm_up(*paths)
+            draw.settle(*paths)
             walk()
         if logprobs_dims is None:
             return None
