@@ -247,7 +247,7 @@ class FilteredDraw:
             self.vocab_size,
             self.num_slices,
             SLICES_BLOCK=triton.next_power_of_2(self.num_slices),
-            num_warps=8,
+            num_warps=16,
         )
         for index in range(self.num_rounds):
             _count_above_kernel[self.grid](
@@ -544,7 +544,8 @@ def _count_above_kernel(
     bounds_ptr,  # [num_rows, _FIELDS] before the last round; of the first round if it is this one
     above_ptr,  # [2, num_rows, num_chunks, _RUNGS] what the last round counted; None if this is the first
     new_bounds_ptr,  # [num_rows, _FIELDS] written, but for the first round
-    new_above_ptr,  # [2, num_rows, num_chunks, _RUNGS] written: number and mass of logits above each threshold
+    # [2, num_rows, num_chunks, _RUNGS] written: number (for top-k) and mass (for top-p) of logits above each threshold
+    new_above_ptr,
     vocab_size,
     num_slices,
     IS_FIRST: tl.constexpr,  # whether the last round, or this one, is the first
@@ -588,8 +589,10 @@ def _count_above_kernel(
             logits = _scaled_logits(logits_ptr + row * logits_stride, token, token < vocab_size, temperature)
             logits = tl.where(logits < threshold, float("-inf"), logits) - top
             is_above = logits[None, :] > rungs[:, None]
-            counts += tl.sum(is_above.to(tl.float32), axis=1)
-            masses += tl.sum(tl.where(is_above, tl.exp(logits)[None, :], 0.0), axis=1)
+            if top_k < _NO_TOP_K:
+                counts += tl.sum(is_above.to(tl.float32), axis=1)
+            if top_p < 1.0:
+                masses += tl.sum(tl.where(is_above, tl.exp(logits)[None, :], 0.0), axis=1)
     new_above_ptr += (row * num_chunks + chunk) * _RUNGS + tl.arange(0, _RUNGS)
     tl.store(new_above_ptr, counts)
     tl.store(new_above_ptr + num_rows * num_chunks * _RUNGS, masses)
