@@ -247,7 +247,7 @@ class FilteredDraw:
             self.vocab_size,
             self.num_slices,
             SLICES_BLOCK=triton.next_power_of_2(self.num_slices),
-            num_warps=16,
+            num_warps=4,
         )
         for index in range(self.num_rounds):
             _count_above_kernel[self.grid](
@@ -433,11 +433,10 @@ def _first_bounds_kernel(
     floor = float("-inf")
     low = _LOWEST
     if top_k < _NO_TOP_K:
-        # The k-th highest token is not below the k-th highest maximum.
-        num_higher = tl.sum((maxima[None, :] > maxima[:, None]).to(tl.int32), axis=1)
-        highest = tl.min(tl.where(num_higher < top_k, maxima, float("inf")), axis=0)
-        num_possible = tl.sum((maxima > float("-inf")).to(tl.int32), axis=0)
-        if (num_possible >= top_k) & (highest >= _min_p_threshold(top, min_p)):
+        # The k-th highest token is not below the k-th highest maximum, which is -inf if there are fewer.
+        highest_first = tl.sort(maxima, descending=True)
+        highest = tl.max(tl.where(index == top_k - 1, highest_first, float("-inf")), axis=0)
+        if (highest > float("-inf")) & (highest >= _min_p_threshold(top, min_p)):
             floor = highest - top - _LOGIT_SLACK
             low = floor
     else:
