@@ -7,7 +7,7 @@
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
 - children: the best (parent, token) pairs of one level of the draft, without noise, with it for greedy requests, for
   sampled ones, and for those with top-p;
-- sample: vLLM's sampler over all rows of a tree, and the walk;
+- sample: sampling all rows of a tree with vLLM's sampler and without filtering every row, each with the walk;
 - compact: moving accepted K and V in all layers;
 - copy: what copied paths add to a draft;
 - scores: what choosing blocks by scores adds to a verification, of one layer, if all requests are due, if they take
@@ -59,6 +59,8 @@ GRAPH_SPLITS = 32
 # Rows of a tile of FlashAttention 3.
 TILE = 128
 DEFAULT_ROWS = 69
+# (batch, rows of a request) that are sampled
+SAMPLED = ((1, 25), (1, 69), (4, 25), (4, 69), (16, 8), (64, 2))
 MAX_DEPTH = 5
 # (batch, parents and children of a request) of levels; at batch 16 no level of the default tree is as wide as 7
 LEVELS = ((1, 16), (4, 16), (16, 16), (16, 7), (16, 6), (16, 5))
@@ -308,11 +310,13 @@ def children() -> Iterator[Row]:
 
 
 def sample() -> Iterator[Row]:
+    """vLLM's sampler over all rows, this package's draws where they take its place, and the walk."""
     from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu.sample.sampler import Sampler
     from vllm.v1.worker.gpu.states import RequestState
 
+    from vllm_longspec.tree import sample as tree_sample
     from vllm_longspec.tree.batch import TreeBatch
     from vllm_longspec.tree.sample import TreeSampler
     from vllm_longspec.tree.state import TreeState
@@ -321,23 +325,44 @@ def sample() -> Iterator[Row]:
     samplings = {
         "greedy": SamplingParams(temperature=0.0),
         "temperature": SamplingParams(temperature=0.7, seed=1),
+        "top-k": SamplingParams(temperature=0.7, top_k=20, seed=1),
+        "top-p": SamplingParams(temperature=0.7, top_p=0.95, seed=1),
         "top-k and top-p": SamplingParams(temperature=0.7, top_k=20, top_p=0.95, seed=1),
+        "with a penalty": SamplingParams(temperature=0.7, top_k=20, top_p=0.95, repetition_penalty=1.05, seed=1),
     }
-    for num_rows in (25, DEFAULT_ROWS):
-        for num_reqs in (1, 4):
-            state = RequestState(num_reqs, 32768, 4096, num_rows - 1, vocab_size, DEVICE)
-            trees = TreeState.allocate(num_reqs, num_rows - 1, DEVICE)
-            tree_batch = TreeBatch.allocate(trees, MAX_DEPTH)
-            trees.parent_rows[:, 1:] = torch.arange(num_rows - 1, device=DEVICE, dtype=torch.int32) // 4
-            batch: Any = sampled_batch(num_reqs, num_rows, vocab_size)
-            logits = torch.randn(num_reqs * num_rows, vocab_size, device=DEVICE, dtype=DTYPE)
-            for name, params in samplings.items():
-                sampler = Sampler(VllmConfig(), num_reqs, vocab_size, DEVICE, state, num_speculative_tokens=num_rows)
-                for slot in range(num_reqs):
-                    sampler.add_request(slot, params)
-                sampler.apply_staged_writes()
-                took = measure_without_graph(partial(TreeSampler(sampler, trees, tree_batch, MAX_DEPTH), logits, batch))
-                yield {"batch": num_reqs, "rows": num_rows, "sampling": name, "sampler and walk": took}
+    draws_without_filtering = tree_sample.draws_without_filtering
+    for num_reqs, num_rows in SAMPLED:
+        state = RequestState(num_reqs, 32768, 4096, num_rows - 1, vocab_size, DEVICE)
+        trees = TreeState.allocate(num_reqs, num_rows - 1, DEVICE)
+        tree_batch = TreeBatch.allocate(trees, MAX_DEPTH)
+        trees.parent_rows[:, 1:] = torch.arange(num_rows - 1, device=DEVICE, dtype=torch.int32) // 4
+        batch: Any = sampled_batch(num_reqs, num_rows, vocab_size)
+        # As spread as those of a language model, so that some tokens have most of the probability.
+        logits = [3 * torch.randn(num_reqs * num_rows, vocab_size, device=DEVICE, dtype=DTYPE) for _ in range(3)]
+        for name, params in samplings.items():
+            sampler = Sampler(VllmConfig(), num_reqs, vocab_size, DEVICE, state, num_speculative_tokens=num_rows)
+            # As in an engine with coupled drafts.
+            sampler.use_flashinfer = False
+            for slot in range(num_reqs):
+                sampler.add_request(slot, params)
+            sampler.apply_staged_writes()
+            sample_and_walk = TreeSampler(sampler, trees, tree_batch, MAX_DEPTH)
+            row: Row = {"batch": num_reqs, "rows": num_rows, "sampling": name}
+            emitted: list[torch.Tensor] = []
+            for way, draws in (("filtering every row", lambda *_: False), ("as it is", draws_without_filtering)):
+                tree_sample.draws_without_filtering = draws
+                emitted += [sample_and_walk(each, batch).sampled_token_ids for each in logits]
+                row[way] = round(
+                    measure_without_graph(partial(for_each, sample_and_walk, logits, batch)) / len(logits), 1
+                )
+            tree_sample.draws_without_filtering = draws_without_filtering
+            row["same tokens"] = all(map(torch.equal, emitted[: len(logits)], emitted[len(logits) :]))
+            yield row
+
+
+def for_each(call: Callable[..., Any], inputs: Sequence[torch.Tensor], *others: object) -> None:
+    for each in inputs:
+        call(each, *others)
 
 
 def sampled_batch(num_reqs: int, num_rows: int, vocab_size: int) -> SimpleNamespace:

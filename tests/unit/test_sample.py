@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from tests.oracles import tree as oracle
 from vllm_longspec.interpreter import interpreting
 from vllm_longspec.interpreter.sampling import get_num_nans, gumbel_sample
-from vllm_longspec.tree import sample
+from vllm_longspec.tree import draw, sample
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.sample import TreeSampler, _rows_of_emitted
 from vllm_longspec.tree.state import TreeState
@@ -182,8 +182,11 @@ def mixed_requests(count: int, vocab_size: int = 5, **settings: object) -> list[
     ]
 
 
-def test_emits_what_sampling_one_token_after_the_other_emits():
-    step = Step(mixed_requests(28), max_depth=8)
+@pytest.mark.parametrize("settings", [{}, {"logit_bias": {2: 1.0}}])
+@pytest.mark.parametrize("filters_every_row", [True, False])
+def test_emits_what_sampling_one_token_after_the_other_emits(monkeypatch, filters_every_row, settings):
+    monkeypatch.setattr(draw, "interpreting", lambda: filters_every_row)
+    step = Step(mixed_requests(28, **settings), max_depth=8)
     output = step.run()
     num_accepted = 0
     for index, (request, tokens) in enumerate(zip(step.requests, emitted_by(output), strict=True)):
