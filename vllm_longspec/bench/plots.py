@@ -21,7 +21,6 @@ def draw(figures: Sequence[Figures]) -> str:
     """An `svg` element of all methods and workloads at one temperature, which refers to nothing outside itself."""
     # Of its own, not pyplot's: pyplot's settings are the whole process's.
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     workloads = list(dict.fromkeys(each.workload for each in figures))
@@ -36,12 +35,12 @@ def draw(figures: Sequence[Figures]) -> str:
         for each in figures
         if not has_speedup or each.speedup is not None
     }
-    _bars(speed, workloads, methods, colours, speeds)
+    bars(speed, workloads, methods, colours, speeds)
     speed.set_title("speed-up over vanilla" if has_speedup else "tokens/s per user")
     if has_speedup:
         speed.axhline(1.0, color="black", linewidth=1, linestyle="--")
     tokens = {(each.workload, each.method): each.tokens_per_step for each in figures if each.method != VANILLA}
-    _bars(steps, workloads, methods, colours, tokens)
+    bars(steps, workloads, methods, colours, tokens)
     steps.set_title("tokens per step")
 
     for method in methods:
@@ -70,6 +69,14 @@ def draw(figures: Sequence[Figures]) -> str:
     handles = [matplotlib.patches.Patch(color=colours[method], label=method) for method in named]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)))
 
+    return svg(figure)
+
+
+def svg(figure: Any) -> str:
+    """An `svg` element of a figure of matplotlib's, the same for the same figure."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     text = io.StringIO()
     # Small files, and the same one for the same results.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longspec"}):
@@ -79,7 +86,7 @@ def draw(figures: Sequence[Figures]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _bars(
+def bars(
     axis: Any,
     workloads: Sequence[str],
     methods: Sequence[str],
