@@ -3,10 +3,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
-from benchmarks import PAIR, ROOT
+from benchmarks import PAIR
 from benchmarks.server import ENVIRONMENT, ON_CPU, OPTIONS
 from vllm_longspec import commands
 from vllm_longspec.bench import command
@@ -36,15 +34,8 @@ def arguments(folder, *options):
 
 
 def bench(folder, *options):
-    return subprocess.run(
-        [sys.executable, "-m", "vllm_longspec", "bench", *arguments(folder, *options)],
-        cwd=ROOT,
-        env=ENVIRONMENT | os.environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    """In this process, which has loaded vLLM already: another one would take seconds for that."""
+    commands.main(["bench", *arguments(folder, *options)])
 
 
 def read(folder):
@@ -62,8 +53,11 @@ def test_methods_side_by_side(tmp_path, monkeypatch, capsys):
     lines = (json.dumps({"prompt": text[:600]}) + "\n" for text in texts)
     (tmp_path / "own.jsonl").write_text("".join(lines))
     options = ["--methods", "vanilla,seq,tree,magicdec", "--peers", "ngram", "--temperatures", "0,1"]
-    finished = bench(tmp_path, *options)
-    assert finished.returncode == 0, finished.stdout[-4000:]
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    monkeypatch.setattr(command, "exit_on_signals", lambda: None)
+    bench(tmp_path, *options)
+    assert capsys.readouterr().out.count("starting a server") == 5
     report, figures = read(tmp_path)
     assert report["environments"][0]["vllm"].startswith("0.3")
     methods = ("vanilla", "seq", "tree", "magicdec", "ngram")
@@ -85,9 +79,8 @@ def test_methods_side_by_side(tmp_path, monkeypatch, capsys):
         assert tree["tokens_per_step"] > seq["tokens_per_step"] and magicdec["by_depth"][0] > 0.5
     assert figures[0.0, "tree"]["tokens_per_step"] > 2
 
-    # All is there: no server is started. In this process, which has loaded vLLM.
-    monkeypatch.setattr(command, "exit_on_signals", lambda: None)
-    commands.main(["bench", *arguments(tmp_path, *options), "--resume", "--baseline", str(tmp_path / "out")])
+    # All is there: no server is started.
+    bench(tmp_path, *options, "--resume", "--baseline", str(tmp_path / "out"))
     said = capsys.readouterr().out
     assert "10 measurements are there, 0 are missing" in said and "starting a server" not in said
     assert "### Compared with" in (tmp_path / "out" / "report.md").read_text()
