@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that needs a GPU and is not a benchmark, in one command:
 
-    python -m benchmarks.check_gpu [--skip-32b] [--commit COMMIT] [--out benchmarks/results/gpu_check.json]
+    python -m benchmarks.check_gpu [--skip-32b] [--only engines,serve] [--commit COMMIT] \
+        [--out benchmarks/results/gpu_check.json]
 
 1. every kernel, compiled, against its plain PyTorch oracle, and small engines of all kinds, token for token, against
    plain decoding (`tests/`): losslessness, every CUDA-graph mode, fp8 caches and quantised targets;
@@ -20,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -53,10 +55,12 @@ KERNEL_TESTS = [
 # The last one where there are two GPUs; elsewhere it skips itself.
 ENGINE_TESTS = ["cuda_graphs", "kv_connectors", "lora", "lossless", "magicdec", "quantised", "sleep_mode"]
 ENGINE_TESTS += ["tensor_parallel"]
+PARTS = ["kernels", "engines", "pair", "serve", "qwq_32b_shape"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=lambda names: names.split(","), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--skip-32b", action="store_true", help="leave out part 4, which needs 100 GB of GPU memory")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_check.json")
     parser.add_argument("--commit", help="the plugin's commit, where there is no git repository")
@@ -66,19 +70,19 @@ def main() -> None:
         run_engine(json.loads(arguments.engine))
         return
 
+    chosen = arguments.only or [name for name in PARTS if not (arguments.skip_32b and name == "qwq_32b_shape")]
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"--only {','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     report: dict[str, Any] = {"environment": environment(arguments.commit)}
+    checks: dict[str, Callable[[], dict[str, Any]]] = {
+        "kernels": lambda: run_tests(4, *(f"tests/unit/test_{name}.py" for name in KERNEL_TESTS)),
+        "engines": lambda: run_tests(8 * num_gpus(), *(f"tests/integration/test_{name}.py" for name in ENGINE_TESTS)),
+        "pair": check_pair,
+        "serve": check_serve,
+        "qwq_32b_shape": check_32b,
+    }
     with ThreadPoolExecutor() as pool:
-        parts = {
-            "kernels": pool.submit(run_tests, 4, *(f"tests/unit/test_{name}.py" for name in KERNEL_TESTS)),
-            "pair": pool.submit(check_pair),
-            "serve": pool.submit(check_serve),
-            "engines": pool.submit(
-                run_tests, 8 * num_gpus(), *(f"tests/integration/test_{name}.py" for name in ENGINE_TESTS)
-            ),
-        }
-        if not arguments.skip_32b:
-            parts["qwq_32b_shape"] = pool.submit(check_32b)
-        names = {part: name for name, part in parts.items()}
+        names = {pool.submit(checks[name]): name for name in chosen}
         for part in as_completed(names):
             record(report, names[part], part.result(), arguments.out)
     failed = [name for name, part in report.items() if not part.get("passed", True)]

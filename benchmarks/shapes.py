@@ -12,6 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from vllm_longspec.targets.families import FAMILIES
+
 EAGLE3_VOCAB_SIZE = 32000
 # The tensors of vLLM's dummy weights are uniform up to this.
 DUMMY_RANGE = 1e-3
@@ -53,6 +55,86 @@ LLAMA_3_8B_262K = _COMMON | {
     "eos_token_id": 128009,
 }
 
+# https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/config.json, with YaRN for 131,072 positions left out
+QWEN2_5_7B = _COMMON | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+# https://huggingface.co/Qwen/Qwen3-32B/blob/main/config.json; 131,072 positions are what its card gives for YaRN
+QWEN3_32B = _COMMON | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 5120,
+    "head_dim": 128,
+    "intermediate_size": 25600,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+# https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct/blob/main/config.json, without the scaling of its RoPE.
+# Nothing in this package was set by looking at it.
+LLAMA_3_2_3B = _COMMON | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 3072,
+    "head_dim": 128,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 128256,
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+}
+
+# https://huggingface.co/Qwen/Qwen3-30B-A3B/blob/main/config.json
+QWEN3_30B_A3B = _COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
 # Small enough for Triton's interpreter. EAGLE-3 reads layers 2, n / 2 and n - 3 of n, which must differ;
 # fewer tokens too few for `vllm bench latency`, whose prompts are of the first 10,000.
 TOY = _COMMON | {
@@ -72,9 +154,15 @@ TOY = _COMMON | {
     "eos_token_id": 2,
 }
 
-SHAPES = {"qwq-32b": QWQ_32B, "llama-3-8b-262k": LLAMA_3_8B_262K, "toy": TOY}
-
-_GLIDE_ARCHITECTURES = {"llama": "LlamaGlideDecoderLayer", "qwen2": "Qwen2GlideDecoderLayer"}
+SHAPES = {
+    "qwq-32b": QWQ_32B,
+    "llama-3-8b-262k": LLAMA_3_8B_262K,
+    "qwen2.5-7b": QWEN2_5_7B,
+    "qwen3-32b": QWEN3_32B,
+    "llama-3.2-3b": LLAMA_3_2_3B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "toy": TOY,
+}
 
 
 def write_target(folder: Path, config: dict[str, Any]) -> Path:
@@ -84,7 +172,7 @@ def write_target(folder: Path, config: dict[str, Any]) -> Path:
 
 def write_glide_draft(folder: Path, config: dict[str, Any]) -> Path:
     """The GLIDE draft of a target, for `load_format="dummy"`."""
-    return _write_config(folder, config | {"architectures": [_GLIDE_ARCHITECTURES[config["model_type"]]]})
+    return _write_config(folder, config | {"architectures": [FAMILIES[config["model_type"]]]})
 
 
 def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
@@ -98,20 +186,22 @@ def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
         "model_type": "llama",
         "num_hidden_layers": 1,
         "draft_vocab_size": draft_vocab_size,
+        "tie_word_embeddings": False,
     }
     _write_config(folder, {key: value for key, value in config.items() if key != "use_sliding_window"} | eagle3)
 
     dtype = getattr(torch, config["torch_dtype"])
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-    head_size = hidden // config["num_attention_heads"]
+    head_size = config.get("head_dim", hidden // config["num_attention_heads"])
+    q_size = config["num_attention_heads"] * head_size
     kv_size = config["num_key_value_heads"] * head_size
     shapes = {
         # It reads three of the target's layers, and its attention the embedding beside what comes of them.
         "fc.weight": (hidden, 3 * hidden),
-        "midlayer.self_attn.q_proj.weight": (hidden, 2 * hidden),
+        "midlayer.self_attn.q_proj.weight": (q_size, 2 * hidden),
         "midlayer.self_attn.k_proj.weight": (kv_size, 2 * hidden),
         "midlayer.self_attn.v_proj.weight": (kv_size, 2 * hidden),
-        "midlayer.self_attn.o_proj.weight": (hidden, hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, q_size),
         "midlayer.mlp.gate_proj.weight": (intermediate, hidden),
         "midlayer.mlp.up_proj.weight": (intermediate, hidden),
         "midlayer.mlp.down_proj.weight": (hidden, intermediate),

@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.reporting import environment
 from benchmarks.server import exit_on_signals
+from benchmarks.shapes import SHAPES
 from benchmarks.speed.runs import EngineFailed, Plan, check, run
 from benchmarks.speed.systems import SYSTEMS, Model, NotMeasurable, check_system
 
@@ -93,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", type=listed(str), default=MODELS, help="qwq-32b, llama-3-8b-262k, pair, folders")
+    add("--models", type=listed(str), default=MODELS, help=f"{', '.join(SHAPES)}, pair, folders")
     add(
         "--systems",
         type=listed(check_system),

@@ -3,9 +3,10 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,35 +61,39 @@ def train_draft(
     device: str,
     seed: int,
     max_steps: int | None,
+    name: str = "draft",
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Result, float]:
-    """Trains the draft of the target in `folder`/target and saves it in `folder`/draft.
+    """Trains the draft of the target in `folder`/target and saves it in `folder`/`name`.
 
     Args:
         evaluation: int64 [count, length + 1], windows that are not trained with
+        changes: of settings of `TrainConfig`
 
     Returns:
         what was trained, and the seconds that it took, without those for compiling
     """
-    run = folder / "draft-run"
+    run = folder / f"{name}-run"
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     length = {"steps": max_steps} if max_steps is not None else {"minutes": plan.draft_seconds / 60}
     never = 1e9
-    config = TrainConfig(
-        target=str(folder / "target"),
-        data=(),
-        out=str(run),
-        seed=seed,
-        device="cpu" if device == "cpu" else "auto",
-        compile_target=device != "cpu",
-        levels=len(DEFAULT_LEVELS),
-        depths_per_batch=1,
-        depth_weights="equal",
-        tokens_per_batch=plan.batch_tokens,
-        stages=(Stage(learning_rate=plan.draft_lr, warmup=0.02, max_length=max(plan.draft_windows), **length),),
-        checkpoints=Checkpoints(minutes=never, keep=1),
-        held_out=HeldOut(minutes=never),
-    )
+    settings: dict[str, Any] = {
+        "target": str(folder / "target"),
+        "data": (),
+        "out": str(run),
+        "seed": seed,
+        "device": "cpu" if device == "cpu" else "auto",
+        "compile_target": device != "cpu",
+        "levels": len(DEFAULT_LEVELS),
+        "depths_per_batch": 1,
+        "depth_weights": "equal",
+        "tokens_per_batch": plan.batch_tokens,
+        "stages": (Stage(learning_rate=plan.draft_lr, warmup=0.02, max_length=max(plan.draft_windows), **length),),
+        "checkpoints": Checkpoints(minutes=never, keep=1),
+        "held_out": HeldOut(minutes=never),
+    }
+    config = TrainConfig(**settings | dict(changes or {}))
     shared = load_shared(config.target)
     accelerator = make_accelerator(config, run)
     teacher = HfTeacher(shared, accelerator.device, compute_dtype(config), plan.batch_tokens, config.compile_target)
@@ -107,8 +112,8 @@ def train_draft(
     result = fit(config, shared, glide, teacher, [source], run, accelerator, lessons=lessons)
     seconds = time.perf_counter() - started
     teacher.close()
-    (folder / "draft").mkdir(exist_ok=True)
-    for name in ("config.json", "model.safetensors"):
-        (run / name).replace(folder / "draft" / name)
+    (folder / name).mkdir(exist_ok=True)
+    for file in ("config.json", "model.safetensors"):
+        (run / file).replace(folder / name / file)
     shutil.rmtree(run)
     return result, seconds

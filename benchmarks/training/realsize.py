@@ -2,15 +2,17 @@
 """Train a target of 240 million parameters with 16,384 positions and its GLIDE draft, in one sitting on one GPU.
 
     python -m benchmarks.training.realsize --data FOLDER --out FOLDER [--only target] [--smoke]
+    torchrun --nproc-per-node 4 -m benchmarks.training.realsize --only target --target-seconds 120 ...
 
 Writes target/, draft/, prompts.jsonl and metrics.json into the output folder, laid out as `benchmarks/pair`, for
 `benchmarks.speed` to measure. Needs the folder that `prepare_data.py` wrote and no network. What is there already is
-not trained again, so target and draft may be trained by two calls.
+not trained again, so target and draft may be trained by two calls; the target on several GPUs.
 """
 
 import argparse
 import json
 import math
+import os
 import platform
 import shutil
 import time
@@ -24,7 +26,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.training.checks import check_files, check_tokenizer, held_out_loss
 from benchmarks.training.draft import train_draft
-from benchmarks.training.loop import Plan, train_target
+from benchmarks.training.loop import Plan, num_processes, train_target
 from benchmarks.training.prepare_data import end_of_text_id
 from benchmarks.training.target import TINY, target_config
 from benchmarks.training.text import Windows, load_ids
@@ -116,6 +118,14 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a toy pair in half a minute on a CPU")
     args = parser.parse_args()
     plan, device = SMOKE if args.smoke else FULL, args.device
+    rank = int(os.environ.get("RANK", "0"))
+    if "WORLD_SIZE" in os.environ:
+        if args.only != "target":
+            parser.error("only the target is trained by several processes: give --only target")
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     plan = replace(
         plan,
         target_seconds=args.target_seconds or plan.target_seconds,
@@ -126,14 +136,20 @@ def main() -> None:
     config = target_config(tokenizer.get_vocab_size(), end_of_text_id(tokenizer), **plan.sizes)
     held_out = Windows(load_ids(args.data / "held_out.npy.xz", device), torch.Generator())
     evaluation = held_out.spread(plan.evaluation_windows, plan.window)
-    train = Windows(load_ids(args.data / "train.npy.xz", device), torch.Generator().manual_seed(args.seed))
-    print(f"{len(train.ids)} training tokens, {len(held_out.ids)} held out", flush=True)
-    write_metrics(args.out, plan=asdict(plan), seed=args.seed, training_tokens=len(train.ids))
+    train = Windows(load_ids(args.data / "train.npy.xz", device), torch.Generator().manual_seed(args.seed + rank))
+    if rank == 0:
+        print(f"{len(train.ids)} training tokens, {len(held_out.ids)} held out", flush=True)
+        write_metrics(args.out, plan=asdict(plan), seed=args.seed, training_tokens=len(train.ids))
 
     folder = args.out / "target"
     if args.only != "draft" and not (folder / "model.safetensors").exists():
         started = time.perf_counter()
         target, budget = train_target(plan, config, train, folder, device, args.seed, None)
+        count = num_processes()
+        if count > 1:
+            torch.distributed.destroy_process_group()
+        if rank > 0:
+            return
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(args.data / name, folder / name)
         prompt_length = config["max_position_embeddings"] - plan.new_tokens
@@ -148,6 +164,7 @@ def main() -> None:
             args.out,
             target_parameters=sum(parameter.numel() for parameter in target.parameters()),
             target_steps=budget.steps,
+            target_processes=count,
             held_out_loss=round(held_out_loss(target, evaluation, device), 4),
             target_device=name_of(device),
             target_seconds=round(time.perf_counter() - started, 1),
