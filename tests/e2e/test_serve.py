@@ -23,3 +23,8 @@ def test_demo():
     steps = next(line for line in finished.stdout.splitlines() if line.strip().startswith("steps"))
     without, with_speculation = (int(number) for number in steps.split()[1:])
     assert with_speculation < without / 2
+    # Steps come before speeds, which say nothing without a GPU, and what to do with another model comes last.
+    places = [finished.stdout.index(name) for name in ("  steps", "  acceptance length", "  tokens per second")]
+    assert places == sorted(places)
+    last = finished.stdout.splitlines()[-1].strip()
+    assert last.startswith("vllm-longspec bench --target TARGET --draft DRAFT --workload ")

@@ -464,12 +464,15 @@ def test_engine_arguments_are_options_of_vllm_serve():
         (["--engine", '{"model": "x"}'], "--engine has 'model': give --target instead"),
         (["--engine", '{"sped": 1}'], "--engine has 'sped', which is no engine argument"),
         (["--methods", "tree"], "--methods tree needs a GLIDE draft"),
+        (["--target", "/no/model"], "--target /no/model is no model that vLLM reads: give a folder"),
+        (["--chat-template", "/no/template"], "No such file or directory: '/no/template'"),
     ],
 )
 def test_servers_that_cannot_be_are_refused(options, message, prompts, tmp_path):
     given = ["--target", TARGET, "--workload", str(prompts), "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=re.escape(message)):
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
         commands.main(["bench", *given, *options])
+    assert "\n" not in str(error.value.code)
 
 
 def cell(method, answers, seconds=1.0, workload="w", is_speculative=True, prompts="same"):

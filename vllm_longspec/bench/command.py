@@ -275,8 +275,16 @@ def flags(engine: dict[str, Any]) -> Iterator[str]:
 def _target(arguments: argparse.Namespace) -> Target:
     from vllm.engine.arg_utils import EngineArgs
 
-    engine = EngineArgs(model=arguments.target, **engine_arguments(arguments))
-    return Target(arguments.target, arguments.target, engine.create_model_config().max_model_len)
+    engine = engine_arguments(arguments)
+    try:
+        config = EngineArgs(model=arguments.target, **engine).create_model_config()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--target {arguments.target} is no model that vLLM reads: give a folder with one, or its name on the "
+            f"Hugging Face hub ({reason})"
+        ) from error
+    return Target(arguments.target, arguments.target, config.max_model_len)
 
 
 def _running_target(arguments: argparse.Namespace) -> Target:

@@ -21,7 +21,6 @@ def draw(figures: Sequence[Figures]) -> str:
     """An `svg` element of all methods and workloads at one temperature, which refers to nothing outside itself."""
     # Of its own, not pyplot's: pyplot's settings are the whole process's.
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     workloads = list(dict.fromkeys(each.workload for each in figures))
@@ -36,10 +35,12 @@ def draw(figures: Sequence[Figures]) -> str:
         for each in figures
         if not has_speedup or each.speedup is not None
     }
-    _bars(speed, workloads, methods, colours, speeds)
+    bars(speed, workloads, methods, colours, speeds)
     speed.set_title("speed-up over vanilla" if has_speedup else "tokens/s per user")
+    if has_speedup:
+        speed.axhline(1.0, color="black", linewidth=1, linestyle="--")
     tokens = {(each.workload, each.method): each.tokens_per_step for each in figures if each.method != VANILLA}
-    _bars(steps, workloads, methods, colours, tokens)
+    bars(steps, workloads, methods, colours, tokens)
     steps.set_title("tokens per step")
 
     for method in methods:
@@ -56,13 +57,25 @@ def draw(figures: Sequence[Figures]) -> str:
                 position.plot(list(each.by_position), list(each.by_position.values()), color=colours[method], alpha=0.7)
     depth.set_title("share of steps accepting a depth, mean of workloads")
     depth.set_xlabel("depth")
+    depth.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     position.set_title("tokens per step by position, a line per workload")
     position.set_xlabel("output token")
     for axis in (speed, steps, depth, position):
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    handles = [matplotlib.patches.Patch(color=colour, label=method) for method, colour in colours.items()]
+        axis.set_axisbelow(True)
+    # Speed-ups, tokens per step and acceptance have nothing of vanilla.
+    named = [method for method in methods if method != VANILLA or not has_speedup]
+    handles = [matplotlib.patches.Patch(color=colours[method], label=method) for method in named]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)))
+
+    return svg(figure)
+
+
+def svg(figure: Any) -> str:
+    """An `svg` element of a figure of matplotlib's, the same for the same figure."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     text = io.StringIO()
     # Small files, and the same one for the same results.
@@ -73,7 +86,7 @@ def draw(figures: Sequence[Figures]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _bars(
+def bars(
     axis: Any,
     workloads: Sequence[str],
     methods: Sequence[str],
@@ -89,3 +102,6 @@ def _bars(
         bars = axis.bar(places, heights, width, color=colours[method])
         axis.bar_label(bars, [f"{height:.3g}" if height else "" for height in heights], fontsize=7)
     axis.set_xticks(range(len(workloads)), workloads)
+    # Room beside a single group, and above the bars for their labels.
+    axis.set_xlim(-0.8, len(workloads) - 0.2)
+    axis.margins(y=0.1)

@@ -28,7 +28,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #8884; padding: .25rem .5rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 .plot { background: #fff; border-radius: 6px; overflow-x: auto; }
-.plot svg { display: block; height: auto; margin: auto; max-width: 100%; }
+.plot svg { display: block; height: auto; margin: auto; max-width: 100%; min-width: 42rem; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 """
 
@@ -183,7 +183,7 @@ class Report:
         parts = [
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
             # Browsers would ask the server of the page for an icon.
-            '<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width">',
+            '<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<style>{_STYLE}</style></head><body><h1>{title}</h1>",
         ]
         for temperature in self.temperatures:
