@@ -537,12 +537,14 @@ def test_rotates_as_the_target_does(tmp_path):
     check_draft(load(target, draft))
 
 
-@pytest.mark.parametrize("family", ["phi3", "ministral3"])
-def test_queries_alone_are_rotated_as_with_keys(tmp_path, family):
+@pytest.mark.parametrize(("family", "has_table"), [("phi3", False), ("ministral3", True)])
+def test_queries_alone_are_rotated_as_with_keys(tmp_path, family, has_table):
     """The cross-attention has queries only; longrope's module would not take them."""
     target = write_target(tmp_path / "target", family)
     speculator, target_model = load_models(target, write_draft(tmp_path / "draft", target))
     draft = speculator.model
+    # Attention rotates by the table of yarn's module, but not of longrope's.
+    assert (draft.rotary_table is not None) == has_table
     head_size = draft.self_attn.head_size
     positions = torch.tensor([0, 3, 200, 900], device=DEVICE)
     query, key = torch.randn(2, 4, 4 * head_size, device=DEVICE)

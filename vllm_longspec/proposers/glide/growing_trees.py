@@ -2,15 +2,16 @@
 """State of the trees while they are drafted level by level.
 
 Nodes are numbered in draft order; row 0 is the root, row i + 1 is node i. Each level is added by `add_level`. Unless it
-is the last, its nodes then run through the draft's layer, which calls `add_keys_values`.
+is the last, its nodes then run through the draft's layer, whose attention writes their K and V into `node_kv`.
 """
 
 import torch
 from vllm.triton_utils import tl, triton
 
-from vllm_longspec.proposers.glide.window_attention import write_nodes
 from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.state import MASK_BITS
+
+ROOT_BLOCK = 128
 
 
 class GrowingTrees:
@@ -19,12 +20,14 @@ class GrowingTrees:
         shape: TreeShape,
         root_positions: torch.Tensor,  # int64 [num_reqs]
         window_kv: torch.Tensor,  # [max_num_reqs, window, K or V, num_kv_heads, head_size], for its dtype and sizes
+        max_position: int,  # positions are clamped; nodes past it are never verified
     ):
         num_reqs, num_nodes, device = root_positions.shape[0], shape.num_nodes, root_positions.device
         # Nodes of the last level do not run through the layer.
         max_rows = shape.num_rows - shape.levels[-1]
         self.shape = shape
         self.root_positions = root_positions
+        self.max_position = max_position
         # [num_reqs, num_nodes] token, cumulative log-probability, and number of the parent node, -1 for the root
         self.tokens = torch.empty(num_reqs, num_nodes, dtype=torch.int64, device=device)
         self.log_probs = torch.empty(num_reqs, num_nodes, dtype=torch.float32, device=device)
@@ -33,21 +36,28 @@ class GrowingTrees:
         self.node_kv = window_kv.new_empty(num_reqs, max_rows, *window_kv.shape[2:])
         # [num_reqs, max_rows, num_words] ancestor masks over rows
         num_words = triton.cdiv(max_rows, MASK_BITS)
-        self.masks = torch.zeros(num_reqs, max_rows, num_words, dtype=torch.int32, device=device)
-        self.masks[:, 0, 0] = 1
+        self.masks = torch.empty(num_reqs, max_rows, num_words, dtype=torch.int32, device=device)
+
+    def plant(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the roots. Returns their positions, int64 [num_reqs], and log-probabilities, float32 [num_reqs, 1]."""
+        num_reqs = self.root_positions.shape[0]
+        positions = torch.empty_like(self.root_positions)
+        log_probs = torch.empty(num_reqs, 1, dtype=torch.float32, device=positions.device)
+        _plant_kernel[(triton.cdiv(num_reqs, ROOT_BLOCK),)](
+            self.root_positions,
+            positions,
+            log_probs,
+            self.masks,
+            self.masks.stride(0),
+            num_reqs,
+            self.max_position,
+            NUM_WORDS=self.masks.shape[2],
+            BLOCK=ROOT_BLOCK,
+        )
+        return positions, log_probs
 
     def first_row(self, depth: int) -> int:
         return sum(map(self.shape.width, range(depth)))
-
-    def add_keys_values(
-        self,
-        depth: int,
-        key: torch.Tensor,  # [num_reqs * width, num_kv_heads, head_size]
-        value: torch.Tensor,  # the same
-    ) -> None:
-        """Stores the K and V of the nodes at `depth`; depth 0 is the root."""
-        first_row = self.first_row(depth)
-        write_nodes(self.node_kv[:, first_row : first_row + self.shape.width(depth)], key, value)
 
     def add_level(
         self,
@@ -56,7 +66,6 @@ class GrowingTrees:
         choices: torch.Tensor,  # int64 [num_reqs, width]
         log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
         token_ids: torch.Tensor | None,  # int64 [draft_vocab_size] token of each choice; None if choices are tokens
-        max_position: int,  # positions are clamped; nodes past it are never verified
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the nodes at `depth`, 1 or more; the levels above must have been added.
 
@@ -83,13 +92,35 @@ class GrowingTrees:
             self.first_row(depth),
             self.first_row(depth - 1),
             depth,
-            max_position,
+            self.max_position,
             WRITES_MASKS=depth < self.shape.max_depth,
             NUM_WORDS=self.masks.shape[2],
             WIDTH_BLOCK=triton.next_power_of_2(width),
             num_warps=1,
         )
         return tokens, positions
+
+
+@triton.jit(do_not_specialize=["num_reqs", "max_position"])
+def _plant_kernel(
+    root_positions_ptr,  # int64 [num_reqs]
+    positions_ptr,  # int64 [num_reqs]
+    log_probs_ptr,  # float32 [num_reqs, 1]
+    masks_ptr,  # int32 [num_reqs, max_rows, num_words]
+    masks_request_stride,
+    num_reqs,
+    max_position,
+    NUM_WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_request = request < num_reqs
+    position = tl.load(root_positions_ptr + request, mask=is_request, other=0)
+    tl.store(positions_ptr + request, tl.minimum(position, max_position), mask=is_request)
+    tl.store(log_probs_ptr + request, tl.zeros([BLOCK], tl.float32), mask=is_request)
+    for word in tl.static_range(NUM_WORDS):
+        own = tl.full([BLOCK], 1 if word == 0 else 0, tl.int32)
+        tl.store(masks_ptr + request * masks_request_stride + word, own, mask=is_request)
 
 
 # They differ between levels and must not trigger recompilation.
