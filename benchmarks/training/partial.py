@@ -145,7 +145,14 @@ def rounds(target: Target, glide: GlideLayer, passages: Passages, num_rounds: in
         roots = torch.where(active, roots + counts, roots)
 
 
-def speed_up(variant: list[int] | int, budget: int | None, emitted: float, context: int, batch: int) -> float:
+def speed_up(
+    variant: list[int] | int,
+    budget: int | None,
+    emitted: float,
+    context: int,
+    batch: int,
+    root_reads_all: bool = False,
+) -> float:
     """Speed over plain decoding that the cost of a step expects if a verification emits `emitted` tokens.
 
     Of a tree the likeliest nodes are verified, as many as pay best; how many tokens fewer nodes accept is what it is of
@@ -161,7 +168,11 @@ def speed_up(variant: list[int] | int, budget: int | None, emitted: float, conte
         shape=TreeShape(tuple(variant) if isinstance(variant, list) else (1,) * GAMMA),
         num_attended=num_attended,
     )
-    step = StepCost.of_shape(model, vocab_size=model.vocab_size, drafting=glide)
+
+    def drafting(batch_size: int, num_nodes: int, cache: float) -> float:
+        return glide(batch_size, num_nodes, cache if root_reads_all else min(cache, batch_size * glide.most_read))
+
+    step = StepCost.of_shape(model, vocab_size=model.vocab_size, drafting=drafting)
     if isinstance(variant, list):
         most = sum(variant)
         numbers = [most] if max(variant) == 1 else [number for number in (1, 3, 7, 15, 31, most) if number <= most]
@@ -171,9 +182,9 @@ def speed_up(variant: list[int] | int, budget: int | None, emitted: float, conte
     cache = context * batch * step.token
     check = MagicDecCost(step.target, step.token, num_attended or context)(batch, 1, cache)
     check += ROW * batch * (GAMMA + 1) * step.target
-    drafting = (variant + 1) * glide(batch, GAMMA, cache) + variant * check
+    rounds_cost = (variant + 1) * drafting(batch, GAMMA, cache) + variant * check
     num_nodes = variant * (GAMMA + 1) + GAMMA
-    return emitted / replace(step, drafting=lambda *_: drafting)(batch, num_nodes, context * batch)
+    return emitted / replace(step, drafting=lambda *_: rounds_cost)(batch, num_nodes, context * batch)
 
 
 def expected_tokens(num_rounds: int, chain: float, check: float) -> float:
@@ -265,7 +276,8 @@ def main() -> None:
                 rows.append([str(context), f"{temperature:g}", name, str(budget or "all"), str(len(found))])
                 if found:
                     mean = sum(found) / len(found)
-                    rows[-1] += [f"{mean:.2f}", *(f"{speed_up(variant, budget, mean, *load):.2f}x" for load in LOADS)]
+                    speeds = [speed_up(variant, budget, mean, *load, args.what == "deeper") for load in LOADS]
+                    rows[-1] += [f"{mean:.2f}", *(f"{speed:.2f}x" for speed in speeds)]
             print(markdown([rows[0], *rows[-len(variants) :]]), flush=True)
 
 

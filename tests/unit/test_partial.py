@@ -80,6 +80,10 @@ def test_expected_tokens_are_those_of_a_simulation() -> None:
 def test_what_costs_less_and_is_accepted_as_often_is_faster() -> None:
     for load in partial.LOADS:
         tree = [4, 16, 16, 16, 16]
-        assert partial.speed_up(tree, 1024, 4.0, *load) > partial.speed_up(tree, None, 4.0, *load)
+        whole, deeper, part = (
+            partial.speed_up(tree, budget, 4.0, *load, reads_all)
+            for budget, reads_all in ((None, True), (1024, True), (1024, False))
+        )
+        assert whole < deeper < part and partial.speed_up(tree, None, 4.0, *load) == whole
         # A check costs something.
         assert partial.speed_up(1, 1024, 4.0, *load) < partial.speed_up(0, 1024, 4.0, *load)

@@ -23,8 +23,8 @@ from vllm_longspec.tree.best_children import best_children, best_children_in_pyt
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.shape import TreeShape
 
-# (query [num_tokens, num_heads, head_size], width of the level) -> output, the same shape
-CrossAttention = Callable[[torch.Tensor, int], torch.Tensor]
+# (query [num_tokens, num_heads, head_size], width and depth of the level) -> output, the same shape
+CrossAttention = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 @dataclass
@@ -70,7 +70,7 @@ class _LevelAttention:
         ).view(query.shape)
 
     def cross_attention(self, query: torch.Tensor) -> torch.Tensor:
-        return self.attend_target(query, self.width)
+        return self.attend_target(query, self.width, self.depth)
 
 
 def grow_trees(
