@@ -71,6 +71,7 @@ from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
 from vllm_longspec.tree.walk import walk_tree
 
 HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024  # bytes of a program
 compiled: set[str] = set()
 
 
@@ -96,6 +97,8 @@ def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **k
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=HOPPER, options=options)
     assert binary.asm["cubin"]
+    # A kernel that needs more compiles, and cannot be launched.
+    assert binary.metadata.shared <= SHARED_MEMORY, f"{kernel.__name__}: {binary.metadata.shared} bytes"
     compiled.add(kernel.__name__)
 
 
@@ -309,9 +312,9 @@ def compile_level_kernel(levels: tuple[int, ...]) -> None:
     trees = GrowingTrees(TreeShape(levels), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 512, 2, 1, 64), 100)
     trees.plant()
     for depth, width in enumerate(levels, start=1):
-        parents, log_probs = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width)
+        choices = torch.zeros(2 * trees.shape.width(depth - 1), width, dtype=torch.int64)
         for token_ids in (None, torch.zeros(10, dtype=torch.int64)):
-            trees.add_level(depth, parents, parents, log_probs, token_ids)
+            trees.add_level(depth, choices, choices.float(), token_ids)
     list_a_path_early(trees.log_probs, trees.parents, levels)
 
 

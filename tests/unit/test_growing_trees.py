@@ -38,9 +38,16 @@ def test_levels(levels: tuple[int, ...], num_reqs: int, has_token_ids: bool) -> 
     first_row = 0
     for depth, width in enumerate(levels, start=1):
         width_above = trees.shape.width(depth - 1)
-        drawn_parents, choices = integers(width_above, num_reqs, width), integers(VOCAB_SIZE, num_reqs, width)
-        drawn_log_probs = -torch.rand(num_reqs, width, generator=generator).to(DEVICE)
-        level_tokens, positions = trees.add_level(depth, drawn_parents, choices, drawn_log_probs, token_ids)
+        # The best tokens of each parent, and sums of which the best are kept; all different.
+        num_kept = min(width, VOCAB_SIZE)
+        offered = integers(VOCAB_SIZE, num_reqs * width_above, num_kept)
+        scores = -torch.rand(num_reqs * width_above, num_kept, generator=generator).to(DEVICE)
+        scores = scores.sort(descending=True).values
+        level_tokens, positions, level_log_probs = trees.add_level(depth, offered, scores, token_ids)
+        drawn_log_probs, order = scores.view(num_reqs, -1).sort(descending=True)
+        drawn_log_probs, order = drawn_log_probs[:, :width], order[:, :width]
+        drawn_parents, choices = order // num_kept, offered.view(num_reqs, -1).gather(1, order)
+        assert torch.equal(level_log_probs, drawn_log_probs)
         expected_tokens = choices if token_ids is None else token_ids[choices]
         assert level_tokens.tolist() == expected_tokens.flatten().tolist()
         expected = (root_positions + depth).clamp(max=MAX_POSITION)

@@ -19,7 +19,7 @@ from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.rotation import RotaryTable
 from vllm_longspec.proposers.glide.window_attention import window_attention
-from vllm_longspec.tree.best_children import best_children, best_children_in_pytorch
+from vllm_longspec.tree.best_children import best_of_rows, best_of_rows_in_pytorch
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.shape import TreeShape
 
@@ -93,22 +93,22 @@ def grow_trees(
         )
         hidden = model(tokens, positions, attention)
         level_noise = None if noise is None else LevelNoise(noise, idx_mapping, root_positions, depth - 1)
-        parents, choices, log_probs = _best_children(model, hidden, log_probs, width, level_noise)
-        tokens, positions = trees.add_level(depth, parents, choices, log_probs, model.token_ids)
+        choices, choice_log_probs = _best_of_nodes(model, hidden, log_probs, width, level_noise)
+        tokens, positions, log_probs = trees.add_level(depth, choices, choice_log_probs, model.token_ids)
     return trees
 
 
-def _best_children(
+def _best_of_nodes(
     model: GlideForCausalLM,
     hidden: torch.Tensor | QuantizedActivation,  # [num_reqs * width, hidden_size]
     log_probs: torch.Tensor,  # [num_reqs, width] cumulative, of the parents
     num_children: int,
     noise: LevelNoise | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns what `best_children` does; tokens are choices of the draft's vocabulary."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `best_of_rows` does; tokens are choices of the draft's vocabulary."""
     num_reqs, width = log_probs.shape
     chosen = []
-    choose = best_children_in_pytorch if interpreting() else best_children
+    choose = best_of_rows_in_pytorch if interpreting() else best_of_rows
     # Bounds the memory of logits as vLLM does.
     chunk = max(1, get_max_chunk_logits(model.draft_vocab_size) // width)
     for start in range(0, num_reqs, chunk):
@@ -124,5 +124,5 @@ def _best_children(
         )
     if len(chosen) == 1:
         return chosen[0]
-    parents, choices, best = (torch.cat(column) for column in zip(*chosen, strict=True))
-    return parents, choices, best
+    choices, choice_log_probs = (torch.cat(column) for column in zip(*chosen, strict=True))
+    return choices, choice_log_probs

@@ -8,6 +8,7 @@ is the last, its nodes then run through the draft's layer, whose attention write
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.tree.best_children import best_of_request, request_arguments
 from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.state import MASK_BITS
 
@@ -62,26 +63,28 @@ class GrowingTrees:
     def add_level(
         self,
         depth: int,
-        parents: torch.Tensor,  # int64 [num_reqs, width] within the level above
-        choices: torch.Tensor,  # int64 [num_reqs, width]
-        log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
+        choices: torch.Tensor,  # int64 [num_reqs * width above, num_kept] the best of each parent, as `best_of_rows`
+        choice_log_probs: torch.Tensor,  # float32 [num_reqs * width above, num_kept] cumulative
         token_ids: torch.Tensor | None,  # int64 [draft_vocab_size] token of each choice; None if choices are tokens
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the nodes at `depth`, 1 or more; the levels above must have been added.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Adds the best of these as the nodes at `depth`, 1 or more; the levels above must have been added.
 
-        Returns the nodes' tokens and positions, each int64 [num_reqs * width].
+        Returns the nodes' tokens and positions, each int64 [num_reqs * width], and their cumulative log-probabilities,
+        float32 [num_reqs, width].
         """
-        num_reqs, width = parents.shape
-        tokens = torch.empty(num_reqs * width, dtype=torch.int64, device=parents.device)
+        num_reqs, width = self.root_positions.shape[0], self.shape.width(depth)
+        tokens = torch.empty(num_reqs * width, dtype=torch.int64, device=choices.device)
         positions = torch.empty_like(tokens)
+        log_probs = torch.empty(num_reqs, width, dtype=torch.float32, device=choices.device)
+        num_kept = choices.shape[1]
         _add_level_kernel[(num_reqs,)](
-            parents,
             choices,
-            log_probs,
+            choice_log_probs,
             token_ids,
             self.root_positions,
             tokens,
             positions,
+            log_probs,
             self.tokens,
             self.log_probs,
             self.parents,
@@ -93,12 +96,12 @@ class GrowingTrees:
             self.first_row(depth - 1),
             depth,
             self.max_position,
+            num_kept,
             WRITES_MASKS=depth < self.shape.max_depth,
             NUM_WORDS=self.masks.shape[2],
-            WIDTH_BLOCK=triton.next_power_of_2(width),
-            num_warps=1,
+            **request_arguments(self.shape.width(depth - 1), num_kept, width),
         )
-        return tokens, positions
+        return tokens, positions, log_probs
 
 
 @triton.jit(do_not_specialize=["num_reqs", "max_position"])
@@ -124,15 +127,19 @@ def _plant_kernel(
 
 
 # They differ between levels and must not trigger recompilation.
-@triton.jit(do_not_specialize=["width", "num_nodes", "first_row", "first_parent_row", "depth", "max_position"])
+@triton.jit(
+    do_not_specialize=[
+        *("width", "num_nodes", "first_row", "first_parent_row", "depth", "max_position", "num_kept", "num_candidates")
+    ]
+)
 def _add_level_kernel(
-    parents_ptr,  # int64 [num_reqs, width]
-    choices_ptr,  # int64 [num_reqs, width]
-    log_probs_ptr,  # float32 [num_reqs, width]
+    choices_ptr,  # int64 [num_reqs, num_candidates]
+    choice_log_probs_ptr,  # float32 [num_reqs, num_candidates]
     token_ids_ptr,  # int64 [draft_vocab_size] or None
     root_positions_ptr,  # int64 [num_reqs]
     level_tokens_ptr,  # int64 [num_reqs, width]
     level_positions_ptr,  # int64 [num_reqs, width]
+    level_log_probs_ptr,  # float32 [num_reqs, width]
     tree_tokens_ptr,  # int64 [num_reqs, num_nodes]
     tree_log_probs_ptr,  # float32 [num_reqs, num_nodes]
     tree_parents_ptr,  # int32 [num_reqs, num_nodes]
@@ -145,26 +152,39 @@ def _add_level_kernel(
     first_parent_row,
     depth,
     max_position,
+    num_kept,
+    num_candidates,
     WRITES_MASKS: tl.constexpr,
     NUM_WORDS: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    CHILDREN_BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
-    index = tl.arange(0, WIDTH_BLOCK)
+    index = tl.arange(0, CHILDREN_BLOCK)
     is_node = index < width
     in_level = request * width + index
-    parent_row = first_parent_row + tl.load(parents_ptr + in_level, mask=is_node, other=0)
-    token = tl.load(choices_ptr + in_level, mask=is_node, other=0)
+    parent, token, log_prob = best_of_request(
+        choices_ptr,
+        choice_log_probs_ptr,
+        request,
+        num_kept,
+        width,
+        num_candidates,
+        CANDIDATES,
+        CHILDREN_BLOCK,
+    )
+    parent_row = first_parent_row + parent
     if token_ids_ptr is not None:
         token = tl.load(token_ids_ptr + token, mask=is_node, other=0)
     position = tl.minimum(tl.load(root_positions_ptr + request) + depth, max_position)
     tl.store(level_tokens_ptr + in_level, token, mask=is_node)
     tl.store(level_positions_ptr + in_level, position, mask=is_node)
+    tl.store(level_log_probs_ptr + in_level, log_prob, mask=is_node)
 
     row = first_row + index
     in_tree = request * num_nodes + row - 1
     tl.store(tree_tokens_ptr + in_tree, token, mask=is_node)
-    tl.store(tree_log_probs_ptr + in_tree, tl.load(log_probs_ptr + in_level, mask=is_node), mask=is_node)
+    tl.store(tree_log_probs_ptr + in_tree, log_prob, mask=is_node)
     tl.store(tree_parents_ptr + in_tree, (parent_row - 1).to(tl.int32), mask=is_node)
 
     if WRITES_MASKS:

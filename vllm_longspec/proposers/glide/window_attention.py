@@ -246,7 +246,8 @@ def _window_attention_kernel(
     key_ptr += request * key_request_stride + kv_head * key_head_stride
     value_ptr += request * value_request_stride + kv_head * value_head_stride
     channel = tl.arange(0, HEAD_BLOCK)[None, :]
-    for start in range(0, width, NODE_TILE):
+    # Mostly one tile: stages of loads would only take shared memory.
+    for start in tl.range(0, width, NODE_TILE, num_stages=1):
         index = start + tl.arange(0, NODE_TILE)
         is_index = index < width
         row = first_row + index
