@@ -37,7 +37,7 @@ MARK = "step: "
 
 GEMM = r"gemm|nvjet|cutlass|cublas|splitk|_mm_|wgmma"
 SPLIT_K = r"splitk.*reduce"  # adds up what the GEMM before it computed in parts
-SMALL = r"norm|rotary|silu|act_and_mul|embedding|elementwise|copy|cat|fill|mem(set|cpy)|triton_|fused"
+SMALL = r"norm|quant|rotary|silu|act_and_mul|embedding|elementwise|copy|cat|fill|mem(set|cpy)|triton_|fused"
 ATTENTION_PREFIX = r"prefix_attention|flash|fmha|FlashAttn"
 # A stage's name, the part it belongs to, and what the name of a kernel contains. The first that fits counts.
 STAGES: tuple[tuple[str, str, str], ...] = (
@@ -54,10 +54,11 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("update of request states", "compaction", r""),
     ("draft: attention to the target's cache", "draft", ATTENTION_PREFIX),
     ("draft: attention to window and tree", "draft", r"window_attention"),
-    ("draft: roots, K and V of window and tree", "draft", r"_write_kernel|settled_tokens|read_roots"),
+    ("draft: roots, K and V of window and tree", "draft", r"write_window|settled_tokens|read_roots|plant"),
+    ("draft: copied paths", "draft", r"find_matches|best_match|_copies|update_rates|merge_path|list_a_path"),
     ("draft: GEMMs", "draft", GEMM),
-    ("draft: top-k", "draft", r"topk|top_k|sort|radix|bitonic|log_softmax|softmax|argmax|reduce_kernel"),
-    ("draft: order and masks", "draft", r"order|gather|scatter|index"),
+    ("draft: top-k", "draft", r"max_of_chunks|weigh_chunk|best_of_"),
+    ("draft: order and masks", "draft", r"add_level|order_tree|gather|scatter|index"),
     ("draft: norms, RoPE, activation, copies", "draft", SMALL),
 )
 # The draft's head is a GEMM like its layer's. It is the last one before the best tokens are chosen.

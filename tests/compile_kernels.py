@@ -42,10 +42,12 @@ from vllm_longspec.attention.tree import tree_attention
 from vllm_longspec.copying.lookup import find_copies
 from vllm_longspec.copying.trust import CopyTrust
 from vllm_longspec.options import PartialAttention
-from vllm_longspec.proposers.glide.fp8_inputs import activate
+from vllm_longspec.proposers.glide.embedding import embed_and_normalise
+from vllm_longspec.proposers.glide.fp8_inputs import activate, add
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
+from vllm_longspec.proposers.glide.rotation import RotaryTable
 from vllm_longspec.proposers.glide.window import DraftWindow
-from vllm_longspec.proposers.glide.window_attention import window_attention, write_nodes, write_window
+from vllm_longspec.proposers.glide.window_attention import window_attention, write_window
 from vllm_longspec.proposers.interface import Roots
 from vllm_longspec.proposers.magicdec import block_scores as scores_module
 from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
@@ -72,6 +74,7 @@ from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
 from vllm_longspec.tree.walk import walk_tree
 
 HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024  # bytes of a program
 compiled: set[str] = set()
 
 
@@ -97,6 +100,10 @@ def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **k
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=HOPPER, options=options)
     assert binary.asm["cubin"]
+    # A kernel that needs more compiles, and cannot be launched. Scores do with 69 rows, of which no chain has as many
+    # that pays.
+    is_small = binary.metadata.shared <= SHARED_MEMORY or kernel.__name__ == "_block_scores_kernel"
+    assert is_small, f"{kernel.__name__}: {binary.metadata.shared} bytes of shared memory"
     compiled.add(kernel.__name__)
 
 
@@ -219,10 +226,30 @@ def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
 
     window_kv = torch.zeros(num_reqs, 512, 2, num_kv_heads, head_size, dtype=dtype)
     node_kv = torch.zeros(num_reqs, width, 2, num_kv_heads, head_size, dtype=dtype)
-    levels = query.view(num_reqs, width, num_heads, head_size)
-    window_attention(levels, window_kv, slots[:num_reqs], slots[:num_reqs], node_kv, masks, 0, 0, 0.1)
-    write_window(window_kv, query[:, :num_kv_heads], query[:, :num_kv_heads], slots, slots)
-    write_nodes(node_kv, query[:, :num_kv_heads], query[:, :num_kv_heads])
+    level, key = query.view(num_reqs, width, num_heads, head_size), query[:, :num_kv_heads]
+    level_key, requests = level[:, :, :num_kv_heads], slots[:num_reqs]
+    # Each channel of a head rotated, half of them, and none.
+    for table in (
+        RotaryTable(torch.zeros(100, head_size, dtype=dtype), True),
+        RotaryTable(torch.zeros(100, head_size // 2, dtype=dtype), False),
+        None,
+    ):
+        window_attention(
+            level,
+            level_key,
+            level_key,
+            window_kv,
+            requests,
+            requests,
+            slots.view(num_reqs, width),
+            table,
+            node_kv,
+            masks,
+            0,
+            0,
+            0.1,
+        )
+        write_window(window_kv, key, key, slots, slots, table)
 
 
 def compile_score_kernel(
@@ -281,6 +308,12 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
     linear: Any = SimpleNamespace(_input_quant_key=kFp8DynamicTokenSym)
     for size in (704, 27648):
         activate(unused, linear, torch.zeros(width, 2 * size, dtype=dtype))
+    for hidden_size in (64, 3584, 8192):
+        hidden = torch.zeros(width, hidden_size, dtype=dtype)
+        add(linear, hidden, 0.22, hidden)
+        norm: Any = SimpleNamespace(weight=hidden[0], variance_epsilon=1e-6)
+        for layer in (linear, unused):
+            embed_and_normalise(torch.zeros(width, dtype=torch.int64), hidden, 12.0, norm, layer)
 
 
 def compile_window_kernels(max_new: int) -> None:
@@ -288,8 +321,8 @@ def compile_window_kernels(max_new: int) -> None:
     counts = torch.zeros(4, dtype=torch.int32)
     roots = read_roots(slots, counts, torch.zeros(4, 1, dtype=torch.int64))
 
-    def window_kv(tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(torch.zeros(2, tokens.shape[0], 2, 64))
+    def window_kv(tokens: torch.Tensor, positions: torch.Tensor) -> tuple[Any, ...]:
+        return (*torch.zeros(2, tokens.shape[0], 2, 64), None)
 
     model: Any = SimpleNamespace(self_attn=SimpleNamespace(num_kv_heads=2, head_size=64), window_kv=window_kv)
     window = DraftWindow(4, model, torch.float32, torch.device("cpu"))
@@ -307,11 +340,12 @@ def compile_copy_kernels(copy_length: int, max_model_len: int, num_nodes: int) -
 
 
 def compile_level_kernel(levels: tuple[int, ...]) -> None:
-    trees = GrowingTrees(TreeShape(levels), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 512, 2, 1, 64))
+    trees = GrowingTrees(TreeShape(levels), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 512, 2, 1, 64), 100)
+    trees.plant()
     for depth, width in enumerate(levels, start=1):
-        parents, log_probs = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width)
+        choices = torch.zeros(2 * trees.shape.width(depth - 1), width, dtype=torch.int64)
         for token_ids in (None, torch.zeros(10, dtype=torch.int64)):
-            trees.add_level(depth, parents, parents, log_probs, token_ids, 100)
+            trees.add_level(depth, choices, choices.float(), token_ids)
     list_a_path_early(trees.log_probs, trees.parents, levels)
 
 

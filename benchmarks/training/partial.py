@@ -6,6 +6,8 @@ along the target's continuations as there. Above temperature 0 drafts are ranked
 
 `cross`: the draft's cross-attention sees the part instead of the whole prefix.
 
+`deeper`: the root's sees the whole prefix, and only that of the nodes below it the part.
+
 `rounds`: the target checks a chain of the draft's over the part, which is cheap, and the tokens that it draws there
 count as drafted; the next chain goes on from them. After some rounds, and one more chain that nothing has checked, it
 verifies all of them over its whole cache. Without a round this is the draft's chain alone. K and V that a check writes
@@ -15,7 +17,7 @@ Beside the tokens stand the speeds over plain decoding that the cost of a step e
 
 `model`: the same speeds for rounds, where a chain's and a check's tokens are right with given probabilities.
 
-    python -m benchmarks.training.partial {cross,rounds,model} [--models FOLDER] [--device cpu] [--contexts 3584]
+    python -m benchmarks.training.partial {cross,deeper,rounds,model} [--models FOLDER] [--device cpu] [--contexts 3584]
         [--budgets 512,1024,2048] [--prompts 8] [--tokens 96] [--temperatures 0,1]
 """
 
@@ -49,12 +51,18 @@ MODEL = "llama-3-8b-262k"
 LOADS = ((131072, 4), (32768, 16), (16384, 16))
 
 
-def kept_part(budget: int | None, num_tokens: int) -> Kept | None:
-    """What a part with this budget has of the tokens before a root; None for all of them."""
+def kept_part(budget: int | None, num_tokens: int, first_depth: int = 0) -> Kept | None:
+    """What nodes from `first_depth` on see of the tokens before a root with this budget; None for all of them."""
     if budget is None:
         return None
     selection = Selection(budget, unit=BLOCK_SIZE)
-    return lambda roots: keep(None, roots, num_tokens, selection)[:, 0]
+
+    def kept(roots: torch.Tensor, depth: int) -> torch.Tensor:
+        if depth < first_depth:
+            return torch.ones(1, num_tokens, dtype=torch.bool, device=roots.device)
+        return keep(None, roots, num_tokens, selection)[:, 0]
+
+    return kept
 
 
 def passage_of(glide: GlideLayer, target: Target, passages: Passages) -> Passage:
@@ -74,9 +82,16 @@ def rescore_of(passages: Passages) -> Rescore | None:
 
 
 @torch.inference_mode()
-def cross(target: Target, glide: GlideLayer, passages: Passages, shape: list[int], budget: int | None) -> list[int]:
-    """Tokens emitted in each step of drafts whose cross-attention sees a part; None for everything."""
-    kept = kept_part(budget, passages.ids.shape[1])
+def cross(
+    target: Target,
+    glide: GlideLayer,
+    passages: Passages,
+    shape: list[int],
+    budget: int | None,
+    first_depth: int = 0,
+) -> list[int]:
+    """Tokens emitted in each step of drafts whose cross-attention sees a part from a depth on; None for everything."""
+    kept = kept_part(budget, passages.ids.shape[1], first_depth)
     passage = passage_of(glide, target, passages)
     steps = walk_drafts(target, glide, passage, shape, rescore=rescore_of(passages), kept=kept)
     return [emitted for _, _, emitted in steps]
@@ -113,7 +128,7 @@ def rounds(target: Target, glide: GlideLayer, passages: Passages, num_rounds: in
             positions = front[:, None] + rows
             seen = tokens <= positions[..., None]
             if kept is not None:
-                seen &= (kept(front) | (tokens >= front[:, None]))[:, None]
+                seen &= (kept(front, 0) | (tokens >= front[:, None]))[:, None]
             logits, _ = forward(target, ids.gather(1, positions), positions, caches, [seen[:, None]] * len(caches))
             drawn = torch.stack([draw(logits[:, row], front + row, passages) for row in rows.tolist()], dim=1)
             right = (drawn == ids.gather(1, positions + 1)).int().cumprod(1).sum(1)
@@ -130,7 +145,14 @@ def rounds(target: Target, glide: GlideLayer, passages: Passages, num_rounds: in
         roots = torch.where(active, roots + counts, roots)
 
 
-def speed_up(variant: list[int] | int, budget: int | None, emitted: float, context: int, batch: int) -> float:
+def speed_up(
+    variant: list[int] | int,
+    budget: int | None,
+    emitted: float,
+    context: int,
+    batch: int,
+    root_reads_all: bool = False,
+) -> float:
     """Speed over plain decoding that the cost of a step expects if a verification emits `emitted` tokens.
 
     Of a tree the likeliest nodes are verified, as many as pay best; how many tokens fewer nodes accept is what it is of
@@ -146,7 +168,11 @@ def speed_up(variant: list[int] | int, budget: int | None, emitted: float, conte
         shape=TreeShape(tuple(variant) if isinstance(variant, list) else (1,) * GAMMA),
         num_attended=num_attended,
     )
-    step = StepCost.of_shape(model, vocab_size=model.vocab_size, drafting=glide)
+
+    def drafting(batch_size: int, num_nodes: int, cache: float) -> float:
+        return glide(batch_size, num_nodes, cache if root_reads_all else min(cache, batch_size * glide.most_read))
+
+    step = StepCost.of_shape(model, vocab_size=model.vocab_size, drafting=drafting)
     if isinstance(variant, list):
         most = sum(variant)
         numbers = [most] if max(variant) == 1 else [number for number in (1, 3, 7, 15, 31, most) if number <= most]
@@ -156,9 +182,9 @@ def speed_up(variant: list[int] | int, budget: int | None, emitted: float, conte
     cache = context * batch * step.token
     check = MagicDecCost(step.target, step.token, num_attended or context)(batch, 1, cache)
     check += ROW * batch * (GAMMA + 1) * step.target
-    drafting = (variant + 1) * glide(batch, GAMMA, cache) + variant * check
+    rounds_cost = (variant + 1) * drafting(batch, GAMMA, cache) + variant * check
     num_nodes = variant * (GAMMA + 1) + GAMMA
-    return emitted / replace(step, drafting=lambda *_: drafting)(batch, num_nodes, context * batch)
+    return emitted / replace(step, drafting=lambda *_: rounds_cost)(batch, num_nodes, context * batch)
 
 
 def expected_tokens(num_rounds: int, chain: float, check: float) -> float:
@@ -207,7 +233,7 @@ def print_model(budgets: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cross", "rounds", "model"])
+    parser.add_argument("what", choices=["cross", "deeper", "rounds", "model"])
     parser.add_argument("--models", type=Path, default=PAIR, help="folder with target/, draft/ and prompts.jsonl")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contexts", type=numbers, default=[3584], help="ends of the longest prompts")
@@ -229,11 +255,11 @@ def main() -> None:
     prompts = by_length[max(by_length)]
     budgets = [None, *args.budgets]
     variants: list[tuple[list[int] | int, int | None]]
-    if args.what == "cross":
+    if args.what in ("cross", "deeper"):
         variants = [(shape, budget) for shape in SHAPES for budget in budgets]
     else:
         variants = [(number, budget) for number in range(MAX_ROUNDS + 1) for budget in budgets]
-    rows = [["context", "temperature", "tree shape" if args.what == "cross" else "rounds", "budget", "steps"]]
+    rows = [["context", "temperature", "rounds" if args.what == "rounds" else "tree shape", "budget", "steps"]]
     rows[0] += ["tokens a verification", *(f"{context // 1024}k, batch {batch}" for context, batch in LOADS)]
     for context in args.contexts:
         if context > prompts.shape[1]:
@@ -244,22 +270,28 @@ def main() -> None:
                 with torch.inference_mode():
                     passages = make_passages(target, some, args.tokens, temperature)
                 for (variant, budget), found in zip(variants, emitted, strict=True):
-                    found += measure(target, glide, passages, variant, budget)
+                    found += measure(target, glide, passages, variant, budget, int(args.what == "deeper"))
             for (variant, budget), found in zip(variants, emitted, strict=True):
                 name = " ".join(map(str, variant)) if isinstance(variant, list) else str(variant)
                 rows.append([str(context), f"{temperature:g}", name, str(budget or "all"), str(len(found))])
                 if found:
                     mean = sum(found) / len(found)
-                    rows[-1] += [f"{mean:.2f}", *(f"{speed_up(variant, budget, mean, *load):.2f}x" for load in LOADS)]
+                    speeds = [speed_up(variant, budget, mean, *load, args.what == "deeper") for load in LOADS]
+                    rows[-1] += [f"{mean:.2f}", *(f"{speed:.2f}x" for speed in speeds)]
             print(markdown([rows[0], *rows[-len(variants) :]]), flush=True)
 
 
 def measure(
-    target: Target, glide: GlideLayer, passages: Passages, variant: list[int] | int, budget: int | None
+    target: Target,
+    glide: GlideLayer,
+    passages: Passages,
+    variant: list[int] | int,
+    budget: int | None,
+    first_depth: int = 0,
 ) -> list[int]:
     """Of a tree's shape, or of a number of rounds."""
     if isinstance(variant, list):
-        return cross(target, glide, passages, variant, budget)
+        return cross(target, glide, passages, variant, budget, first_depth)
     return rounds(target, glide, passages, variant, budget)
 
 

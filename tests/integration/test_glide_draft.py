@@ -229,7 +229,7 @@ class Batch:
         prefix_lens = self.root_positions.to(torch.int32)
         query_starts = torch.arange(self.num_reqs + 1, dtype=torch.int32, device=DEVICE)
 
-        def attend(query: torch.Tensor, width: int) -> torch.Tensor:
+        def attend(query: torch.Tensor, width: int, depth: int) -> torch.Tensor:
             output = torch.empty_like(query)
             lse = torch.empty(query.shape[1], query.shape[0], device=DEVICE)
             prefix_attention(
@@ -270,12 +270,13 @@ def check_tree(
     tokens: list[int],
     parents: list[int],
     log_probs: list[float] | None = None,
+    part: list[int] | None = None,  # positions that the cross-attention sees below the root; None for all
 ) -> list[float]:
     """Every node's log-probability is the plain layer's, and every level holds the best nodes that it could hold.
 
     Nodes are in draft order: level after level. Returns the cumulative log-probabilities of the plain layer.
     """
-    target_keys, target_values = batch.target_kv[request].chunk(2, dim=-1)
+    seen = batch.target_kv[request]
     history_kv = plain.self_kv(batch.histories[request])
     expected: list[float] = []
     level, cumulative = [-1], torch.zeros(1, dtype=torch.float64)
@@ -284,7 +285,7 @@ def check_tree(
             [batch.roots[request]] + [tokens[node] for node in reversed(tree_oracle.path_to_root(parents, parent))]
             for parent in level
         ]
-        candidates = cumulative[:, None] + plain.next_log_probs(history_kv, paths, target_keys, target_values)
+        candidates = cumulative[:, None] + plain.next_log_probs(history_kv, paths, *seen.chunk(2, dim=-1))
         nodes = range(len(expected), len(expected) + width)
         assert all(parents[node] in level for node in nodes)
         assert len({(parents[node], tokens[node]) for node in nodes}) == width
@@ -293,6 +294,8 @@ def check_tree(
         torch.testing.assert_close(cumulative.sort(descending=True).values, best, rtol=0, atol=TOLERANCE)
         expected += cumulative.tolist()
         level = list(nodes)
+        # K and V of a node do not depend on what its cross-attention saw.
+        seen = batch.target_kv[request] if part is None else batch.target_kv[request][part]
     if log_probs is not None:
         torch.testing.assert_close(torch.tensor(log_probs), torch.tensor(expected), rtol=0, atol=TOLERANCE)
     return expected
@@ -537,12 +540,14 @@ def test_rotates_as_the_target_does(tmp_path):
     check_draft(load(target, draft))
 
 
-@pytest.mark.parametrize("family", ["phi3", "ministral3"])
-def test_queries_alone_are_rotated_as_with_keys(tmp_path, family):
+@pytest.mark.parametrize(("family", "has_table"), [("phi3", False), ("ministral3", True)])
+def test_queries_alone_are_rotated_as_with_keys(tmp_path, family, has_table):
     """The cross-attention has queries only; longrope's module would not take them."""
     target = write_target(tmp_path / "target", family)
     speculator, target_model = load_models(target, write_draft(tmp_path / "draft", target))
     draft = speculator.model
+    # Attention rotates by the table of yarn's module, but not of longrope's.
+    assert (draft.rotary_table is not None) == has_table
     head_size = draft.self_attn.head_size
     positions = torch.tensor([0, 3, 200, 900], device=DEVICE)
     query, key = torch.randn(2, 4, 4 * head_size, device=DEVICE)
@@ -670,7 +675,8 @@ def propose(speculator: TreeSpeculator, batch: Batch, step: list[Scheduled]) -> 
 
 
 def attended(root_position: int, budget: int | None) -> list[int]:
-    """Positions that the cross-attention sees: all, or the blocks with one of the first 32 or last `budget` tokens."""
+    """Positions that the cross-attention sees below the root: all, or the blocks with one of the first 32 or last
+    `budget` tokens."""
     positions = range(root_position)
     if budget is None:
         return list(positions)
@@ -715,7 +721,7 @@ def test_proposes_from_step_to_step(tmp_path, budget):
             seen = SimpleNamespace(
                 histories=[batch.histories[each.request][:root_position]],
                 roots=[batch.histories[each.request][root_position]],
-                target_kv=[batch.target_kv[each.request][attended(root_position, budget)]],
+                target_kv=[batch.target_kv[each.request][:root_position]],
             )
             log_probs = check_tree(
                 pair.plain,
@@ -724,6 +730,7 @@ def test_proposes_from_step_to_step(tmp_path, budget):
                 levels,
                 [tokens[row - 1] for row in rows],
                 [number[parent_rows[row]] for row in rows],
+                part=attended(root_position, budget),
             )
             listed = [log_probs[number[row]] for row in range(1, 1 + sum(levels))]
             assert all(later <= earlier + TOLERANCE for earlier, later in itertools.pairwise(listed))

@@ -15,6 +15,7 @@ import torch
 import vllm.config.model as model_module
 import vllm.platforms
 from safetensors.torch import load_file
+from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig, LoadConfig, ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -35,6 +36,7 @@ from vllm_longspec.attention.registry import (
 )
 from vllm_longspec.configure import configure
 from vllm_longspec.options import AUTO_LEVELS, options_of
+from vllm_longspec.proposers.glide.cost import GlideCost
 from vllm_longspec.tree.shape import TreeShape
 
 
@@ -262,6 +264,7 @@ def test_configuration_survives_a_spawned_process(target, draft):
         import pickle, sys
         config = pickle.load(sys.stdin.buffer)
         from vllm_longspec.options import AUTO_LEVELS, options_of
+from vllm_longspec.proposers.glide.cost import GlideCost
         draft = config.speculative_config.draft_model_config
         levels = options_of(config.speculative_config).tree_shape.levels
         print(*levels, draft.architectures[0], config.attention_config.backend.get_path())
@@ -319,7 +322,9 @@ def find_draft(monkeypatch, on_gpu, target, draft, *, hopper=False, settings=Non
         ({"settings": {"kernel_config": {"linear_backend_per_quant": {"fp8_w8a8": "marlin"}}}}, None),
         # What nobody has measured.
         ({"hopper": False}, None),
-        ({"num_ranks": 2}, None),
+        ({"num_ranks": 2}, "fp8_per_channel"),
+        # Shards that are not whole tiles of fp8 kernels.
+        ({"num_ranks": 3}, None),
         # What the user says is what is done.
         ({"quantization": None}, None),
         ({"quantization": "fp8_per_tensor"}, "fp8_per_tensor"),
@@ -339,6 +344,15 @@ def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
     assert find_draft(monkeypatch, False, target, draft, hopper=True).vllm_options["quantization"] is None
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
     assert find_draft(monkeypatch, True, quantised, draft, hopper=True).vllm_options["quantization"] is None
+
+
+def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):
+    read = GlideCost.of_shape(AutoConfig.from_pretrained(target), vocab_size=64, draft_vocab_size=64).level
+    # Between what one rank and what each of two reads.
+    monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", read * 0.75)
+    for num_ranks, quantization in ((1, "fp8_per_channel"), (2, None)):
+        found = find_draft(monkeypatch, True, target, draft, hopper=True, num_ranks=num_ranks)
+        assert found.vllm_options["quantization"] == quantization
 
 
 SCHEDULE = [(1, 8, 4)]

@@ -75,15 +75,16 @@ def test_it_needs_a_glide_draft(pair):
 
 
 @pytest.mark.parametrize(("num_ranks", "cache_is_quantised"), [(1, False), (2, False), (1, True)])
-def test_the_cross_attention_reads_one_layer_of_the_part(num_ranks, cache_is_quantised):
+def test_levels_below_the_root_read_one_layer_of_the_part(num_ranks, cache_is_quantised):
     shape = SimpleNamespace(**SHAPES["llama-3-8b-262k"])
     sizes = {"vocab_size": shape.vocab_size, "draft_vocab_size": shape.vocab_size, "num_ranks": num_ranks}
     whole = GlideCost.of_shape(shape, **sizes)
     part = GlideCost.of_shape(shape, **sizes, num_attended=1056, cache_is_quantised=cache_is_quantised)
     token = cached_token_weights(shape, num_ranks, cache_is_quantised)
     cache = 4 * 131072 * token
-    num_levels = 5
-    spared = num_levels * (cache - 4 * 1056 * token) / 32
+    spared = 4 * (cache - 4 * 1056 * token) / 32
     assert whole(4, 24, cache) - part(4, 24, cache) == pytest.approx(spared)
+    # The root's level alone reads everything.
+    assert whole(4, 1, cache) == part(4, 1, cache) and whole(4, 0, cache) == part(4, 0, cache) == 0
     # Requests that are shorter than the part.
     assert whole(4, 24, 4 * 1000 * token) == part(4, 24, 4 * 1000 * token)

@@ -22,20 +22,32 @@ def test_levels(levels: tuple[int, ...], num_reqs: int, has_token_ids: bool) -> 
     def integers(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(high, shape, generator=generator).to(DEVICE)
 
-    root_positions = torch.tensor([0, 102, 104])[:num_reqs].to(DEVICE)
+    root_positions = torch.tensor([0, 102, 106])[:num_reqs].to(DEVICE)
     token_ids = integers(1000, VOCAB_SIZE) if has_token_ids else None
-    trees = GrowingTrees(TreeShape(levels), root_positions, torch.empty(num_reqs, 8, 2, 1, 16, device=DEVICE))
+    trees = GrowingTrees(
+        TreeShape(levels), root_positions, torch.empty(num_reqs, 8, 2, 1, 16, device=DEVICE), MAX_POSITION
+    )
+    # As memory may come.
+    trees.masks.fill_(-1)
+    positions, root_log_probs = trees.plant()
+    assert positions.tolist() == root_positions.clamp(max=MAX_POSITION).tolist()
+    assert root_log_probs.tolist() == [[0.0]] * num_reqs
     tokens: list[list[int]] = [[] for _ in range(num_reqs)]
     log_probs: list[list[float]] = [[] for _ in range(num_reqs)]
     parents: list[list[int]] = [[] for _ in range(num_reqs)]
     first_row = 0
     for depth, width in enumerate(levels, start=1):
         width_above = trees.shape.width(depth - 1)
-        drawn_parents, choices = integers(width_above, num_reqs, width), integers(VOCAB_SIZE, num_reqs, width)
-        drawn_log_probs = -torch.rand(num_reqs, width, generator=generator).to(DEVICE)
-        level_tokens, positions = trees.add_level(
-            depth, drawn_parents, choices, drawn_log_probs, token_ids, MAX_POSITION
-        )
+        # The best tokens of each parent, and sums of which the best are kept; all different.
+        num_kept = min(width, VOCAB_SIZE)
+        offered = integers(VOCAB_SIZE, num_reqs * width_above, num_kept)
+        scores = -torch.rand(num_reqs * width_above, num_kept, generator=generator).to(DEVICE)
+        scores = scores.sort(descending=True).values
+        level_tokens, positions, level_log_probs = trees.add_level(depth, offered, scores, token_ids)
+        drawn_log_probs, order = scores.view(num_reqs, -1).sort(descending=True)
+        drawn_log_probs, order = drawn_log_probs[:, :width], order[:, :width]
+        drawn_parents, choices = order // num_kept, offered.view(num_reqs, -1).gather(1, order)
+        assert torch.equal(level_log_probs, drawn_log_probs)
         expected_tokens = choices if token_ids is None else token_ids[choices]
         assert level_tokens.tolist() == expected_tokens.flatten().tolist()
         expected = (root_positions + depth).clamp(max=MAX_POSITION)
@@ -55,15 +67,3 @@ def test_levels(levels: tuple[int, ...], num_reqs: int, has_token_ids: bool) -> 
     for request in range(num_reqs):
         _, _, ancestors = describe_tree(list(range(len(parents[request]))), parents[request])
         assert [mask_to_rows(words) for words in trees.masks[request].tolist()] == ancestors[:num_rows]
-
-
-def test_keys_and_values_stand_in_the_nodes_rows() -> None:
-    trees = GrowingTrees(
-        TreeShape((2, 3, 1)), torch.tensor([5, 9], device=DEVICE), torch.empty(2, 8, 2, 2, 16, device=DEVICE)
-    )
-    kept = []
-    for depth, width in enumerate((1, 2, 3)):
-        key, value = torch.randn(2, 2 * width, 2, 16, device=DEVICE)
-        trees.add_keys_values(depth, key, value)
-        kept.append(torch.stack([key.view(2, width, 2, 16), value.view(2, width, 2, 16)], dim=2))
-    assert torch.equal(trees.node_kv, torch.cat(kept, dim=1))

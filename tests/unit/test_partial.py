@@ -33,8 +33,13 @@ def passages_of(target: Target, temperature: float) -> Passages:
 def test_a_part_is_whole_blocks() -> None:
     kept = partial.kept_part(40, 250)
     assert kept is not None
+    deeper = partial.kept_part(40, 250, first_depth=1)
+    assert deeper is not None
     for root in (0, 1, 31, 71, 72, 73, 88, 89, 200, 249):
-        seen = kept(torch.tensor([root]))[0, :root].nonzero().flatten().tolist()
+        part = kept(torch.tensor([root]), 0)
+        assert torch.equal(part, kept(torch.tensor([root]), 3)) and torch.equal(part, deeper(torch.tensor([root]), 1))
+        assert deeper(torch.tensor([root]), 0).all()
+        seen = part[0, :root].nonzero().flatten().tolist()
         blocks = {place // 16 for place in range(root) if place < 32 or place >= root - 40}
         assert seen == [place for place in range(root) if place // 16 in blocks]
     assert partial.kept_part(None, 250) is None
@@ -75,6 +80,10 @@ def test_expected_tokens_are_those_of_a_simulation() -> None:
 def test_what_costs_less_and_is_accepted_as_often_is_faster() -> None:
     for load in partial.LOADS:
         tree = [4, 16, 16, 16, 16]
-        assert partial.speed_up(tree, 1024, 4.0, *load) > partial.speed_up(tree, None, 4.0, *load)
+        whole, deeper, part = (
+            partial.speed_up(tree, budget, 4.0, *load, reads_all)
+            for budget, reads_all in ((None, True), (1024, True), (1024, False))
+        )
+        assert whole < deeper < part and partial.speed_up(tree, None, 4.0, *load) == whole
         # A check costs something.
         assert partial.speed_up(1, 1024, 4.0, *load) < partial.speed_up(0, 1024, 4.0, *load)

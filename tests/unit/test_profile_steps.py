@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of a step's stages, from a timeline written by hand."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from benchmarks.profile_steps import analyse, read_trace, table
+import vllm_longspec
+from benchmarks.profile_steps import OTHER, Kernel, analyse, read_trace, stage_of, table
 
 STEP = 1000.0  # microseconds
 # Part, name of the kernel, when it is launched, when it begins and how long it runs.
@@ -18,7 +22,7 @@ KERNELS = (
     ("draft", "_window_attention_kernel", 500, 530, 10),
     ("draft", "nvjet_tst_64x8_splitK", 500, 540, 50),
     ("draft", "splitKreduce_kernel", 500, 590, 10),
-    ("draft", "topk_kernel", 500, 600, 40),
+    ("draft", "_weigh_chunk_kernel", 500, 600, 40),
     ("draft", "a_new_kernel", 500, 640, 5),
 )
 PARTS = {"target": (0, 300), "sampling": (305, 100), "compaction": (415, 60), "draft": (490, 200)}
@@ -73,6 +77,21 @@ def test_every_microsecond_of_a_step_is_in_a_stage():
     assert report["ms_per_step"] == pytest.approx(STEP / 1000)
     assert report["names_of_other"] == ["a_new_kernel"]
     assert report["waits_per_step"] == {"cudaStreamSynchronize (aten::_local_scalar_dense) in draft": 1.0}
+
+
+@pytest.mark.parametrize(
+    "files",
+    ["copying/*.py", "proposers/glide/*.py", *(f"tree/{name}.py" for name in ("best_children", "merge", "order"))],
+)
+def test_every_kernel_of_a_draft_has_a_stage(files):
+    names = {
+        name
+        for path in Path(vllm_longspec.__file__).parent.glob(files)
+        for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    assert names
+    for name in names:
+        assert stage_of(Kernel(name, 0.0, 1.0, 0.0), "draft") != OTHER, name
 
 
 def test_kernels_side_by_side_count_once():

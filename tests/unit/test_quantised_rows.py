@@ -11,7 +11,16 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.linear import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticTensorSym
 
-from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, accept_quantised_rows, activate, fused_norm, normalise
+from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
+from vllm_longspec.proposers.glide.fp8_inputs import (
+    MAX_ROW,
+    accept_quantised_rows,
+    activate,
+    add,
+    fused_norm,
+    normalise,
+    some_rows,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE, WIDTH, EPSILON = 64, 48, 1e-6
@@ -132,6 +141,21 @@ def _silu_and_mul(gate_up):
 silu_and_mul: Any = _silu_and_mul
 
 
+def check_quantised(activation, expected, dtype):
+    """Against rows that are not quantised."""
+    assert activation.quant_key == kFp8DynamicTokenSym and activation.orig_dtype == dtype
+    assert activation.orig_shape == expected.shape
+    largest = torch.finfo(FP8).max
+    scales = (expected.float().abs().amax(dim=-1, keepdim=True) / largest).clamp(min=1 / (largest * 512))
+    torch.testing.assert_close(activation.scale, scales, rtol=1e-4, atol=0)
+    found = activation.data.float() * activation.scale
+    is_near = torch.isclose(found, expected, rtol=0.13, atol=0) | ((found - expected).abs() <= scales * 2**-8)
+    if DEVICE == "cpu":
+        # The interpreter gives half of what it has to round up to a power of two.
+        is_near |= torch.isclose(2 * found, expected, rtol=0.13, atol=0)
+    assert is_near.all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 16), (3, 704), (5, 2816), (16, 27648)])
 def test_an_activation_is_quantised_by_the_row(num_tokens, size, dtype):
@@ -143,17 +167,60 @@ def test_an_activation_is_quantised_by_the_row(num_tokens, size, dtype):
     layer = linear_layer()
     accept_quantised_rows(layer)
     activation = activate(silu_and_mul, layer, gate_up)
-    assert activation.quant_key == kFp8DynamicTokenSym and activation.orig_dtype == dtype
-    assert activation.orig_shape == (num_tokens, size)
-    expected, largest = silu_and_mul(gate_up), torch.finfo(FP8).max
-    scales = (expected.abs().amax(dim=-1, keepdim=True) / largest).clamp(min=1 / (largest * 512))
-    torch.testing.assert_close(activation.scale, scales)
-    found = activation.data.float() * activation.scale
-    is_near = torch.isclose(found, expected, rtol=0.13, atol=0) | ((found - expected).abs() <= scales * 2**-8)
-    if DEVICE == "cpu":
-        # The interpreter gives half of what it has to round up to a power of two.
-        is_near |= torch.isclose(2 * found, expected, rtol=0.13, atol=0)
-    assert is_near.all()
+    check_quantised(activation, silu_and_mul(gate_up), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_tokens", "size", "multiplier"), [(1, 16, 1.0), (3, 704, 0.22), (16, 3584, 1.0)])
+def test_a_sum_is_quantised_for_the_head(num_tokens, size, multiplier, dtype):
+    torch.manual_seed(size)
+    hidden, residual = torch.randn(2, num_tokens, size, device=DEVICE).to(dtype)
+    hidden[num_tokens // 2] = residual[num_tokens // 2] = 0
+    residual[0] *= 10
+    head = linear_layer()
+    expected = multiplier * hidden.float() + residual.float()
+    summed = add(head, hidden, multiplier, residual)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(summed, expected.to(dtype), rtol=tolerance, atol=tolerance)
+    accept_quantised_rows(head)
+    summed = add(head, hidden, multiplier, residual)
+    check_quantised(summed, expected, dtype)
+    some = some_rows(summed, slice(1, 3))
+    assert torch.equal(some.data.float(), summed.data[1:3].float()) and torch.equal(some.scale, summed.scale[1:3])
+    assert some.orig_shape == some.data.shape and torch.equal(some_rows(hidden, slice(1, 3)), hidden[1:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_tokens", "size", "multiplier"), [(1, 16, 1.0), (5, 100, 12.0), (16, 3584, 1.0)])
+def test_embeddings_are_normalised_at_once(num_tokens, size, multiplier, dtype):
+    torch.manual_seed(size)
+    embedding = torch.randn(50, size, device=DEVICE).to(dtype)
+    norm, linear = Norm((torch.rand(size, device=DEVICE) + 0.5).to(dtype)), linear_layer()
+    tokens = torch.randint(50, (num_tokens,), device=DEVICE)
+    assert can_embed(embedding, norm)
+    expected_residual = (embedding[tokens] * multiplier).float()
+    expected = nn.functional.rms_norm(expected_residual, (size,), norm.weight.float(), EPSILON)
+    tolerance = 4 * torch.finfo(dtype).eps
+    rows, residual = embed_and_normalise(tokens, embedding, multiplier, norm, linear)
+    assert isinstance(rows, torch.Tensor)
+    assert rows.dtype == residual.dtype == dtype
+    torch.testing.assert_close(residual.float(), expected_residual, rtol=tolerance, atol=0)
+    torch.testing.assert_close(rows.float(), expected, rtol=tolerance, atol=tolerance)
+    accept_quantised_rows(linear)
+    activation, residual = embed_and_normalise(tokens, embedding, multiplier, norm, linear)
+    torch.testing.assert_close(residual.float(), expected_residual, rtol=tolerance, atol=0)
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        # Of what the interpreter cut off.
+        expected = nn.functional.rms_norm(residual.float(), (size,), norm.weight.float(), EPSILON)
+    check_quantised(activation, expected, dtype)
+
+
+def test_what_is_not_embedded_at_once():
+    embedding, norm = torch.zeros(2, SIZE), Norm(torch.ones(SIZE))
+    assert can_embed(embedding, norm)
+    assert not can_embed(embedding.bfloat16(), norm)
+    assert not can_embed(torch.zeros(SIZE, 2).t(), norm)
+    assert not can_embed(torch.zeros(1, MAX_ROW + 1), norm)
 
 
 def test_an_activation_for_other_layers(monkeypatch):

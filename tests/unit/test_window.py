@@ -16,9 +16,10 @@ NUM_SLOTS = 12
 MAX_MODEL_LEN = 1500
 
 
-def window_kv(tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def window_kv(tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Keys that say which token was written, and values that say where it stands."""
-    return tuple(values.float()[:, None, None].repeat(1, 2, 8) for values in (tokens, positions))
+    keys, values = (column.float()[:, None, None].repeat(1, 2, 8) for column in (tokens, positions))
+    return keys, values, None
 
 
 @pytest.fixture

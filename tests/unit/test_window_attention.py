@@ -3,13 +3,39 @@
 
 import pytest
 import torch
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from tests.oracles import window as oracle
+from vllm_longspec.proposers.glide.rotation import RotaryTable
 from vllm_longspec.proposers.glide.window_attention import window_attention, write_window
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 has 8 bits of precision, and Triton's interpreter cuts the rest off instead of rounding.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def positions_of(root_positions, depth, width):
+    return (root_positions.long() + depth)[:, None].expand(-1, width).contiguous()
+
+
+def random_table(rotary_dim, is_neox_style, dtype, num_positions=1500):
+    """Any factors will do: not of one angle, so that none stands in for another."""
+    return RotaryTable(torch.randn(num_positions, rotary_dim, device=DEVICE).to(dtype), is_neox_style)
+
+
+def rotated(rows, positions, table):
+    """vLLM's own rotation of rows [..., heads, head_size] at positions [...]."""
+    flat = rows.flatten(0, -3).contiguous()
+    turned, _ = RotaryEmbedding.forward_static(
+        positions.flatten(),
+        flat.flatten(1),
+        None,
+        rows.shape[-1],
+        table.cos_sin.shape[1],
+        table.cos_sin,
+        table.is_neox_style,
+    )
+    return turned.view(rows.shape)
 
 
 class Draft:
@@ -51,19 +77,26 @@ class Draft:
             for position in range(max(0, len(history) - window), len(history)):
                 self.window_kv[slot, position % window] = history[position]
 
-    def check_level(self, depth):
+    def check_level(self, depth, table=None):
         first_row, width = self.levels[depth]
+        level = slice(first_row, first_row + width)
         num_reqs = len(self.histories)
         query = torch.randn(num_reqs, width, self.num_heads, self.head_size, device=DEVICE, dtype=self.dtype)
         scale = self.head_size**-0.5
-        # Rows of deeper levels are not there yet.
+        key, value = self.nodes[:, level, 0], self.nodes[:, level, 1]
+        nodes, positions = self.nodes, positions_of(self.root_positions, depth, width)
+        # Rows of this level and of deeper ones are not there yet.
         node_kv = self.nodes.clone()
-        node_kv[:, first_row + width :] = torch.nan
+        node_kv[:, first_row:] = torch.nan
         output = window_attention(
             query,
+            key,
+            value,
             self.window_kv,
             torch.tensor(self.slots, device=DEVICE),
             self.root_positions,
+            positions,
+            table,
             node_kv,
             self.node_masks,
             first_row,
@@ -72,10 +105,17 @@ class Draft:
         )
         assert output.dtype == self.dtype
         assert output.shape == query.shape
+        if table is not None:
+            query, nodes = rotated(query, positions, table), self.nodes.clone()
+            nodes[:, level, 0] = rotated(key, positions, table)
+        kept = torch.cat([self.nodes[:, :first_row], nodes[:, level]], dim=1)
+        tolerance = 0.0 if table is None else torch.finfo(self.dtype).eps * 4
+        torch.testing.assert_close(node_kv[:, : first_row + width], kept, rtol=tolerance, atol=tolerance)
+        assert node_kv[:, first_row + width :].isnan().all()
         for request in range(num_reqs):
             paths = self.paths[request][first_row : first_row + width]
             expected = oracle.attend_level(
-                query[request], self.histories[request], self.nodes[request], paths, depth, self.window, scale
+                query[request], self.histories[request], nodes[request], paths, depth, self.window, scale
             )
             tolerance = TOLERANCE[self.dtype]
             torch.testing.assert_close(output[request].double().cpu(), expected, atol=tolerance, rtol=tolerance)
@@ -104,6 +144,18 @@ def test_head_sizes_and_dtypes(head_size, dtype):
     draft.check_level(3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("is_neox_style", [True, False])
+@pytest.mark.parametrize(
+    ("head_size", "rotary_dim", "shape"), [(32, 32, [2, 4]), (80, 80, [3]), (64, 16, [4, 16, 16]), (128, 96, [20, 40])]
+)
+def test_queries_and_keys_are_rotated(head_size, rotary_dim, shape, is_neox_style, dtype):
+    draft = Draft(shape, [3, 70], 64, num_heads=4, num_kv_heads=2, head_size=head_size, dtype=dtype)
+    table = random_table(rotary_dim, is_neox_style, dtype)
+    for depth in range(len(shape) + 1):
+        draft.check_level(depth, table)
+
+
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (5, 1), (14, 2), (8, 1)])
 def test_head_groups(num_heads, num_kv_heads):
     draft = Draft([3, 6], [40], 24, num_heads, num_kv_heads, head_size=32, dtype=torch.float32)
@@ -120,9 +172,26 @@ def test_a_key_leaves_the_window_with_each_level():
     idx_mapping = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     # Position 4 is in entry 0 and is the oldest that a root at 8 sees.
     root_positions = torch.tensor([8], device=DEVICE)
-    query = torch.zeros(1, 1, 1, 16, device=DEVICE)
+    zeros = torch.zeros(1, 1, 1, 16, device=DEVICE)
+    positions = root_positions[:, None]
     seen = [
-        float(window_attention(query, window_kv, idx_mapping, root_positions, node_kv, node_masks, row, row, 1.0).max())
+        float(
+            window_attention(
+                zeros,
+                zeros,
+                zeros,
+                window_kv,
+                idx_mapping,
+                root_positions,
+                positions,
+                None,
+                node_kv,
+                node_masks,
+                row,
+                row,
+                1.0,
+            ).max()
+        )
         for row in range(3)
     ]
     assert seen[0] == pytest.approx(1 / 5)
@@ -130,26 +199,45 @@ def test_a_key_leaves_the_window_with_each_level():
 
 
 def test_inputs_that_are_slices():
-    # Queries cut out of a joint projection, node rows of a larger buffer.
+    # Queries, keys and values cut out of a joint projection, node rows of a larger buffer.
     torch.manual_seed(0)
     draft = Draft([2, 4], [9, 20], 16, num_heads=4, num_kv_heads=2, head_size=32, dtype=torch.float32)
     joint = torch.randn(2, 4, 8, 32, device=DEVICE)
-    query = joint[:, :, 2:6]
+    query, key, value = joint.split([4, 2, 2], dim=2)
+    slots, positions = torch.tensor(draft.slots, device=DEVICE), positions_of(draft.root_positions, 2, 4)
+    table = random_table(32, True, torch.float32)
     nodes = torch.randn(4, 9, 2, 2, 32, device=DEVICE)[1:3, 1:8]
     nodes.copy_(draft.nodes)
-    arguments = (draft.window_kv, torch.tensor(draft.slots, device=DEVICE), draft.root_positions)
-    output = window_attention(query, *arguments, nodes, draft.node_masks, 3, 2, 0.2)
-    expected = window_attention(query.contiguous(), *arguments, draft.nodes, draft.node_masks, 3, 2, 0.2)
-    assert torch.equal(output, expected)
+
+    def attend(query, key, value, nodes):
+        requests = draft.window_kv, slots, draft.root_positions
+        return window_attention(query, key, value, *requests, positions, table, nodes, draft.node_masks, 3, 2, 0.2)
+
+    output = attend(query, key, value, nodes)
+    expected = attend(query.contiguous(), key.contiguous(), value.contiguous(), draft.nodes)
+    assert torch.equal(output, expected) and torch.equal(nodes, draft.nodes)
 
 
 def test_requests_that_pad_the_batch():
     draft = Draft([2], [9, 7], 16, num_heads=2, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    query = torch.randn(2, 2, 2, 32, device=DEVICE)
+    query, (key, value) = torch.randn(2, 2, 2, 32, device=DEVICE), torch.randn(2, 2, 2, 1, 32, device=DEVICE)
     slots = torch.tensor([draft.slots[0], -1], device=DEVICE)
     draft.node_masks[1] = 0
+    positions = positions_of(draft.root_positions, 1, 2)
     output = window_attention(
-        query, draft.window_kv, slots, draft.root_positions, draft.nodes, draft.node_masks, 1, 1, 1.0
+        query,
+        key,
+        value,
+        draft.window_kv,
+        slots,
+        draft.root_positions,
+        positions,
+        None,
+        draft.nodes,
+        draft.node_masks,
+        1,
+        1,
+        1.0,
     )
     assert output[0].isfinite().all()
     assert (output[1] == 0).all()
@@ -157,7 +245,8 @@ def test_requests_that_pad_the_batch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_tokens", "num_kv_heads", "head_size"), [(1, 2, 32), (7, 3, 80), (16, 8, 64)])
-def test_write_window(num_tokens, num_kv_heads, head_size, dtype):
+@pytest.mark.parametrize("rotary_dim", [None, 16])
+def test_write_window(num_tokens, num_kv_heads, head_size, dtype, rotary_dim):
     torch.manual_seed(0)
     window = 16
     window_kv = torch.randn(3, window, 2, num_kv_heads, head_size, device=DEVICE).to(dtype)
@@ -168,10 +257,15 @@ def test_write_window(num_tokens, num_kv_heads, head_size, dtype):
     slots = [-1 if token % 5 == 4 else 2 * (token % 2) for token in range(num_tokens)]
     positions = [1000 + 37 * (token % 2) + token // 2 for token in range(num_tokens)]
 
-    expected = window_kv.clone()
+    table = None if rotary_dim is None else random_table(rotary_dim, True, dtype)
+    position_tensor = torch.tensor(positions, device=DEVICE)
+    expected, expected_keys = window_kv.clone(), keys if table is None else rotated(keys, position_tensor, table)
     for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         if slot >= 0:
-            expected[slot, position % window, 0] = keys[token]
+            expected[slot, position % window, 0] = expected_keys[token]
             expected[slot, position % window, 1] = values[token]
-    write_window(window_kv, keys, values, torch.tensor(slots, device=DEVICE), torch.tensor(positions, device=DEVICE))
-    assert torch.equal(window_kv, expected)
+    write_window(window_kv, keys, values, torch.tensor(slots, device=DEVICE), position_tensor, table)
+    # Rotated in float32 and rounded once, where vLLM rounds each product of halves.
+    tolerance = 0.0 if table is None or dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(window_kv, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(window_kv[:, :, 1], expected[:, :, 1])

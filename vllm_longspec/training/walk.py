@@ -18,8 +18,9 @@ from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer, Keys
 
 # (logits [batch, nodes, vocabulary], positions of the nodes [batch]) -> the same, by which their children are ranked
 Rescore = Callable[[Tensor, Tensor], Tensor]
-# roots [batch] -> bool [batch, tokens], which keys of the target's the draft attends, of those before its root
-Kept = Callable[[Tensor], Tensor]
+# (roots [batch], depth of the nodes) -> bool [batch or 1, tokens], which of the target's keys before its root a node of
+# the draft attends
+Kept = Callable[[Tensor, int], Tensor]
 
 
 class Vocabulary(Protocol):
@@ -76,7 +77,7 @@ def grow(
         shape: nodes per level
         drafted: int64 [tokens], the only tokens that the draft draws; None for all
         rescore: makes the logits that rank tokens of the draft's; None ranks by the draft's own
-        kept: the part of the target's keys that the cross-attention sees; None for all before the root
+        kept: the part of the target's keys that a level's cross-attention sees; None for all before the root
     """
     ids, device = passage.ids, passage.ids.device
     batch, num_tokens = ids.shape
@@ -85,10 +86,7 @@ def grow(
     gather = places[:, :, None, None].expand(-1, -1, *passage.window[0].shape[2:])
     past = tuple(part.gather(1, gather) for part in passage.window)
     # While a tree is drafted, every row sees the target's keys up to the root and without it.
-    cross_mask = torch.arange(num_tokens, device=device) < roots[:, None]
-    if kept is not None:
-        cross_mask &= kept(roots)
-    cross_mask = cross_mask[:, None]
+    before_root = torch.arange(num_tokens, device=device) < roots[:, None]
 
     tokens = ids.gather(1, roots[:, None])
     scores = torch.zeros(batch, 1, device=device)
@@ -97,12 +95,13 @@ def grow(
         nodes = tokens.shape[1]
         in_window = (window_indices >= 0) & (window_indices >= (roots + depth)[:, None] - SELF_ATTENTION_WINDOW)
         self_mask = torch.cat((in_window[:, None].expand(-1, nodes, -1), ancestors), dim=-1)
+        cross_mask = before_root if kept is None else before_root & kept(roots, depth)
         hidden, new = glide(
             target.embed(tokens),
             (roots + depth)[:, None].expand(-1, nodes),
             self_mask,
             *passage.cross,
-            cross_mask.expand(-1, nodes, -1),
+            cross_mask[:, None].expand(-1, nodes, -1),
             past,
         )
         past = tuple(torch.cat(parts, dim=1) for parts in zip(past, new, strict=True))

@@ -6,7 +6,7 @@
 2. The n best tokens of a row are in the n chunks with the highest maxima. Each of these is read again, and its tokens
    that are no lower than the lowest of these maxima are sorted.
 3. Each row merges its chunks into its normaliser, its best tokens and their cumulative log-probabilities.
-4. Each request picks the best of its rows' tokens.
+4. Each request picks the best of its rows' tokens, here or in a kernel that goes on with them.
 
 Top-k repeatedly takes the maximum of integers: of scores, which order as the floats do, or of pairs with a score in the
 high bits and an index in the low bits.
@@ -51,6 +51,48 @@ def best_children(
 
     Returns parent within the level, token and cumulative log-probability: int64, int64 and float32
     [num_reqs, num_children].
+    """
+    row_tokens, row_log_probs = best_of_rows(logits, parent_log_probs, num_children, noise, token_ids)
+    num_reqs, width = parent_log_probs.shape
+    num_kept = row_tokens.shape[1]
+    parents = torch.empty(num_reqs, num_children, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty_like(parents)
+    log_probs = torch.empty(num_reqs, num_children, dtype=torch.float32, device=logits.device)
+    _best_of_request_kernel[(num_reqs,)](
+        row_tokens,
+        row_log_probs,
+        parents,
+        tokens,
+        log_probs,
+        num_kept,
+        num_children,
+        **request_arguments(width, num_kept, num_children),
+    )
+    return parents, tokens, log_probs
+
+
+def request_arguments(width: int, num_kept: int, num_children: int) -> dict[str, int]:
+    """The arguments of a kernel in which a program calls `best_of_request`."""
+    candidates = triton.next_power_of_2(width * num_kept)
+    return {
+        "num_candidates": width * num_kept,
+        "CANDIDATES": candidates,
+        "CHILDREN_BLOCK": triton.next_power_of_2(num_children),
+        "num_warps": max(1, min(16, candidates // 512)),
+    }
+
+
+def best_of_rows(
+    logits: torch.Tensor,  # [num_reqs * width, vocab_size]
+    parent_log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
+    num_children: int,
+    noise: LevelNoise | None = None,
+    token_ids: torch.Tensor | None = None,  # int64 [vocab_size]; None if the logits are those of the target's tokens
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best tokens of every parent, best first, among which are the `num_children` best pairs of its request.
+
+    As `best_children` in all else. Returns tokens and cumulative log-probabilities, int64 and float32
+    [num_reqs * width, num_kept].
     """
     num_reqs, width = parent_log_probs.shape
     num_rows, vocab_size = logits.shape
@@ -139,24 +181,7 @@ def best_children(
         # A maximum within one warp needs no synchronisation.
         num_warps=max(1, min(4, row_candidates // 256)),
     )
-    parents = torch.empty(num_reqs, num_children, dtype=torch.int64, device=device)
-    tokens = torch.empty_like(parents)
-    log_probs = torch.empty(num_reqs, num_children, dtype=torch.float32, device=device)
-    candidates = triton.next_power_of_2(width * num_kept)
-    _best_of_request_kernel[(num_reqs,)](
-        row_tokens,
-        row_log_probs,
-        parents,
-        tokens,
-        log_probs,
-        width * num_kept,
-        num_kept,
-        num_children,
-        CANDIDATES=candidates,
-        CHILDREN_BLOCK=triton.next_power_of_2(num_children),
-        num_warps=max(1, min(16, candidates // 512)),
-    )
-    return parents, tokens, log_probs
+    return row_tokens, row_log_probs
 
 
 def best_children_in_pytorch(
@@ -167,13 +192,24 @@ def best_children_in_pytorch(
     token_ids: torch.Tensor | None = None,  # int64 [vocab_size]; None if the logits are those of the target's tokens
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `best_children`, ties in any order. For the interpreter, where the kernels take hundreds of NumPy calls."""
+    tokens, candidates = best_of_rows_in_pytorch(logits, parent_log_probs, num_children, noise, token_ids)
+    num_reqs, num_kept = parent_log_probs.shape[0], tokens.shape[1]
+    log_probs, index = candidates.view(num_reqs, -1).topk(num_children)
+    return index // num_kept, tokens.view(num_reqs, -1).gather(1, index), log_probs
+
+
+def best_of_rows_in_pytorch(
+    logits: torch.Tensor,  # [num_reqs * width, vocab_size]
+    parent_log_probs: torch.Tensor,  # float32 [num_reqs, width] cumulative
+    num_children: int,
+    noise: LevelNoise | None = None,
+    token_ids: torch.Tensor | None = None,  # int64 [vocab_size]; None if the logits are those of the target's tokens
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `best_of_rows`, ties in any order; for the interpreter likewise."""
     logits = logits.float() if noise is None else noised_logits(logits, noise, token_ids)
     token_log_probs = logits.log_softmax(dim=-1).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
     per_parent, tokens = token_log_probs.topk(min(num_children, logits.shape[-1]))
-    candidates = parent_log_probs[:, :, None] + per_parent.view(*parent_log_probs.shape, -1)
-    log_probs, index = candidates.flatten(1).topk(num_children)
-    tokens = tokens.view(parent_log_probs.shape[0], -1).gather(1, index)
-    return index // per_parent.shape[-1], tokens, log_probs
+    return tokens, parent_log_probs.view(-1, 1) + per_parent
 
 
 def _noise_arguments(noise: LevelNoise | None, token_ids: torch.Tensor | None) -> tuple[object, ...]:
@@ -388,20 +424,51 @@ def _best_of_row_kernel(
     tl.store(row_tokens_ptr + row * num_kept + rank, 0x7FFFFFFF - (best & 0x7FFFFFFF), mask=rank < num_kept)
 
 
-@triton.jit(do_not_specialize=["num_candidates", "num_kept", "num_children"])
+@triton.jit(do_not_specialize=["num_kept", "num_children", "num_candidates"])
 def _best_of_request_kernel(
     row_tokens_ptr,  # int64 [num_reqs, num_candidates]
     row_log_probs_ptr,  # float32 [num_reqs, num_candidates]
     parents_ptr,  # int64 [num_reqs, num_children]
     tokens_ptr,  # int64 [num_reqs, num_children]
     log_probs_ptr,  # float32 [num_reqs, num_children]
-    num_candidates,
     num_kept,
     num_children,
+    num_candidates,
     CANDIDATES: tl.constexpr,
     CHILDREN_BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
+    rank = tl.arange(0, CHILDREN_BLOCK)
+    is_child = rank < num_children
+    parent, token, log_prob = best_of_request(
+        row_tokens_ptr,
+        row_log_probs_ptr,
+        request,
+        num_kept,
+        num_children,
+        num_candidates,
+        CANDIDATES,
+        CHILDREN_BLOCK,
+    )
+    child = request * num_children + rank
+    tl.store(parents_ptr + child, parent, mask=is_child)
+    tl.store(tokens_ptr + child, token, mask=is_child)
+    tl.store(log_probs_ptr + child, log_prob, mask=is_child)
+
+
+@triton.jit
+def best_of_request(
+    row_tokens_ptr,  # int64 [num_reqs, num_candidates]
+    row_log_probs_ptr,  # float32 [num_reqs, num_candidates]
+    request,  # int64
+    num_kept,  # candidates of a parent
+    num_children,
+    num_candidates,
+    CANDIDATES: tl.constexpr,
+    CHILDREN_BLOCK: tl.constexpr,
+):
+    """Parents within the level, tokens and log-probabilities of a request's best children, best first: each
+    [CHILDREN_BLOCK], of which `num_children` count."""
     row_tokens_ptr += request * num_candidates
     row_log_probs_ptr += request * num_candidates
     # Candidates are ordered by parent, then best first.
@@ -409,15 +476,12 @@ def _best_of_request_kernel(
     is_candidate = candidate < num_candidates
     log_prob = tl.load(row_log_probs_ptr + candidate, mask=is_candidate, other=0.0)
     key = tl.where(is_candidate, _pair(_score(log_prob), 0x7FFFFFFF - candidate), NOTHING)
-    rank = tl.arange(0, CHILDREN_BLOCK)
     best = _greatest(key, num_children, CHILDREN_BLOCK)
 
+    is_child = tl.arange(0, CHILDREN_BLOCK) < num_children
     chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    is_child = rank < num_children
-    child = request * num_children + rank
-    tl.store(parents_ptr + child, chosen // num_kept, mask=is_child)
-    tl.store(tokens_ptr + child, tl.load(row_tokens_ptr + chosen, mask=is_child), mask=is_child)
-    tl.store(log_probs_ptr + child, tl.load(row_log_probs_ptr + chosen, mask=is_child), mask=is_child)
+    token = tl.load(row_tokens_ptr + chosen, mask=is_child, other=0)
+    return chosen // num_kept, token, tl.load(row_log_probs_ptr + chosen, mask=is_child, other=0.0)
 
 
 @triton.jit

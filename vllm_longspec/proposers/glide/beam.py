@@ -10,18 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.proposers.glide.fp8_inputs import some_rows
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
+from vllm_longspec.proposers.glide.rotation import RotaryTable
 from vllm_longspec.proposers.glide.window_attention import window_attention
-from vllm_longspec.tree.best_children import best_children, best_children_in_pytorch
+from vllm_longspec.tree.best_children import best_of_rows, best_of_rows_in_pytorch
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.shape import TreeShape
 
-# (query [num_tokens, num_heads, head_size], width of the level) -> output, the same shape
-CrossAttention = Callable[[torch.Tensor, int], torch.Tensor]
+# (query [num_tokens, num_heads, head_size], width and depth of the level) -> output, the same shape
+CrossAttention = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 @dataclass
@@ -39,13 +42,26 @@ class _LevelAttention:
     def width(self) -> int:
         return self.trees.shape.width(self.depth)
 
-    def self_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        self.trees.add_keys_values(self.depth, key, value)
+    def self_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        table: RotaryTable | None,
+    ) -> torch.Tensor:
+        def by_request(rows: torch.Tensor) -> torch.Tensor:
+            return rows.unflatten(0, (-1, self.width))
+
         return window_attention(
-            query.view(-1, self.width, *query.shape[1:]),
+            by_request(query),
+            by_request(key),
+            by_request(value),
             self.window_kv,
             self.idx_mapping,
             self.trees.root_positions,
+            by_request(positions),
+            table,
             self.trees.node_kv,
             self.trees.masks,
             self.trees.first_row(self.depth),
@@ -54,7 +70,7 @@ class _LevelAttention:
         ).view(query.shape)
 
     def cross_attention(self, query: torch.Tensor) -> torch.Tensor:
-        return self.attend_target(query, self.width)
+        return self.attend_target(query, self.width, self.depth)
 
 
 def grow_trees(
@@ -68,35 +84,35 @@ def grow_trees(
     max_position: int,  # the last one of the rotary embedding
     noise: TargetNoise | None = None,
 ) -> GrowingTrees:
-    trees = GrowingTrees(shape, root_positions, window_kv)
-    tokens, positions = root_tokens, root_positions.clamp(max=max_position)
-    log_probs = torch.zeros(root_tokens.shape[0], 1, dtype=torch.float32, device=idx_mapping.device)
+    trees = GrowingTrees(shape, root_positions, window_kv, max_position)
+    tokens = root_tokens
+    positions, log_probs = trees.plant()
     for depth, width in enumerate(shape.levels, start=1):
         attention = _LevelAttention(
             trees, depth - 1, window_kv, idx_mapping, cross_attention, model.multipliers.attention
         )
         hidden = model(tokens, positions, attention)
         level_noise = None if noise is None else LevelNoise(noise, idx_mapping, root_positions, depth - 1)
-        parents, choices, log_probs = _best_children(model, hidden, log_probs, width, level_noise)
-        tokens, positions = trees.add_level(depth, parents, choices, log_probs, model.token_ids, max_position)
+        choices, choice_log_probs = _best_of_nodes(model, hidden, log_probs, width, level_noise)
+        tokens, positions, log_probs = trees.add_level(depth, choices, choice_log_probs, model.token_ids)
     return trees
 
 
-def _best_children(
+def _best_of_nodes(
     model: GlideForCausalLM,
-    hidden: torch.Tensor,  # [num_reqs * width, hidden_size]
+    hidden: torch.Tensor | QuantizedActivation,  # [num_reqs * width, hidden_size]
     log_probs: torch.Tensor,  # [num_reqs, width] cumulative, of the parents
     num_children: int,
     noise: LevelNoise | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns what `best_children` does; tokens are choices of the draft's vocabulary."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `best_of_rows` does; tokens are choices of the draft's vocabulary."""
     num_reqs, width = log_probs.shape
     chosen = []
-    choose = best_children_in_pytorch if interpreting() else best_children
+    choose = best_of_rows_in_pytorch if interpreting() else best_of_rows
     # Bounds the memory of logits as vLLM does.
     chunk = max(1, get_max_chunk_logits(model.draft_vocab_size) // width)
     for start in range(0, num_reqs, chunk):
-        logits = model.compute_logits(hidden[start * width : (start + chunk) * width])
+        logits = model.compute_logits(some_rows(hidden, slice(start * width, (start + chunk) * width)))
         chosen.append(
             choose(
                 logits,
@@ -108,5 +124,5 @@ def _best_children(
         )
     if len(chosen) == 1:
         return chosen[0]
-    parents, choices, best = (torch.cat(column) for column in zip(*chosen, strict=True))
-    return parents, choices, best
+    choices, choice_log_probs = (torch.cat(column) for column in zip(*chosen, strict=True))
+    return choices, choice_log_probs

@@ -29,7 +29,7 @@ class GlideCost:
     level: float  # weights of the draft's layer and head that each GPU reads, in weights of two bytes
     num_layers: int  # of the target
     shape: TreeShape
-    # K and V of a request's tokens in all layers, in weights, of which the cross-attention reads one layer's at most.
+    # K and V of a request's tokens in all layers, in weights; of one layer's, a level below the root reads no more.
     most_read: float = math.inf
 
     @classmethod
@@ -71,7 +71,7 @@ class GlideCost:
         """As `of`, from sizes. Weights have two bytes, those of a quantised draft and its head have one.
 
         The layer and a whole head are split over `num_ranks`; each rank has all of a restricted head. The
-        cross-attention reads at most `num_attended` tokens of a request, by default all of them.
+        cross-attention reads at most `num_attended` tokens of a request below the root, by default all of them.
         """
         hidden, _, heads, _, head_size = layer_sizes(target)
         # The target's layer, and q_proj and o_proj of the cross-attention.
@@ -84,5 +84,7 @@ class GlideCost:
         return cls(level * (0.5 if is_quantised else 1.0), target.num_hidden_layers, shape, most_read)
 
     def __call__(self, batch_size: int, num_nodes: int, cache: float) -> float:
-        read = min(cache, batch_size * self.most_read)
-        return self.shape.num_levels(num_nodes) * (LEVEL + self.level + read / self.num_layers)
+        num_levels = self.shape.num_levels(num_nodes)
+        # The root's level reads everything.
+        read = min(num_levels, 1) * cache + max(num_levels - 1, 0) * min(cache, batch_size * self.most_read)
+        return num_levels * (LEVEL + self.level) + read / self.num_layers

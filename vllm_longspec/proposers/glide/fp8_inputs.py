@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms of the draft; norms and activations that quantise the input of the fp8 linear layer after them, row by row.
+"""Norms of the draft; norms, activations and sums that quantise the input of the fp8 layer after them, row by row.
 
 A linear layer with fp8 weights otherwise quantises its input in a kernel of its own, whose launch counts in a small
 draft. vLLM's compiler fuses the two; the draft is not compiled, so it calls vLLM's fused norm. vLLM has no fused
-activation with one scale per row, so it is here.
+activation or sum with one scale per row, so they are here.
 """
 
+from dataclasses import replace
+
 import torch
+from torch import nn
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.model_executor.kernels.linear import CutlassFP8ScaledMMLinearKernel
@@ -86,13 +89,64 @@ def activate(
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     if get_input_quant_key(linear) != kFp8DynamicTokenSym or size > MAX_ROW:
         return activation(gate_up)
-    rows = torch.empty(num_tokens, size, dtype=kFp8DynamicTokenSym.dtype, device=gate_up.device)
-    scales = torch.empty(num_tokens, 1, dtype=torch.float32, device=gate_up.device)
+    rows, scales = _empty_rows(num_tokens, size, gate_up.device)
     block = triton.next_power_of_2(size)
-    _silu_mul_quantise_kernel[(num_tokens,)](
-        gate_up, rows, scales, size, BLOCK=block, num_warps=max(1, min(16, block // 1024))
-    )
+    _silu_mul_quantise_kernel[(num_tokens,)](gate_up, rows, scales, size, BLOCK=block, num_warps=num_warps_for(block))
     return QuantizedActivation(rows, scales, gate_up.dtype, rows.shape, kFp8DynamicTokenSym)
+
+
+def add(
+    head: nn.Module,
+    hidden: torch.Tensor,  # [num_tokens, hidden_size], contiguous
+    multiplier: float,  # of hidden
+    residual: torch.Tensor,  # [num_tokens, hidden_size], contiguous
+) -> torch.Tensor | QuantizedActivation:
+    """multiplier * hidden + residual, quantised if the head takes it so."""
+    num_tokens, size = hidden.shape
+    if get_input_quant_key(head) != kFp8DynamicTokenSym or size > MAX_ROW:
+        # A kernel less for families without multipliers.
+        return hidden + residual if multiplier == 1.0 else hidden * multiplier + residual
+    rows, scales = _empty_rows(num_tokens, size, hidden.device)
+    block = triton.next_power_of_2(size)
+    _add_quantise_kernel[(num_tokens,)](
+        hidden, residual, rows, scales, size, multiplier, BLOCK=block, num_warps=num_warps_for(block)
+    )
+    return QuantizedActivation(rows, scales, hidden.dtype, rows.shape, kFp8DynamicTokenSym)
+
+
+def some_rows(hidden: torch.Tensor | QuantizedActivation, rows: slice) -> torch.Tensor | QuantizedActivation:
+    """Some of the rows of an input."""
+    if isinstance(hidden, torch.Tensor):
+        return hidden[rows]
+    data = hidden.data[rows]
+    return replace(hidden, data=data, scale=hidden.scale[rows], orig_shape=data.shape)
+
+
+def num_warps_for(block: int) -> int:
+    """Warps of a program that holds a row of `block` elements."""
+    return max(1, min(16, block // 1024))
+
+
+def _empty_rows(num_tokens: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.empty(num_tokens, size, dtype=kFp8DynamicTokenSym.dtype, device=device)
+    return rows, torch.empty(num_tokens, 1, dtype=torch.float32, device=device)
+
+
+@triton.jit
+def row_scale(
+    value,  # float32 [num_rows, n]
+):
+    """The scale of each row, float32 [num_rows]."""
+    return tl.maximum(tl.max(tl.abs(value), axis=1) / FP8_MAX, LEAST_SCALE)
+
+
+@triton.jit
+def quantised(
+    value,  # float32 [num_rows, n]
+    scale,  # float32 [num_rows]
+):
+    """What is to be rounded to fp8."""
+    return tl.clamp(value / scale[:, None], -FP8_MAX, FP8_MAX)
 
 
 @triton.jit
@@ -103,13 +157,44 @@ def _silu_mul_quantise_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
     is_column = column < size
-    gate = tl.load(gate_up_ptr + token * 2 * size + column, mask=is_column, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + (token * 2 + 1) * size + column, mask=is_column, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + token[:, None] * 2 * size + column, mask=is_column, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + (token[:, None] * 2 + 1) * size + column, mask=is_column, other=0.0).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
-    scale = tl.maximum(tl.max(tl.abs(value), axis=0) / FP8_MAX, LEAST_SCALE)
+    _store_quantised(value, token, rows_ptr, scales_ptr, size, is_column)
+
+
+@triton.jit(do_not_specialize=["multiplier"])
+def _add_quantise_kernel(
+    hidden_ptr,  # [num_tokens, size]
+    residual_ptr,  # [num_tokens, size]
+    rows_ptr,  # float8_e4m3fn [num_tokens, size]
+    scales_ptr,  # float32 [num_tokens, 1]
+    size,
+    multiplier,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    is_column = column < size
+    hidden = tl.load(hidden_ptr + token[:, None] * size + column, mask=is_column, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + token[:, None] * size + column, mask=is_column, other=0.0).to(tl.float32)
+    _store_quantised(hidden * multiplier + residual, token, rows_ptr, scales_ptr, size, is_column)
+
+
+@triton.jit
+def _store_quantised(
+    value,  # float32 [1, BLOCK]
+    token,  # [1]
+    rows_ptr,
+    scales_ptr,
+    size,
+    is_column,
+):
+    scale = row_scale(value)
+    column = tl.arange(0, value.shape[1])[None, :]
     tl.store(scales_ptr + token, scale)
-    quantised = tl.clamp(value / scale, -FP8_MAX, FP8_MAX).to(rows_ptr.dtype.element_ty)
-    tl.store(rows_ptr + token * size + column, quantised, mask=is_column)
+    rows = quantised(value, scale).to(rows_ptr.dtype.element_ty)
+    tl.store(rows_ptr + token[:, None] * size + column, rows, mask=is_column)

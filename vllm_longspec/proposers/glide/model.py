@@ -13,8 +13,8 @@ head that is quantised or restricted to some tokens is a copy (`head.py`). One c
 `vllm_longspec/targets/families.py`.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -25,18 +25,16 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.platforms import current_platform
 
-from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, normalise
+from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
+from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, add, normalise
 from vllm_longspec.proposers.glide.head import copy_head, has_rows
+from vllm_longspec.proposers.glide.rotation import RotaryTable, Rotate, rotary_table, rotate_by
 from vllm_longspec.targets.families import modules_of, multipliers_of
-
-# (positions, query, key or None) -> rotated query and key
-Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, Any]]
 
 # Position p attends positions [p - WINDOW_SIZE, p].
 WINDOW_SIZE = 512
@@ -50,6 +48,8 @@ class GlideAttention(Protocol):
         query: torch.Tensor,  # [num_tokens, num_heads, head_size]
         key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
         value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        positions: torch.Tensor,  # int64 [num_tokens]
+        table: RotaryTable | None,  # rotates query and key at their positions; None if they are rotated
     ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
         ...
 
@@ -91,12 +91,13 @@ class GlideSelfAttention(nn.Module):
         self,
         hidden: torch.Tensor | QuantizedActivation,  # [num_tokens, hidden_size]
         positions: torch.Tensor,  # [num_tokens]
-        rotate: Rotation,
+        rotate: Rotate | None,  # None leaves it to the caller
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # query, key, value: [num_tokens, heads, head_size]
         qkv, _ = self.qkv_proj(hidden)
         kv_size = self.num_kv_heads * self.head_size
         query, key, value = qkv.split([self.num_heads * self.head_size, kv_size, kv_size], dim=-1)
-        query, key = rotate(positions, query, key)
+        if rotate is not None:
+            query, key = rotate(positions, query, key)
         heads = (qkv.shape[0], -1, self.head_size)
         return query.view(heads), key.view(heads), value.view(heads)
 
@@ -120,7 +121,7 @@ class GlideCrossAttention(nn.Module):
         self,
         hidden: torch.Tensor | QuantizedActivation,  # [num_tokens, hidden_size]
         positions: torch.Tensor,  # [num_tokens]
-        rotate: Rotation,
+        rotate: Rotate,
     ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
         query, _ = self.q_proj(hidden)
         query, _ = rotate(positions, query, None)
@@ -233,6 +234,7 @@ class GlideForCausalLM(nn.Module):
         )
         # A `head_dtype` is for heads that are not quantised, and candidates need no higher precision.
         self.logits_processor.head_dtype = None
+        accept_quantised_rows(self.lm_head)
 
     def renew_head(self) -> None:
         """Copies the target's head again, if the draft has a copy, after its weights were reloaded."""
@@ -252,46 +254,52 @@ class GlideForCausalLM(nn.Module):
         return self.logits_processor.org_vocab_size
 
     @property
-    def rotate(self) -> Rotation:
-        if isinstance(self.rotary_emb, Phi3LongRoPEScaledRotaryEmbedding):
-            return self._rotate_long
-        return self.rotary_emb.forward_cuda if current_platform.is_cuda() else self.rotary_emb
+    def rotate(self) -> Rotate:
+        return rotate_by(self.rotary_emb, self.self_attn.head_size)
 
-    def _rotate_long(
-        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # This module has PyTorch's operations only, and needs a key: without one, a head of the query.
-        rotated, rotated_key = self.rotary_emb(
-            positions, query, query[:, : self.self_attn.head_size] if key is None else key
-        )
-        return rotated, None if key is None else rotated_key
+    @property
+    def rotary_table(self) -> RotaryTable | None:
+        """The table by which attention rotates self-attention queries and keys; None if the module has to."""
+        return rotary_table(self.rotary_emb, self.input_layernorm.weight.dtype)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # F.embedding, which vLLM calls, takes four times as long for few rows (PyTorch's indexSelectSmallIndex).
-        embedded = self.embed_tokens.weight[input_ids] if self.embeds_by_row else self.embed_tokens(input_ids)
-        return _times(self.multipliers.embedding, embedded)
+        return _times(self.multipliers.embedding, self.embed_tokens(input_ids))
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,  # [num_tokens]
+    ) -> tuple[torch.Tensor | QuantizedActivation, torch.Tensor]:  # [num_tokens, hidden_size] each
+        """The input of the self-attention's projection, and the embeddings."""
+        norm, linear = self.input_layernorm, self.self_attn.qkv_proj
+        if self.embeds_by_row and can_embed(self.embed_tokens.weight, norm):
+            return embed_and_normalise(input_ids, self.embed_tokens.weight, self.multipliers.embedding, norm, linear)
+        return normalise(norm, linear, self.embed_input_ids(input_ids))
 
     def window_kv(
         self,
         input_ids: torch.Tensor,  # [num_tokens]
         positions: torch.Tensor,  # [num_tokens]
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # key, value: [num_tokens, num_kv_heads, head_size]
-        """Self-attention K and V of emitted tokens. In a single layer they depend on token and position alone."""
-        hidden, _ = normalise(self.input_layernorm, self.self_attn.qkv_proj, self.embed_input_ids(input_ids))
-        _, key, value = self.self_attn.project(hidden, positions, self.rotate)
-        return key, value
+    ) -> tuple[torch.Tensor, torch.Tensor, RotaryTable | None]:
+        """Self-attention K and V of emitted tokens. In a single layer they depend on token and position alone.
+
+        Returns key and value, [num_tokens, num_kv_heads, head_size] each, and the table by which keys are still to be
+        rotated; None if they are.
+        """
+        table = self.rotary_table
+        hidden, _ = self.embed(input_ids)
+        _, key, value = self.self_attn.project(hidden, positions, self.rotate if table is None else None)
+        return key, value, table
 
     def forward(
         self,
         input_ids: torch.Tensor,  # [num_tokens]
         positions: torch.Tensor,  # [num_tokens]
         attention: GlideAttention,
-    ) -> torch.Tensor:  # [num_tokens, hidden_size]
-        num_tokens = input_ids.shape[0]
-        embedded = self.embed_input_ids(input_ids)
-        hidden, residual = normalise(self.input_layernorm, self.self_attn.qkv_proj, embedded)
-        query, key, value = self.self_attn.project(hidden, positions, self.rotate)
-        attended = attention.self_attention(query, key, value)
+    ) -> torch.Tensor | QuantizedActivation:  # [num_tokens, hidden_size], as the head takes it
+        num_tokens, table = input_ids.shape[0], self.rotary_table
+        hidden, residual = self.embed(input_ids)
+        query, key, value = self.self_attn.project(hidden, positions, self.rotate if table is None else None)
+        attended = attention.self_attention(query, key, value, positions, table)
         hidden, _ = self.self_attn.o_proj(attended.reshape(num_tokens, -1))
         hidden = _times(self.multipliers.residual, hidden)
 
@@ -304,9 +312,12 @@ class GlideForCausalLM(nn.Module):
         hidden, residual = normalise(self.post_cross_attention_layernorm, self.mlp.gate_up_proj, hidden, residual)
         gate_up, _ = self.mlp.gate_up_proj(hidden)
         hidden, _ = self.mlp.down_proj(activate(self.mlp.act_fn, self.mlp.down_proj, gate_up))
-        return _times(self.multipliers.residual, hidden) + residual
+        return add(self.lm_head, hidden, self.multipliers.residual, residual)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [num_tokens, draft_vocab_size]
+    def compute_logits(
+        self,
+        hidden_states: torch.Tensor | QuantizedActivation,  # [num_tokens, hidden_size]
+    ) -> torch.Tensor:  # [num_tokens, draft_vocab_size]
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

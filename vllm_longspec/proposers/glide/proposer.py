@@ -2,7 +2,6 @@
 """GLIDE's `Proposer`: updates the window of the last tokens, then drafts a tree by beam search."""
 
 from copy import copy
-from functools import cache
 
 import torch
 from torch import nn
@@ -29,7 +28,7 @@ from vllm_longspec.tree.shape import TreeShape
 
 class GlideProposer(Proposer):
     model: GlideForCausalLM
-    part: PartialTables | None = None  # what the cross-attention sees of the cache; None for all
+    part: PartialTables | None = None  # what the cross-attention below the root sees of the cache; None for all
 
     def __init__(self, vllm_config: VllmConfig, shape: TreeShape, device: torch.device):
         super().__init__(vllm_config, shape, device)
@@ -38,6 +37,9 @@ class GlideProposer(Proposer):
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         # Rotary embeddings end there.
         self.max_position = vllm_config.model_config.max_model_len - 1
+        # int32 [max_width + 1, max_num_reqs + 1], where the queries of each request begin, by width of the level.
+        widths = torch.arange(shape.max_width + 1, dtype=torch.int32, device=device)
+        self.query_starts = widths[:, None] * torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
 
     def load(self, target: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         self.draft_vllm_config = draft_vllm_config = replace(
@@ -89,7 +91,9 @@ class GlideProposer(Proposer):
         options = options_of(self.speculative_config)
         assert options is not None
         part = options.partial_attention
-        attended = f", cross-attention to {part.sinks} first and {part.budget} last tokens" if part else ""
+        attended = (
+            f", cross-attention below the root to {part.sinks} first and {part.budget} last tokens" if part else ""
+        )
         return (
             f"{self.model.draft_vocab_size} of {self.vocab_size} tokens drafted, quantization "
             f"{self.speculative_config.quantization}, draft state {num_bytes} bytes per request "
@@ -130,30 +134,22 @@ class GlideProposer(Proposer):
         return Candidates(drafted.tokens, drafted.parents, drafted.log_probs, shape)
 
     def _cross_attention(self, requests: Requests) -> CrossAttention:
-        """Attention of nodes to the target's prefix in its last layer, or to a part of it."""
+        """Attention to the target's prefix in its last layer: of roots to all of it, of nodes perhaps to a part."""
         layer = self.vllm_config.compilation_config.static_forward_context[self.target_layer_name]
         scales = cache_scales(layer)
         num_reqs = requests.block_table.shape[0]
-        block_table, prefix_lens = requests.block_table, requests.roots.prefix_lens
-        max_prefix_len = requests.max_prefix_len
+        whole = part = requests.block_table, requests.roots.prefix_lens, requests.max_prefix_len
         if self.part is not None:
             # The same for all levels, which do not attend nodes here.
-            block_table, prefix_lens = self.part.write(block_table, prefix_lens)
-            max_prefix_len = min(max_prefix_len, self.part.max_len)
+            part = *self.part.write(*whole[:2]), min(requests.max_prefix_len, self.part.max_len)
 
-        @cache
-        def query_starts(width: int) -> torch.Tensor:
-            return torch.arange(0, num_reqs * width + 1, width, dtype=torch.int32, device=self.device)
-
-        def attend(query: torch.Tensor, width: int) -> torch.Tensor:
+        def attend(query: torch.Tensor, width: int, depth: int) -> torch.Tensor:
             output = torch.empty_like(query)
             layer.impl.prefix_attention(
                 quantise_query(layer, query),
                 layer.kv_cache,
-                block_table,
-                prefix_lens,
-                max_prefix_len,
-                query_starts(width),
+                *(part if depth > 0 else whole),
+                self.query_starts[width, : num_reqs + 1],
                 width,
                 output,
                 scales,
@@ -172,6 +168,6 @@ class GlideProposer(Proposer):
             zeros,
             idx_mapping,
             self.window.kv,
-            lambda query, width: torch.zeros_like(query),
+            lambda query, width, depth: torch.zeros_like(query),
             self.max_position,
         )

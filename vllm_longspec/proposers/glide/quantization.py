@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_longspec.proposers.glide.cost import LEVEL, GlideCost
+from vllm_longspec.targets.families import layer_sizes
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -15,11 +17,11 @@ if TYPE_CHECKING:
 def default_quantization(
     engine_args: "EngineArgs", target: "ModelConfig", parallel_config: "ParallelConfig", draft_vocab_size: int
 ) -> str | None:
-    """fp8 where it was measured to pay (docs/tuning.md#fp8-drafts): if a level spends most time reading weights."""
+    """fp8 on the GPUs where it was measured to pay (docs/tuning.md#fp8-drafts), if a level spends most of its time
+    reading the weights that each rank has."""
     from vllm.platforms import current_platform
 
-    is_hopper = current_platform.is_cuda() and current_platform.is_device_capability_family(90)
-    if not is_hopper or parallel_config.tensor_parallel_size > 1:
+    if not (current_platform.is_cuda() and current_platform.is_device_capability_family(90)):
         return None
     if target.quantization is not None or target.dtype not in (torch.float16, torch.bfloat16):
         return None
@@ -27,7 +29,25 @@ def default_quantization(
     kernels = engine_args.kernel_config
     if {engine_args.linear_backend, kernels.linear_backend} != {"auto"} or kernels.linear_backend_per_quant:
         return None
+    num_ranks = parallel_config.tensor_parallel_size
+    if not _shards_can_be_quantised(target.hf_text_config, num_ranks):
+        return None
     cost = GlideCost.of_shape(
-        target.hf_text_config, vocab_size=target.get_vocab_size(), draft_vocab_size=draft_vocab_size
+        target.hf_text_config,
+        vocab_size=target.get_vocab_size(),
+        draft_vocab_size=draft_vocab_size,
+        num_ranks=num_ranks,
     )
     return "fp8_per_channel" if cost.level > LEVEL else None
+
+
+def _shards_can_be_quantised(target: "PretrainedConfig", num_ranks: int) -> bool:
+    """Whether fp8 kernels take the layer's weights as they are divided: whole tiles in both dimensions.
+
+    A head that they do not take stays as it is (`can_be_quantised`).
+    """
+    from vllm_longspec.proposers.glide.head import TILE_ROWS
+
+    hidden_size, intermediate_size, num_heads, _, head_size = layer_sizes(target)
+    sides = (hidden_size, intermediate_size // num_ranks, num_heads * head_size // num_ranks, head_size)
+    return all(side % TILE_ROWS == 0 for side in sides)

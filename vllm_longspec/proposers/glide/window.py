@@ -55,8 +55,8 @@ class DraftWindow:
             max_new,
             BLOCK=block,
         )
-        keys, values = self.model.window_kv(tokens, positions)
-        write_window(self.kv, keys, values, expanded_idx_mapping, positions)
+        keys, values, table = self.model.window_kv(tokens, positions)
+        write_window(self.kv, keys, values, expanded_idx_mapping, positions, table)
 
     def rebuild(
         self,

@@ -9,32 +9,39 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.proposers.glide.rotation import RotaryTable, load_rotated, table_arguments
 
 
 def window_attention(
     query: torch.Tensor,  # [num_reqs, width, num_heads, head_size]
+    key: torch.Tensor,  # [num_reqs, width, num_kv_heads, head_size]
+    value: torch.Tensor,  # [num_reqs, width, num_kv_heads, head_size]
     window_kv: torch.Tensor,  # [max_num_reqs, window, 2, num_kv_heads, head_size]
     idx_mapping: torch.Tensor,  # int64 [num_reqs]
     root_positions: torch.Tensor,  # int32 or int64 [num_reqs]
-    node_kv: torch.Tensor,  # [num_reqs, max_rows, 2, num_kv_heads, head_size]
+    positions: torch.Tensor,  # int64 [num_reqs, width] by which to rotate
+    table: RotaryTable | None,
+    node_kv: torch.Tensor,  # [num_reqs, max_rows, 2, num_kv_heads, head_size], written
     node_masks: torch.Tensor,  # int32 [num_reqs, max_rows, num_words]
     first_row: int,
     depth: int,
     scale: float,
 ) -> torch.Tensor:  # [num_reqs, width, num_heads, head_size]
-    """Attention of one level's nodes over the window and their own ancestors.
+    """Attention of one level's nodes over the window and their own ancestors; keeps the level's K and V.
 
     A node of depth d, at most `window`, is at position q = root + d. It attends positions p of the window with
     q - window <= p < root, and the node rows in its ancestor mask. Softmax and sums are in float32. The last dimension
     of every tensor must be contiguous.
 
     Args:
-        query: rotated queries of rows first_row to first_row + width - 1.
+        query, key, value: of rows first_row to first_row + width - 1.
         window_kv: ring of rotated keys (index 0) and values (index 1); positions max(root - window, 0) to root - 1 must
             have been written.
         idx_mapping: req_state_idx; -1 for padding, which attends no history.
-        node_kv: rotated keys and values, in draft order: row 0 is the root, row i + 1 node i. Rows past this level may
-            hold anything, including NaN.
+        positions: the same for all nodes of a request's level.
+        table: rotates queries and keys; None if they are rotated.
+        node_kv: rotated keys and values, in draft order: row 0 is the root, row i + 1 node i. Those of the level are
+            written, those of the levels above read.
         node_masks: ancestor masks over node rows; bit (r % 32) of word (r // 32) is row r.
         first_row: first row of the level, 0 for the root.
         depth: of the level, 0 for the root.
@@ -49,7 +56,7 @@ def window_attention(
         # Each operation is a NumPy call, so tiles are as large as possible. NumPy has no bfloat16 product.
         query_tile = triton.next_power_of_2(max(width * group, 16))
         history_tile = triton.next_power_of_2(max(window, 16))
-        node_tile = triton.next_power_of_2(max(first_row + width, 16))
+        node_tile = triton.next_power_of_2(max(first_row, width, 16))
         dot_dtype = tl.float32
     else:
         # Few rows and a short history: latency-bound. The smallest query tiles use the most multiprocessors, and shared
@@ -60,10 +67,15 @@ def window_attention(
     _window_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(width * group, query_tile))](
         query,
         *query.stride()[:3],
+        key,
+        *key.stride()[:3],
+        value,
+        *value.stride()[:3],
         window_kv,
         *window_kv.stride()[:4],
         idx_mapping,
         root_positions,
+        positions,
         node_kv,
         *node_kv.stride()[:4],
         node_masks,
@@ -82,6 +94,7 @@ def window_attention(
         HISTORY_TILE=history_tile,
         NODE_TILE=node_tile,
         DOT_DTYPE=dot_dtype,
+        **table_arguments(table),
         num_warps=4,
         num_stages=3,
     )
@@ -94,38 +107,20 @@ def write_window(
     values: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
     expanded_idx_mapping: torch.Tensor,  # int64 [num_tokens] req_state_idx, -1 for a token to skip
     positions: torch.Tensor,  # int64 [num_tokens]
+    table: RotaryTable | None,  # rotates the keys; None if they are rotated
 ) -> None:
-    """Writes K (rotated) and V of tokens into the ring, position p at entry p % window.
+    """Writes K and V of tokens into the ring, position p at entry p % window.
 
     No two tokens of a call may share an entry: pass at most the last `window` tokens of a request. The last dimension
     of every tensor must be contiguous.
     """
-    _write(window_kv, keys, values, expanded_idx_mapping, positions)
-
-
-def write_nodes(
-    node_kv: torch.Tensor,  # [num_reqs, width, 2, num_kv_heads, head_size], written
-    keys: torch.Tensor,  # [num_reqs * width, num_kv_heads, head_size]
-    values: torch.Tensor,  # [num_reqs * width, num_kv_heads, head_size]
-) -> None:
-    """Writes K and V of a level's nodes into that level's rows."""
-    _write(node_kv, keys, values, None, None)
-
-
-def _write(
-    target_kv: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    expanded_idx_mapping: torch.Tensor | None,
-    positions: torch.Tensor | None,
-) -> None:
     num_tokens, num_kv_heads, head_size = keys.shape
-    element_block = triton.next_power_of_2(num_kv_heads * head_size)
+    head_block = triton.next_power_of_2(head_size)
     # All tokens in the interpreter, on a GPU as many as fit a program's registers.
-    token_block = triton.next_power_of_2(num_tokens) if interpreting() else max(1, 2048 // element_block)
-    _write_kernel[(triton.cdiv(num_tokens, token_block),)](
-        target_kv,
-        *target_kv.stride()[:4],
+    token_block = triton.next_power_of_2(num_tokens) if interpreting() else max(1, 512 // head_block)
+    _write_window_kernel[(triton.cdiv(num_tokens, token_block), num_kv_heads)](
+        window_kv,
+        *window_kv.stride()[:4],
         keys,
         *keys.stride()[:2],
         values,
@@ -133,11 +128,11 @@ def _write(
         expanded_idx_mapping,
         positions,
         num_tokens,
-        target_kv.shape[1],
+        window_kv.shape[1],
         HEAD_SIZE=head_size,
-        NUM_ELEMENTS=num_kv_heads * head_size,
-        ELEMENT_BLOCK=element_block,
+        HEAD_BLOCK=head_block,
         TOKEN_BLOCK=token_block,
+        **table_arguments(table),
     )
 
 
@@ -148,6 +143,14 @@ def _window_attention_kernel(
     query_request_stride,
     query_node_stride,
     query_head_stride,
+    key_ptr,
+    key_request_stride,
+    key_node_stride,
+    key_head_stride,
+    value_ptr,
+    value_request_stride,
+    value_node_stride,
+    value_head_stride,
     window_ptr,
     window_req_stride,
     window_entry_stride,
@@ -155,6 +158,7 @@ def _window_attention_kernel(
     window_head_stride,
     idx_mapping_ptr,
     root_positions_ptr,
+    positions_ptr,
     node_ptr,
     node_request_stride,
     node_row_stride,
@@ -179,6 +183,9 @@ def _window_attention_kernel(
     HISTORY_TILE: tl.constexpr,
     NODE_TILE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    cos_sin_ptr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX_STYLE: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -190,11 +197,17 @@ def _window_attention_kernel(
     node = packed // GROUP
     head = kv_head * GROUP + packed % GROUP
     is_query = node < width
-    channel = tl.arange(0, HEAD_BLOCK)
-    is_channel = channel < HEAD_SIZE
-    query_offset = request * query_request_stride + node * query_node_stride + head * query_head_stride
-    query = tl.load(
-        query_ptr + query_offset[:, None] + channel[None, :], mask=is_query[:, None] & is_channel[None, :], other=0.0
+    # One for all nodes of the level.
+    position = tl.load(positions_ptr + request * width + tl.zeros([1], tl.int64))
+    query = load_rotated(
+        query_ptr + request * query_request_stride + node * query_node_stride + head * query_head_stride,
+        is_query,
+        position,
+        cos_sin_ptr,
+        ROTARY_DIM,
+        IS_NEOX_STYLE,
+        HEAD_SIZE,
+        HEAD_BLOCK,
     ).to(DOT_DTYPE)
 
     weighted = tl.zeros([QUERY_TILE, HEAD_BLOCK], tl.float32)
@@ -208,76 +221,106 @@ def _window_attention_kernel(
     window_ptr += req_state_idx * window_req_stride + kv_head * window_head_stride
     for start in range(0, num_entries, HISTORY_TILE):
         entry = start + tl.arange(0, HISTORY_TILE)
-        position = root_position - turn + entry - tl.where(entry < turn, 0, window)
-        is_visible = (entry < num_entries) & (position >= root_position + depth - window)
+        entry_position = root_position - turn + entry - tl.where(entry < turn, 0, window)
+        is_visible = (entry < num_entries) & (entry_position >= root_position + depth - window)
+        keys, values = _load_tile(
+            window_ptr + entry * window_entry_stride, window_kv_stride, is_visible, HEAD_SIZE, HEAD_BLOCK
+        )
         weighted, total, highest = _attend_tile(
-            query,
-            window_ptr + entry * window_entry_stride,
-            window_kv_stride,
-            is_visible,
-            is_visible[None, :],
-            weighted,
-            total,
-            highest,
-            log2_scale,
-            HEAD_SIZE,
-            HEAD_BLOCK,
-            DOT_DTYPE,
+            query, keys, values, is_visible[None, :], weighted, total, highest, log2_scale, DOT_DTYPE
         )
 
-    # Nodes.
-    num_rows = first_row + width
+    # Nodes of the levels above.
     node_ptr += request * node_request_stride + kv_head * node_head_stride
     mask_ptr = masks_ptr + request * masks_request_stride + (first_row + node) * masks_row_stride
-    for start in range(0, num_rows, NODE_TILE):
+    for start in range(0, first_row, NODE_TILE):
         row = start + tl.arange(0, NODE_TILE)
-        is_row = row < num_rows
-        word = tl.load(mask_ptr[:, None] + (row // 32)[None, :], mask=is_query[:, None] & is_row[None, :], other=0)
+        is_row = row < first_row
+        is_visible = _is_ancestor(mask_ptr, row, is_query[:, None] & is_row[None, :])
+        keys, values = _load_tile(node_ptr + row * node_row_stride, node_kv_stride, is_row, HEAD_SIZE, HEAD_BLOCK)
         weighted, total, highest = _attend_tile(
-            query,
-            node_ptr + row * node_row_stride,
-            node_kv_stride,
-            is_row,
-            ((word >> (row % 32)[None, :]) & 1) != 0,
-            weighted,
-            total,
-            highest,
-            log2_scale,
+            query, keys, values, is_visible, weighted, total, highest, log2_scale, DOT_DTYPE
+        )
+
+    # Nodes of this level. Every program rotates their keys, and the first of a KV head keeps them.
+    key_ptr += request * key_request_stride + kv_head * key_head_stride
+    value_ptr += request * value_request_stride + kv_head * value_head_stride
+    channel = tl.arange(0, HEAD_BLOCK)[None, :]
+    # Mostly one tile: stages of loads would only take shared memory.
+    for start in tl.range(0, width, NODE_TILE, num_stages=1):
+        index = start + tl.arange(0, NODE_TILE)
+        is_index = index < width
+        row = first_row + index
+        keys = load_rotated(
+            key_ptr + index * key_node_stride,
+            is_index,
+            position,
+            cos_sin_ptr,
+            ROTARY_DIM,
+            IS_NEOX_STYLE,
             HEAD_SIZE,
             HEAD_BLOCK,
-            DOT_DTYPE,
+        )
+        mask = is_index[:, None] & (channel < HEAD_SIZE)
+        values = tl.load(value_ptr + (index * value_node_stride)[:, None] + channel, mask=mask, other=0.0)
+        if tl.program_id(2) == 0:
+            kept_ptr = node_ptr + (row * node_row_stride)[:, None] + channel
+            tl.store(kept_ptr, keys, mask=mask)
+            tl.store(kept_ptr + node_kv_stride, values, mask=mask)
+        is_visible = _is_ancestor(mask_ptr, row, is_query[:, None] & is_index[None, :])
+        weighted, total, highest = _attend_tile(
+            query, keys, values, is_visible, weighted, total, highest, log2_scale, DOT_DTYPE
         )
 
     output_offset = request * output_request_stride + node * output_node_stride + head * output_head_stride
     tl.store(
-        output_ptr + output_offset[:, None] + channel[None, :],
+        output_ptr + output_offset[:, None] + channel,
         # Padding may see no key.
         weighted / tl.where(total > 0.0, total, 1.0)[:, None],
-        mask=is_query[:, None] & is_channel[None, :],
+        mask=is_query[:, None] & (channel < HEAD_SIZE),
     )
+
+
+@triton.jit
+def _is_ancestor(
+    mask_ptr,  # pointers [m] to the ancestor masks of nodes
+    row,  # [n]
+    mask,  # bool [m, n]: False is returned elsewhere
+):
+    word = tl.load(mask_ptr[:, None] + (row // 32)[None, :], mask=mask, other=0)
+    return ((word >> (row % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _load_tile(
+    key_ptr,  # pointers [n]
+    value_offset,  # elements from a key to its value
+    is_key,  # bool [n]: the others are not read; NaN in unwritten rows would survive a weight of zero
+    HEAD_SIZE: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):
+    """Keys and values, [n, HEAD_BLOCK] each, zero where masked."""
+    channel = tl.arange(0, HEAD_BLOCK)[None, :]
+    mask = is_key[:, None] & (channel < HEAD_SIZE)
+    keys = tl.load(key_ptr[:, None] + channel, mask=mask, other=0.0)
+    values = tl.load(key_ptr[:, None] + value_offset + channel, mask=mask, other=0.0)
+    return keys, values
 
 
 @triton.jit
 def _attend_tile(
     query,  # DOT_DTYPE [m, HEAD_BLOCK]
-    key_ptr,  # pointers [n]
-    value_offset,  # elements from a key to its value
-    is_key,  # bool [n]: keys that may be read
+    keys,  # [n, HEAD_BLOCK]
+    values,  # [n, HEAD_BLOCK]
     is_visible,  # bool [m or 1, n]
     weighted,  # float32 [m, HEAD_BLOCK]
     total,  # float32 [m]
     highest,  # float32 [m]
     log2_scale,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
     """Online softmax over one more tile of keys and values."""
-    channel = tl.arange(0, HEAD_BLOCK)[None, :]
-    # NaN in unwritten rows would survive a weight of zero.
-    mask = is_key[:, None] & (channel < HEAD_SIZE)
-    key = tl.load(key_ptr[:, None] + channel, mask=mask, other=0.0).to(DOT_DTYPE)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
+    scores = tl.dot(query, tl.trans(keys.to(DOT_DTYPE)), input_precision="ieee") * log2_scale
     scores = tl.where(is_visible, scores, float("-inf"))
 
     new_highest = tl.maximum(highest, tl.max(scores, axis=1))
@@ -285,51 +328,55 @@ def _attend_tile(
     reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
     weight = tl.exp2(scores - reference[:, None])
     fading = tl.exp2(highest - reference)
-    value = tl.load(key_ptr[:, None] + value_offset + channel, mask=mask, other=0.0).to(DOT_DTYPE)
-    weighted = weighted * fading[:, None] + tl.dot(weight.to(DOT_DTYPE), value, input_precision="ieee")
-    return weighted, total * fading + tl.sum(weight, axis=1), new_highest
+    added = tl.dot(weight.to(DOT_DTYPE), values.to(DOT_DTYPE), input_precision="ieee")
+    return weighted * fading[:, None] + added, total * fading + tl.sum(weight, axis=1), new_highest
 
 
 # Numbers of tokens and entries must not trigger recompilation.
 @triton.jit(do_not_specialize=["num_tokens", "num_entries"])
-def _write_kernel(
-    target_ptr,
-    target_req_stride,
-    target_entry_stride,
-    target_kv_stride,
-    target_head_stride,
+def _write_window_kernel(
+    window_ptr,
+    window_req_stride,
+    window_entry_stride,
+    window_kv_stride,
+    window_head_stride,
     keys_ptr,
     keys_token_stride,
     keys_head_stride,
     values_ptr,
     values_token_stride,
     values_head_stride,
-    expanded_idx_mapping_ptr,  # None to fill all entries of all requests in order
+    expanded_idx_mapping_ptr,
     positions_ptr,
     num_tokens,
     num_entries,  # of a request
     HEAD_SIZE: tl.constexpr,
-    NUM_ELEMENTS: tl.constexpr,
-    ELEMENT_BLOCK: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
+    cos_sin_ptr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX_STYLE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-    if expanded_idx_mapping_ptr is None:
-        is_token = token < num_tokens
-        req_state_idx = token // num_entries
-        entry = token % num_entries
-    else:
-        req_state_idx = tl.load(expanded_idx_mapping_ptr + token, mask=token < num_tokens, other=-1)
-        is_token = req_state_idx >= 0
-        entry = tl.load(positions_ptr + token, mask=is_token, other=0) % num_entries
-
-    element = tl.arange(0, ELEMENT_BLOCK)[None, :]
-    head = element // HEAD_SIZE
-    channel = element % HEAD_SIZE
-    mask = is_token[:, None] & (element < NUM_ELEMENTS)
-    target = target_ptr + (req_state_idx * target_req_stride + entry * target_entry_stride)[:, None]
-    target += head * target_head_stride + channel
-    key = tl.load(keys_ptr + token[:, None] * keys_token_stride + head * keys_head_stride + channel, mask=mask)
-    value = tl.load(values_ptr + token[:, None] * values_token_stride + head * values_head_stride + channel, mask=mask)
-    tl.store(target, key, mask=mask)
-    tl.store(target + target_kv_stride, value, mask=mask)
+    head = tl.program_id(1).to(tl.int64)
+    req_state_idx = tl.load(expanded_idx_mapping_ptr + token, mask=token < num_tokens, other=-1)
+    is_token = req_state_idx >= 0
+    position = tl.load(positions_ptr + token, mask=is_token, other=0)
+    keys = load_rotated(
+        keys_ptr + token * keys_token_stride + head * keys_head_stride,
+        is_token,
+        position,
+        cos_sin_ptr,
+        ROTARY_DIM,
+        IS_NEOX_STYLE,
+        HEAD_SIZE,
+        HEAD_BLOCK,
+    )
+    channel = tl.arange(0, HEAD_BLOCK)[None, :]
+    mask = is_token[:, None] & (channel < HEAD_SIZE)
+    value_ptr = values_ptr + token * values_token_stride + head * values_head_stride
+    values = tl.load(value_ptr[:, None] + channel, mask=mask, other=0.0)
+    entry = position % num_entries
+    target = window_ptr + req_state_idx * window_req_stride + entry * window_entry_stride + head * window_head_stride
+    tl.store(target[:, None] + channel, keys, mask=mask)
+    tl.store(target[:, None] + window_kv_stride + channel, values, mask=mask)
