@@ -70,7 +70,7 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
         original(self)
         return
     build_lookup = cudagraph_utils.build_dynamic_sd_schedule_lookup
-    if options.adaptive_verification:
+    if options.chooses_nodes:
         numbers = numbers_of_nodes(config)
         # vLLM reads only which numbers are in the table, from entry 1 on.
         cudagraph_utils.build_dynamic_sd_schedule_lookup = lambda *_, **__: [0, *numbers]
@@ -81,7 +81,7 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
 
     if self.decode_query_len > 1:
         # Not the draft's graphs, in which a request is one row.
-        _drop_unused(self, nodes_by_batch_size(config, self.max_num_reqs, options.adaptive_verification))
+        _drop_unused(self, nodes_by_batch_size(config, self.max_num_reqs, options.chooses_nodes))
     uniform = [desc for descs in self._capture_descs.values() for desc in descs if desc.uniform_token_count is not None]
     uniform.sort(key=lambda desc: desc.num_tokens)
     for (num_tokens, num_active_loras), candidates in self._candidates.items():
@@ -94,7 +94,10 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
 
 
 def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) -> None:
-    """Removes the graphs of numbers of nodes that no batch of their size verifies; `choices` are by batch size."""
+    """Removes the graphs of numbers of nodes that no batch of their size verifies; `choices` are by batch size.
+
+    Of the others as many are left as pad a batch by an eighth, which is what the draft's graphs pad it by.
+    """
     # A batch may be smaller than when it drafted, and seldom is larger: then it runs without such a graph.
     largest = {1 + number: size for size, numbers in enumerate(choices) if size > 0 for number in numbers}
     uniform = [desc for descs in manager._capture_descs.values() for desc in descs if desc.uniform_token_count]
@@ -107,5 +110,14 @@ def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) ->
         if next_smaller.get(kind, 0) >= largest.get(desc.uniform_token_count, 0):
             unused.add(desc)
         next_smaller[kind] = desc.num_reqs
+    next_larger: dict[tuple[int, int], int] = {}
+    for desc in sorted(set(uniform) - unused, key=lambda desc: desc.num_tokens, reverse=True):
+        assert desc.uniform_token_count is not None and desc.num_reqs is not None
+        kind = desc.uniform_token_count, desc.num_active_loras
+        larger = next_larger.get(kind)
+        if desc.uniform_token_count > 1 and larger is not None and desc.num_reqs > larger - max(1, larger // 8):
+            unused.add(desc)
+        else:
+            next_larger[kind] = desc.num_reqs
     for listed in (*manager._capture_descs.values(), *manager._candidates.values()):
         listed[:] = [desc for desc in listed if desc not in unused]
