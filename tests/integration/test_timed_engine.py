@@ -13,7 +13,7 @@ from tests.engine import running
 from tests.integration.test_lossless import source_code, speculative
 from tests.process import run_alone
 
-SHAPE = (4, 8, 8)
+SHAPE = [4, 8, 8]
 TABLES = ("verify", "draft")
 SETTINGS = {"max_num_seqs": 4, "max_model_len": 512, "block_size": 32}
 NODES = {"adapt_nodes": True, "num_speculative_tokens_per_batch_size": [[1, 2, 20], [3, 4, 7]]}
@@ -103,12 +103,12 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
         drafts._graphs_captured, drafts.run_fullgraph = True, run_draft
         runner.model_state.prepare_attn = recording
         runner.cudagraph_manager, speculator.graphs = manager, drafts
-        torch.cuda.Event = replays.event  # type: ignore[assignment, misc]
+        torch.cuda.Event = replays.event
         try:
             first, second = time_steps(worker), time_steps(worker)
         finally:
             del runner.model_state.prepare_attn
-            runner.cudagraph_manager, speculator.graphs, torch.cuda.Event = given  # type: ignore[misc]
+            runner.cudagraph_manager, speculator.graphs, torch.cuda.Event = given
         assert first == second
         return first
 

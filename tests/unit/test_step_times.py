@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.unit.test_cost import cost_of
 from tests.unit.test_schedule import config
 from vllm_longspec.options import DEFAULT_LEVELS
 from vllm_longspec.proposers.glide.cost import GlideCost
+from vllm_longspec.scheduling import scheduler as scheduling
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification, NodesByCost, typical_acceptance
 from vllm_longspec.scheduling.cost import StepCost, cost_of_steps
 from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule, nodes_by_batch_size
@@ -276,3 +278,19 @@ def test_what_start_up_says():
     assert said.startswith(f"plain decoding {plain:.2f} ms, a node 0 us of verification, a level ")
     assert describe_numbers([0, 24, 24, 7, 7, 7, 0, 0]) == "24 up to 2, 7 up to 5, 0 above"
     assert describe_numbers([0, 4]) == "4"
+
+
+@pytest.mark.parametrize("is_timed", [True, False])
+def test_start_up_says_what_was_chosen_and_by_what(monkeypatch, is_timed):
+    said: list[str] = []
+    monkeypatch.setattr(scheduling, "logger", SimpleNamespace(info_once=lambda text, *given: said.append(text % given)))
+    speculative_config = config(24, None, SHAPE)
+    if is_timed:
+        attach_times(speculative_config, Gpu().times(cost_of("qwq-32b"), choices_of()))
+    scheduler: Any = object.__new__(scheduling.TreeScheduler)
+    scheduler.vllm_config = SimpleNamespace(speculative_config=speculative_config)
+    scheduler.max_model_len = 32768
+    scheduler._log_choice(NodesByCost(choices_of(), cost_of("qwq-32b"), lambda: 0, SHAPE))
+    (line,) = said
+    assert line.startswith("Steps on GPU: plain decoding " if is_timed else "Costs of steps are those of an H200. ")
+    assert "4096 tokens of context: 24 up to " in line and line.endswith(", 0 above")

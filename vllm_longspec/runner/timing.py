@@ -77,6 +77,8 @@ class StepTimer:
         assert config is not None and options is not None and isinstance(runner.speculator, TreeSpeculator)
         self.runner = runner
         self.speculator = runner.speculator
+        # vLLM has already seeded the device's own.
+        self.generator = torch.Generator(runner.device)
         self.choices = nodes_by_batch_size(config, runner.max_num_reqs, options.chooses_nodes)
 
     def times(self) -> StepTimes | None:
@@ -122,14 +124,14 @@ class StepTimer:
         return has_graph and (number == 0 or self.speculator.graphs.find(batch_size, number) is not None)
 
     def _time_verification(self, batch_size: int, number: int, context: int = 0) -> float:
-        """Milliseconds of the target's forward pass and head, `context` cached tokens a request."""
+        """Milliseconds of the target's forward pass, head and greedy sampling, `context` cached tokens a request."""
         runner, graph = self.runner, self._graph(batch_size, number)
         manager = runner.cudagraph_manager
         assert manager is not None and graph.num_reqs is not None
         # The steps of vLLM's dummy runs, which cannot be asked for a number of rows a request.
         batch = InputBatch.make_dummy(graph.num_reqs, graph.num_tokens, runner.input_buffers, is_padding=False)
-        # Different tokens, so that a mixture of experts reads as many as with texts.
-        batch.input_ids.random_(0, runner.vocab_size)
+        # Different tokens, so that a mixture of experts reads as many as with texts; the same on every rank.
+        batch.input_ids.random_(0, runner.vocab_size, generator=self.generator.manual_seed(0))
         block_tables, slot_mappings = runner.prepare_dummy_attn(batch)
         if context:
             set_dummy_context(
@@ -156,7 +158,10 @@ class StepTimer:
             if isinstance(hidden_states, tuple):
                 hidden_states = hidden_states[0]
             assert isinstance(hidden_states, torch.Tensor)
-            runner.model.compute_logits(hidden_states[:num_rows])
+            logits = runner.model.compute_logits(hidden_states[:num_rows])
+            # What sampling does at least with every row. With tensor parallelism not every rank may have the logits.
+            if logits is not None:
+                logits.float().argmax(dim=-1)
 
         return time_of(replay)
 

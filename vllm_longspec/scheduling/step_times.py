@@ -9,8 +9,9 @@ and one with K nodes
 
     OUTSIDE + WALK + verify(K, b) + read(K, b) * t + draft(K, b) + what the draft reads of the cache,
 
-where `verify` is the forward pass of 1 + K rows a request with the head, `draft` the draft without a context, and
-`read` the time that a cached token adds to the forward pass. Between batch sizes that were timed all three are linear.
+where `verify` is the forward pass of 1 + K rows a request with the head and greedy sampling, `draft` the draft without
+a context, and `read` the time that a cached token adds to the forward pass. Between batch sizes that were timed all
+three are linear.
 """
 
 import json
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
     from vllm_longspec.proposers.interface import DraftingCost
 
-# Milliseconds of a step outside of these graphs, in which the GPU waits for the host, prepares inputs and samples.
+# Milliseconds of a step outside of these graphs, in which the GPU waits for the host and prepares inputs.
 OUTSIDE = 0.6
-# Milliseconds of what only steps with trees run there: layout, sampling of more rows, walk and compaction.
+# Milliseconds of what only steps with trees run there: layout, walk and compaction.
 WALK = 0.1
 # Attribute of vLLM's SpeculativeConfig in the process of the scheduler.
 _ATTRIBUTE = "longspec_step_times"
