@@ -96,7 +96,7 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
 def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) -> None:
     """Removes the graphs of numbers of nodes that no batch of their size verifies; `choices` are by batch size.
 
-    Of the others as many are left as pad a batch by an eighth, which is what the draft's graphs pad it by.
+    Of the others so many are left that less than an eighth of a graph is padding.
     """
     # A batch may be smaller than when it drafted, and seldom is larger: then it runs without such a graph.
     largest = {1 + number: size for size, numbers in enumerate(choices) if size > 0 for number in numbers}
@@ -110,14 +110,18 @@ def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) ->
         if next_smaller.get(kind, 0) >= largest.get(desc.uniform_token_count, 0):
             unused.add(desc)
         next_smaller[kind] = desc.num_reqs
-    next_larger: dict[tuple[int, int], int] = {}
+    kinds: dict[tuple[int, int], list[BatchExecutionDescriptor]] = {}
     for desc in sorted(set(uniform) - unused, key=lambda desc: desc.num_tokens, reverse=True):
-        assert desc.uniform_token_count is not None and desc.num_reqs is not None
-        kind = desc.uniform_token_count, desc.num_active_loras
-        larger = next_larger.get(kind)
-        if desc.uniform_token_count > 1 and larger is not None and desc.num_reqs > larger - max(1, larger // 8):
-            unused.add(desc)
-        else:
-            next_larger[kind] = desc.num_reqs
+        if desc.uniform_token_count is not None and desc.uniform_token_count > 1:
+            kinds.setdefault((desc.uniform_token_count, desc.num_active_loras), []).append(desc)
+    for descs in kinds.values():
+        sizes = [desc.num_reqs or 0 for desc in descs]
+        larger = sizes[0]
+        for desc, size, smaller in zip(descs[1:], sizes[1:], [*sizes, 0][2:], strict=True):
+            # Without it a batch of one more request than the next size has would be padded to the larger one.
+            if larger - (smaller + 1) < larger / 8:
+                unused.add(desc)
+            else:
+                larger = size
     for listed in (*manager._capture_descs.values(), *manager._candidates.values()):
         listed[:] = [desc for desc in listed if desc not in unused]
