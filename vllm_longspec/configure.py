@@ -13,6 +13,7 @@ from vllm_longspec.frequent_tokens import read_frequent_tokens
 from vllm_longspec.options import (
     AUTO,
     DEFAULT_LEVELS,
+    MEASURE,
     OPTION_NAMES,
     LongSpecOptions,
     attach_options,
@@ -21,11 +22,12 @@ from vllm_longspec.options import (
     parse_copy_length,
     parse_cross_attention_budget,
     parse_partial_attention,
+    parse_step_costs,
     parse_tree_shape,
     read_flag,
 )
 from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup
-from vllm_longspec.scheduling.schedule import default_schedule, numbers_of, plan_levels
+from vllm_longspec.scheduling.schedule import BATCH_ROWS, MOST_ROWS, default_schedule, numbers_of, plan_levels
 from vllm_longspec.targets import support
 from vllm_longspec.tree.synthetic_rates import rates_by_depth
 
@@ -128,6 +130,8 @@ def configure(
     copy_length = parse_copy_length(own)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
+    # Only CUDA graphs are timed.
+    measures = "step_costs" in known and parse_step_costs(own, MEASURE) == MEASURE and current_platform.is_cuda()
     asked_for = given.get("num_speculative_tokens")
     is_given = own.get("tree_shape") is not None or own.get("gamma") is not None
     if set(setup.default_levels or ()) == {1} and not is_given and isinstance(asked_for, int) and asked_for > 0:
@@ -136,12 +140,19 @@ def configure(
     tree_shape = parse_tree_shape(own, draft_vocab_size, setup.default_levels or DEFAULT_LEVELS)
     num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     options = dict(given)
+    nodes_by_cost = False
     # In Triton's interpreter, which is for tests, all nodes are verified by default.
     if needs_schedule and (adaptive_verification or current_platform.is_cuda()):
         num_kv_heads = target.get_num_kv_heads(parallel_config)
         schedule = setup.schedule(num_nodes) if adaptive_verification else None
         if schedule is None:
-            schedule = default_schedule(num_nodes, target.get_num_attention_heads(parallel_config) // num_kv_heads)
+            # A proposer with a schedule of its own keeps to it, and one that has no costs has nothing to choose by.
+            follows_cost = "step_costs" in known and setup.schedule(num_nodes) is None
+            knows_costs = measures or target.quantization is None
+            nodes_by_cost = follows_cost and knows_costs and not adaptive_verification
+            batch_rows = MOST_ROWS if adaptive_verification or nodes_by_cost else BATCH_ROWS
+            queries_per_kv_head = target.get_num_attention_heads(parallel_config) // num_kv_heads
+            schedule = default_schedule(num_nodes, queries_per_kv_head, batch_rows)
         options["num_speculative_tokens_per_batch_size"] = schedule
         num_nodes = schedule[0][2]
     if own.get("tree_shape") == AUTO:
@@ -165,6 +176,8 @@ def configure(
             num_lookahead_tokens=setup.num_lookahead_tokens(num_nodes),
             partial_attention=parse_part(own, target.max_model_len),
             spool=own.get("spool"),
+            nodes_by_cost=nodes_by_cost,
+            measures_costs=measures and (adaptive_verification or nodes_by_cost),
         ),
         options,
     )

@@ -31,12 +31,16 @@ OPTION_NAMES = (
     "couple_noise",
     "adaptive_verification",
     "adapt_nodes",
+    "step_costs",
     "sinks",
     "budget",
     "selection",
     "cross_attention_budget",
     "spool",
 )
+
+# Where the costs come from by which the number of nodes is chosen (docs/tuning.md#what-a-step-costs).
+MEASURE, SHIPPED = "measure", "shipped"
 
 # Attribute of vLLM's SpeculativeConfig, which is pickled to every process.
 _ATTRIBUTE = "longspec"
@@ -64,6 +68,13 @@ class LongSpecOptions:
     num_lookahead_tokens: int = 0  # cache slots from the root's on that a draft writes at most, which are reserved
     partial_attention: PartialAttention | None = None  # None for a draft that attends all of the cache, or nothing
     spool: str | None = None  # folder to which what is captured goes, for an engine that teaches
+    nodes_by_cost: bool = False  # whether it is chosen by cost and typical acceptance, without adaptive verification
+    measures_costs: bool = False  # whether the engine times its own steps at start-up
+
+    @property
+    def chooses_nodes(self) -> bool:
+        """Whether there are several numbers of verified nodes for a batch."""
+        return self.adaptive_verification or self.nodes_by_cost
 
     @property
     def max_depth(self) -> int:
@@ -123,6 +134,20 @@ def parse_copy_length(options: Mapping[str, Any]) -> int:
             f"copy, 0 to copy none, or leave it out for {DEFAULT_COPY_LENGTH}"
         )
     return copy_length
+
+
+def parse_step_costs(options: Mapping[str, Any], default: str) -> str:
+    """Reads `step_costs`.
+
+    Raises:
+        ValueError: it is neither `MEASURE` nor `SHIPPED`.
+    """
+    step_costs = options.get("step_costs")
+    if step_costs is None:
+        return default
+    if step_costs not in (MEASURE, SHIPPED):
+        raise ValueError(f"step_costs must be {MEASURE!r} or {SHIPPED!r}, got {step_costs!r}: leave it out")
+    return step_costs
 
 
 def parse_partial_attention(options: Mapping[str, Any], max_model_len: int) -> PartialAttention:

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     import torch
     from vllm import SamplingParams
     from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
+    from vllm.v1.executor import Executor
     from vllm.v1.worker.gpu.states import RequestState
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from vllm_longspec.scheduling.step_times import StepTimes
 
 
 def apply() -> None:
@@ -31,6 +35,7 @@ def apply() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.executor import Executor
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
@@ -55,6 +60,8 @@ def apply() -> None:
     # of their own: each keeps its schedule.
     _replace(VllmConfig, "_maybe_disable_dynamic_sd_for_data_parallel", _maybe_disable_dynamic_sd_for_data_parallel)
     _replace(CudaGraphManager, "_init_candidates", init_verification_graphs)
+    # The scheduler is built next. It is told how to decode, but not the executor that can ask the workers.
+    _replace(Executor, "compile_or_warm_up_model", _compile_or_warm_up_model)
     _replace(SpecDecodingProm, "__init__", init_prometheus_counters)
     _replace(spec_decode, "init_speculator", _init_speculator)
     _replace(inplace, "reload_weights", _reload_weights)
@@ -114,6 +121,24 @@ def _get_scheduler_cls(original: Callable[..., type], self: SchedulerConfig) -> 
 def _maybe_disable_dynamic_sd_for_data_parallel(original: Callable[..., None], self: VllmConfig) -> None:
     if options_of(self.speculative_config) is None:
         original(self)
+
+
+def _compile_or_warm_up_model(original: Callable[..., None], self: Executor) -> None:
+    original(self)
+    config = self.vllm_config.speculative_config
+    options = options_of(config)
+    if config is not None and options is not None and options.measures_costs:
+        from vllm_longspec.scheduling.step_times import attach_times
+
+        times, *_ = self.collective_rpc(_time_steps)
+        attach_times(config, times)
+
+
+def _time_steps(worker: WorkerBase) -> StepTimes | None:
+    # Imported in the workers only.
+    from vllm_longspec.runner.timing import time_steps
+
+    return time_steps(worker)
 
 
 def _init_speculator(

@@ -184,6 +184,23 @@ def memory_table(records: Iterable[Record]) -> str | None:
     return markdown(rows) if seen else None
 
 
+def start_table(records: Iterable[Record]) -> str | None:
+    """Seconds from the arguments of an engine to one that takes requests, by model and system, of all engines.
+
+    The first start of a model compiles it, and of a draft it times its steps; later ones find both in vLLM's cache.
+    """
+    starts: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    for record in records:
+        if "start_seconds" in record:
+            engine = record["run"], json.dumps([record["engine"], record["options"], record["start_seconds"]])
+            place = record["environment"]["device"], record["model"], record["system"]
+            starts.setdefault(place, {})[engine] = record["start_seconds"]
+    rows = [["device", "model", "system", "engines", "shortest start, s", "longest, s"]]
+    for place, seconds in starts.items():
+        rows.append([*place, f"{len(seconds)}", f"{min(seconds.values()):.0f}", f"{max(seconds.values()):.0f}"])
+    return markdown(rows) if starts else None
+
+
 def cross_check_table(records: Iterable[Record]) -> str | None:
     rows = [["benchmark", "cell", "benchmark, ms", "measured, ms", "difference"]]
     for record in records:
@@ -211,6 +228,8 @@ def report(records: list[Record]) -> str:
         parts += [f"\n## {comparison.title}\n", speedup_table(comparison), detail_table(comparison)]
     if (table := memory_table(records)) is not None:
         parts += ["\n## What a draft keeps for a request\n", table]
+    if (table := start_table(records)) is not None:
+        parts += ["\n## Start-up\n", table]
     if (table := cross_check_table(records)) is not None:
         parts += ["\n## vLLM's own benchmarks\n", table]
     return "\n".join(parts)

@@ -4,16 +4,18 @@
 Only a GPU has such graphs; `benchmarks/check_gpu.py` runs these tests there.
 """
 
+import json
 from collections import Counter
 
 import pytest
 import torch
 
-from tests.engine import generate, request, running
+from tests.engine import generate, request, run_batches, running
 from tests.integration.test_lossless import DEFAULT_SHAPE, LENGTHS, PAIR, assert_lossless, source_code, speculative
 from tests.integration.test_magicdec import magicdec
 from tests.models import write_draft
 from tests.process import run_alone
+from vllm_longspec.scheduling.step_times import StepTimes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there are no CUDA graphs without a GPU")
 
@@ -87,6 +89,29 @@ def test_steps_are_replayed(drafting):
     # A step or two have a prompt beside the others' trees, and the first ones come before there is a draft.
     assert set(replayed) == {"ModelCudaGraphManager", "DraftGraphs"}
     assert all(count >= decoding - 5 for count in replayed.values()), replayed
+
+
+def test_steps_are_timed_once(tmp_path):
+    """At the first start; the next one has the same times. What is chosen by them is what plain decoding emits."""
+    mode = settings_of("FULL_AND_PIECEWISE")
+    plain = generate(PAIR / "target", REQUESTS, **mode)
+    drafting = {"speculative_config": {"model": str(PAIR / "draft")}}
+    settings = {"model": str(PAIR / "target"), **mode, **drafting}
+    environment = {"VLLM_CACHE_ROOT": str(tmp_path)}
+    first, log = run_alone(run_batches, settings, REQUESTS, environment=environment)
+    assert "Timing the steps took" in log and "plain decoding" in log and "Nodes by batch size" in log
+    (file,) = (tmp_path / "longspec").iterdir()
+    written = file.read_text()
+    second, log = run_alone(run_batches, settings, REQUESTS, environment=environment)
+    assert "of an earlier start" in log and "Timing the steps took" not in log and file.read_text() == written
+    assert first["tokens"] == second["tokens"] == plain.tokens
+    times = StepTimes.from_json(json.dumps(json.loads(written)["times"]))
+    assert times.device == torch.cuda.get_device_name()
+    # Whatever the GPU: graphs take time, and a larger batch is not much faster.
+    for table in (times.verify, times.draft):
+        for points in table.values():
+            assert all(time > 0 for _, time in points)
+            assert points[-1][1] > 0.5 * points[0][1]
 
 
 def _count_replays(settings: dict) -> dict[str, int]:

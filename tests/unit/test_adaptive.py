@@ -23,7 +23,7 @@ COST = StepCost(target=32e9, token=131072, drafting=GlideCost(level=1.3e9, num_l
 
 
 def choices(max_batch_size: int = 256) -> list[list[int]]:
-    return nodes_by_batch_size(config(24, default_schedule(68, QUERIES_PER_KV_HEAD)), max_batch_size, adapt=True)
+    return nodes_by_batch_size(config(24, default_schedule(68, QUERIES_PER_KV_HEAD)), max_batch_size, choose=True)
 
 
 def budget_of(num_tokens: int = 16384, **settings) -> AdaptiveVerification:
@@ -162,7 +162,7 @@ class Server:
         self.batch_size, self.num_tokens = batch_size, batch_size * CONTEXT
         self.shape = auto_shape(queries) if auto else DEFAULT_SHAPE
         schedule = default_schedule(self.shape.num_nodes, queries)
-        self.choices = nodes_by_batch_size(config(schedule[0][2], schedule, self.shape), batch_size, adapt=True)
+        self.choices = nodes_by_batch_size(config(schedule[0][2], schedule, self.shape), batch_size, choose=True)
         cost = cost_of(model, is_quantised=True)
         assert isinstance(cost.drafting, GlideCost)
         self.cost = replace(cost, drafting=replace(cost.drafting, shape=self.shape))

@@ -357,28 +357,47 @@ def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):
 
 SCHEDULE = [(1, 8, 4)]
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
-DEFAULT_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 0)]
+DEFAULT_SCHEDULE = [(1, 16, 10), (17, 32, 7), (33, 64, 3), (65, 128, 1), (129, 256, 0)]
+# Where nothing says what a step costs.
+CHEAP_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 0)]
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "options", "adapts", "schedule"),
+    ("on_gpu", "options", "schedule", "chosen_by"),
     [
-        (True, {}, True, DEFAULT_SCHEDULE),
-        (True, {"adapt_nodes": False}, False, DEFAULT_SCHEDULE),
+        (True, {}, DEFAULT_SCHEDULE, "acceptance, measured"),
+        (True, {"step_costs": "shipped"}, DEFAULT_SCHEDULE, "acceptance"),
+        (True, {"adapt_nodes": False}, DEFAULT_SCHEDULE, "cost, measured"),
+        (True, {"adapt_nodes": False, "step_costs": "shipped"}, DEFAULT_SCHEDULE, "cost"),
         # Accepted is what was asked for, of however few nodes.
-        (True, SYNTHETIC, False, DEFAULT_SCHEDULE),
+        (True, SYNTHETIC, DEFAULT_SCHEDULE, "cost, measured"),
         # What the user says is what is done.
-        (True, {"num_speculative_tokens_per_batch_size": SCHEDULE}, False, SCHEDULE),
-        (True, {"num_speculative_tokens_per_batch_size": SCHEDULE, "adapt_nodes": True}, True, SCHEDULE),
-        # Triton's interpreter verifies all nodes unless it is told otherwise.
-        (False, {}, False, None),
-        (False, {"adapt_nodes": True}, True, DEFAULT_SCHEDULE),
+        (True, {"num_speculative_tokens_per_batch_size": SCHEDULE}, SCHEDULE, ""),
+        (
+            True,
+            {"num_speculative_tokens_per_batch_size": SCHEDULE, "adapt_nodes": True},
+            SCHEDULE,
+            "acceptance, measured",
+        ),
+        # Triton's interpreter verifies all nodes unless it is told otherwise, and has no graphs whose time says much.
+        (False, {}, None, ""),
+        (False, {"adapt_nodes": True}, DEFAULT_SCHEDULE, "acceptance"),
+        (False, {"adapt_nodes": True, "step_costs": "measure"}, DEFAULT_SCHEDULE, "acceptance"),
     ],
 )
-def test_how_many_nodes_are_verified_by_default(monkeypatch, target, draft, on_gpu, options, adapts, schedule):
+def test_how_many_nodes_are_verified_by_default(monkeypatch, target, draft, on_gpu, options, schedule, chosen_by):
     found = find_draft(monkeypatch, on_gpu, target, draft, **options)
-    assert found.options.adaptive_verification is adapts
+    assert found.options.adaptive_verification is chosen_by.startswith("acceptance")
+    assert found.options.nodes_by_cost is chosen_by.startswith("cost")
+    assert found.options.measures_costs is chosen_by.endswith("measured")
     assert found.vllm_options.get("num_speculative_tokens_per_batch_size") == schedule
+
+
+@pytest.mark.parametrize("value", ["measured", True, 1, []])
+def test_where_costs_come_from_is_one_of_two_words(target, draft, value):
+    with pytest.raises(ValueError, match="step_costs must be 'measure' or 'shipped', got ") as error:
+        create(target, speculative_config={"model": draft, "step_costs": value})
+    refused(error)
 
 
 # With two queries for each KV head; three levels have no 60 nodes.
@@ -437,8 +456,11 @@ def test_levels_are_not_chosen_where_nothing_is_followed(monkeypatch, tmp_path, 
 def test_a_quantised_target_has_no_cost_to_adapt_to(monkeypatch, tmp_path, target, draft):
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
     found = find_draft(monkeypatch, True, quantised, draft)
-    assert found.options.adaptive_verification is False
+    assert found.options.adaptive_verification is False and found.options.measures_costs
     assert found.vllm_options["num_speculative_tokens_per_batch_size"] == DEFAULT_SCHEDULE
+    shipped = find_draft(monkeypatch, True, quantised, draft, step_costs="shipped")
+    assert not shipped.options.chooses_nodes
+    assert shipped.vllm_options["num_speculative_tokens_per_batch_size"] == CHEAP_SCHEDULE
     with pytest.raises(ValueError, match="adapt_nodes is not supported with a target of quantization='") as error:
         find_draft(monkeypatch, True, quantised, draft, adapt_nodes=True)
     refused(error)

@@ -15,7 +15,7 @@ from tests.unit.test_schedule import auto_shape
 from vllm_longspec import plugin
 from vllm_longspec.options import LongSpecOptions, attach_options
 from vllm_longspec.runner.graphs import DraftGraphs
-from vllm_longspec.scheduling.schedule import default_schedule, nodes_by_batch_size
+from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule, nodes_by_batch_size
 from vllm_longspec.tree.shape import TreeShape
 
 CAPTURE_SIZES = [1, 2, 4, *range(8, 513, 8)]
@@ -106,6 +106,19 @@ def test_no_graph_is_captured_that_no_batch_would_run(shape):
     assert captured[0] < captured[1]
     # The others are vLLM's.
     assert target._capture_descs[CUDAGraphMode.PIECEWISE] == vllms._capture_descs[CUDAGraphMode.PIECEWISE]
+
+
+def test_less_than_an_eighth_of_a_graph_is_padding():
+    schedule = default_schedule(68, 5, MOST_ROWS)
+    target = CudaGraphManager(config(24, 256, schedule, True), "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 25)
+    target._graphs_captured = True
+    choices = nodes_by_batch_size(config(24, 256, schedule, True).speculative_config, 256, True)
+    for batch_size, (number, *_) in list(enumerate(choices))[1:]:
+        graph: Any = target.dispatch(batch_size, batch_size * (1 + number), 1 + number, 0)
+        # Of few rows a request vLLM itself has a size for every eight rows.
+        assert graph.num_reqs - batch_size < max(graph.num_reqs / 8, 8 / (1 + number))
+        assert batch_size > 8 or number == 0 or graph.num_reqs == batch_size
+    assert len(target._capture_descs[CUDAGraphMode.FULL]) < 120
 
 
 def test_a_batch_that_became_smaller_has_the_graphs_of_what_it_drafted():

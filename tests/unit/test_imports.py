@@ -50,7 +50,7 @@ ALLOWED = {
         "version",
     },
     "scheduling": {"compat", "options", "proposers", "targets", "tree"},
-    "runner": {"attention", "copying", "options", "proposers", "scheduling", "targets", "tree"},
+    "runner": {"attention", "copying", "options", "proposers", "scheduling", "targets", "tree", "version"},
     "configure": {"attention", "frequent_tokens", "options", "proposers", "scheduling", "targets", "tree"},
     "cli": {"configure", "options", "proposers"},
     # It names the modules of its commands, which are imported when they are called.

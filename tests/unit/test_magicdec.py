@@ -418,7 +418,7 @@ class Engine:
         self.batch_size, self.num_tokens = batch_size, batch_size * context
         shape = TreeShape((1,) * GAMMA)
         schedule = MagicDecSetup().schedule(GAMMA)
-        self.choices = nodes_by_batch_size(config(schedule[0][2], schedule), batch_size, adapt=True)
+        self.choices = nodes_by_batch_size(config(schedule[0][2], schedule), batch_size, choose=True)
         self.cost = cost_of("llama-3-8b-262k")
         self.adaptive = AdaptiveVerification(self.choices, self.cost, lambda: self.num_tokens, shape)
         self.debts = [0.0] * GAMMA

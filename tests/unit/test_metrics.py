@@ -47,12 +47,12 @@ def request(sampling_params=None):
     return SimpleNamespace(sampling_params=sampling_params or SamplingParams())
 
 
-def scheduler_of(speculative_config, requests, log_stats=True, adaptive=None):
+def scheduler_of(speculative_config, requests, log_stats=True, chosen=None):
     """What the statistics read of a scheduler; vLLM's own for a draft of another kind."""
     scheduler = object.__new__(TreeScheduler if speculative_config is TREE else Scheduler)
     vars(scheduler).update(
         max_depth=5,
-        adaptive=adaptive,
+        chosen=chosen,
         unchecked=set(),
         log_stats=log_stats,
         num_spec_tokens=68,
@@ -114,7 +114,7 @@ def test_nothing_is_counted_where_nobody_asked_for_statistics():
         "grammar": request(),
         "unchecked grammar": request(),
     }
-    scheduler = scheduler_of(TREE, requests, log_stats=False, adaptive=budget)
+    scheduler = scheduler_of(TREE, requests, log_stats=False, chosen=budget)
     # The tree may have been checked in a step before it had a grammar to check.
     scheduler.unchecked = {"unchecked grammar"}
     steps = [(24, 3, "plain"), (24, 2, "penalty"), (8, 1, "plain"), (5, 5, "plain"), (24, 4, "grammar")]

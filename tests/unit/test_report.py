@@ -103,6 +103,18 @@ def test_tables(results):
     assert "|vllmbenchserve|a-modeldefault,context1,024,batch1|5.5|5|+10.0%|" in found
 
 
+def test_how_long_engines_take_to_start(results):
+    assert "## Start-up" not in report(read([results]))
+    # Cells of one engine are one start.
+    for context in (1024, 16384):
+        append(results, cell("plain", context, 4, 20.0, start_seconds=31.4))
+        append(results, cell("default", context, 4, 20.0, start_seconds=52.0))
+    append(results, cell("default", 1024, 4, 20.0, start_seconds=38.6, run="wednesday"))
+    found = rows(report(read([results])).split("## Start-up")[1])
+    assert "|aGPU|a-model|plain|1|31|31|" in found
+    assert "|aGPU|a-model|default|2|39|52|" in found
+
+
 def test_other_devices_are_compared_with_themselves(results):
     other = MACHINE | {"device": "another GPU"}
     append(results, cell("default", 1024, 1, 2.0, environment=other))

@@ -39,7 +39,7 @@ def auto_shape(queries_per_kv_head):
 
 def limits(speculative_config, max_batch_size):
     """The one number of every batch size from 1 on."""
-    choices = nodes_by_batch_size(speculative_config, max_batch_size, adapt=False)[1:]
+    choices = nodes_by_batch_size(speculative_config, max_batch_size, choose=False)[1:]
     assert all(len(numbers) == 1 for numbers in choices)
     return [number for (number,) in choices]
 
@@ -77,11 +77,11 @@ def test_without_a_schedule_every_batch_verifies_all_nodes():
 
 def test_a_number_that_adapts_is_one_of_the_schedules_and_not_above_the_batchs_own():
     schedule = [(1, 2, 24), (3, 4, 8), (5, 5, 0)]
-    choices = nodes_by_batch_size(config(24, schedule), 6, adapt=True)[1:]
+    choices = nodes_by_batch_size(config(24, schedule), 6, choose=True)[1:]
     assert choices == [[24, 8, 0], [24, 8, 0], [8, 0], [8, 0], [0], [0]]
     # Numbers of larger batches than there may be are numbers, too, and so is 0.
-    assert nodes_by_batch_size(config(24, schedule), 1, adapt=True)[1] == [24, 8, 0]
-    assert nodes_by_batch_size(config(8, [(1, 1, 24), (2, 2, 4)]), 1, adapt=True)[1] == [8, 4, 0]
+    assert nodes_by_batch_size(config(24, schedule), 1, choose=True)[1] == [24, 8, 0]
+    assert nodes_by_batch_size(config(8, [(1, 1, 24), (2, 2, 4)]), 1, choose=True)[1] == [8, 4, 0]
 
 
 @pytest.mark.parametrize("queries_per_kv_head", [1, 2, 4, 5, 8, 256])
@@ -95,8 +95,8 @@ def test_levels_are_chosen_with_the_nodes(queries_per_kv_head):
         assert min(abs(number - num_nodes) for number in numbers) < len(LEVEL_CHOICES)
         drafted = shape.for_best(num_nodes)
         assert drafted.max_depth == shape.num_levels(num_nodes) == levels <= num_nodes <= drafted.num_nodes
-    choices = nodes_by_batch_size(config(schedule[0][2], schedule, shape), 256, adapt=True)
-    limits = nodes_by_batch_size(config(schedule[0][2], schedule), 256, adapt=False)
+    choices = nodes_by_batch_size(config(schedule[0][2], schedule, shape), 256, choose=True)
+    limits = nodes_by_batch_size(config(schedule[0][2], schedule), 256, choose=False)
     for chosen, (limit,) in list(zip(choices, limits, strict=True))[1:]:
         assert chosen == sorted({0, *(number for number, _ in shape.plans if number <= limit)}, reverse=True)
 

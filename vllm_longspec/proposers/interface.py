@@ -31,7 +31,16 @@ if TYPE_CHECKING:
 DraftingCost = Callable[[int, int, float], float]
 # The plugin's options that every proposer has unless it says otherwise.
 SHARED_OPTIONS = frozenset(
-    {"tree_shape", "gamma", "copy_length", "frequent_tokens", "couple_noise", "adaptive_verification", "adapt_nodes"}
+    {
+        "tree_shape",
+        "gamma",
+        "copy_length",
+        "frequent_tokens",
+        "couple_noise",
+        "adaptive_verification",
+        "adapt_nodes",
+        "step_costs",
+    }
 )
 
 

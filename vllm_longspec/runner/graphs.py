@@ -70,7 +70,7 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
         original(self)
         return
     build_lookup = cudagraph_utils.build_dynamic_sd_schedule_lookup
-    if options.adaptive_verification:
+    if options.chooses_nodes:
         numbers = numbers_of_nodes(config)
         # vLLM reads only which numbers are in the table, from entry 1 on.
         cudagraph_utils.build_dynamic_sd_schedule_lookup = lambda *_, **__: [0, *numbers]
@@ -81,7 +81,7 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
 
     if self.decode_query_len > 1:
         # Not the draft's graphs, in which a request is one row.
-        _drop_unused(self, nodes_by_batch_size(config, self.max_num_reqs, options.adaptive_verification))
+        _drop_unused(self, nodes_by_batch_size(config, self.max_num_reqs, options.chooses_nodes))
     uniform = [desc for descs in self._capture_descs.values() for desc in descs if desc.uniform_token_count is not None]
     uniform.sort(key=lambda desc: desc.num_tokens)
     for (num_tokens, num_active_loras), candidates in self._candidates.items():
@@ -94,7 +94,10 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
 
 
 def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) -> None:
-    """Removes the graphs of numbers of nodes that no batch of their size verifies; `choices` are by batch size."""
+    """Removes the graphs of numbers of nodes that no batch of their size verifies; `choices` are by batch size.
+
+    Of the others so many are left that less than an eighth of a graph is padding.
+    """
     # A batch may be smaller than when it drafted, and seldom is larger: then it runs without such a graph.
     largest = {1 + number: size for size, numbers in enumerate(choices) if size > 0 for number in numbers}
     uniform = [desc for descs in manager._capture_descs.values() for desc in descs if desc.uniform_token_count]
@@ -107,5 +110,18 @@ def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) ->
         if next_smaller.get(kind, 0) >= largest.get(desc.uniform_token_count, 0):
             unused.add(desc)
         next_smaller[kind] = desc.num_reqs
+    kinds: dict[tuple[int, int], list[BatchExecutionDescriptor]] = {}
+    for desc in sorted(set(uniform) - unused, key=lambda desc: desc.num_tokens, reverse=True):
+        if desc.uniform_token_count is not None and desc.uniform_token_count > 1:
+            kinds.setdefault((desc.uniform_token_count, desc.num_active_loras), []).append(desc)
+    for descs in kinds.values():
+        sizes = [desc.num_reqs or 0 for desc in descs]
+        larger = sizes[0]
+        for desc, size, smaller in zip(descs[1:], sizes[1:], [*sizes, 0][2:], strict=True):
+            # Without it a batch of one more request than the next size has would be padded to the larger one.
+            if larger - (smaller + 1) < larger / 8:
+                unused.add(desc)
+            else:
+                larger = size
     for listed in (*manager._capture_descs.values(), *manager._candidates.values()):
         listed[:] = [desc for desc in listed if desc not in unused]

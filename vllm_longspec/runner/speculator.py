@@ -100,7 +100,7 @@ class TreeSpeculator(DraftModelSpeculator):
             "Proposer %s: tree shape %s, %s%d of %d nodes verified, %s%s",
             self.options.proposer,
             str(shape),
-            "up to " if self.options.adaptive_verification else "",
+            "up to " if self.options.chooses_nodes else "",
             self.num_speculative_steps,
             shape.num_nodes,
             self._describe_copying(),
@@ -139,7 +139,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self.vllm_config,
             self.device,
             CUDAGraphMode.FULL_DECODE_ONLY if use_graphs else CUDAGraphMode.NONE,
-            nodes_by_batch_size(self.speculative_config, self.max_num_reqs, self.options.adaptive_verification),
+            nodes_by_batch_size(self.speculative_config, self.max_num_reqs, self.options.chooses_nodes),
         )
 
     def capture(self) -> None:

@@ -94,14 +94,15 @@ class _PathLengths:
         return means
 
 
-class AdaptiveVerification:
-    """Replaces the scheduler's lookup table: entry `batch_size` is the K of the next step.
+class NodesByCost:
+    """Replaces the scheduler's lookup table: entry `batch_size` is the K of the next step, here without feedback.
 
     Args:
         choices: numbers of nodes to choose from, by batch size; entry 0 is not used.
         cost: (requests, nodes per request, cached tokens of all) -> cost of a step in steps of plain decoding.
         num_cached_tokens: returns the cached tokens of all decoding requests.
         shape: the tree, and the levels that are drafted for a number of nodes.
+        accepted: tokens that the largest number of nodes is accepted for; by default those of a typical draft.
     """
 
     def __init__(
@@ -110,17 +111,62 @@ class AdaptiveVerification:
         cost: Callable[[int, int, int], float],
         num_cached_tokens: Callable[[], int],
         shape: TreeShape,
+        accepted: float | None = None,
     ):
         self.choices = [sorted(numbers) for numbers in choices]
         self.cost = cost
         self.num_cached_tokens = num_cached_tokens
-        # K -> steps summed over requests, and their accepted tokens; both decayed
-        self.steps = {num_nodes: 0.0 for num_nodes in sorted(set().union(*self.choices[1:])) if num_nodes > 0}
-        self.accepted = dict.fromkeys(self.steps, 0.0)
-        self.levels = {num_nodes: shape.num_levels(num_nodes) for num_nodes in self.steps}
-        self.typical = {num_nodes: typical_acceptance(num_nodes) for num_nodes in self.steps}
+        numbers = sorted(set().union(*self.choices[1:]) - {0})
+        self.levels = {num_nodes: shape.num_levels(num_nodes) for num_nodes in numbers}
+        self.typical = {num_nodes: typical_acceptance(num_nodes) for num_nodes in numbers}
         self.is_chain = shape.max_width == 1
         self.paths = _PathLengths(max([TYPICAL_LEVELS, *self.levels.values()]))
+        typical = self._typical_acceptance()
+        quality = accepted / typical[numbers[-1]] if accepted is not None and numbers else 1.0
+        self.acceptance = {0: 0.0, **{number: min(number, quality * typical[number]) for number in numbers}}
+
+    def __getitem__(self, batch_size: int) -> int:
+        choices = self.choices[batch_size]
+        # Counting is slow for large batches, which often have a single choice.
+        return self.best(batch_size, self.num_cached_tokens()) if len(choices) > 1 else choices[0]
+
+    def best(self, batch_size: int, num_tokens: int) -> int:
+        """The K of a batch with so many cached tokens, of a draft that is accepted as a typical one."""
+        return max(
+            self.choices[batch_size],
+            key=lambda number: (1 + self.acceptance[number]) / self.cost(batch_size, number, num_tokens),
+        )
+
+    def observe(self, num_nodes: int, num_accepted: int) -> None:
+        """Counts a request's step with `num_nodes` nodes, of which `num_accepted` were accepted."""
+        return None
+
+    def _typical_acceptance(self) -> dict[int, float]:
+        """Accepted tokens of a typical draft whose paths are as long as counted, by number of nodes."""
+        means = self.paths.means()
+        if self.is_chain:
+            # Each node is a level, so its probability to be accepted is that of the path to reach it.
+            return {number: means[levels] for number, levels in self.levels.items()}
+        return {
+            number: self.typical[number] * means[levels] / means[min(number, TYPICAL_LEVELS)]
+            for number, levels in self.levels.items()
+        }
+
+
+class AdaptiveVerification(NodesByCost):
+    """The same with feedback: the K whose nodes have lately been worth most."""
+
+    def __init__(
+        self,
+        choices: Sequence[Sequence[int]],
+        cost: Callable[[int, int, int], float],
+        num_cached_tokens: Callable[[], int],
+        shape: TreeShape,
+    ):
+        super().__init__(choices, cost, num_cached_tokens, shape)
+        # K -> steps summed over requests, and their accepted tokens; both decayed
+        self.steps = dict.fromkeys(self.levels, 0.0)
+        self.accepted = dict.fromkeys(self.steps, 0.0)
         self.memory = LEVELS_MEMORY if shape.plans or self.is_chain else NODES_MEMORY
         self.decay = 0.5 ** (1 / self.memory.half_life)
         self.num_lookups = 0
@@ -185,15 +231,7 @@ class AdaptiveVerification:
 
     def _acceptance(self) -> dict[int, float]:
         """Expected accepted tokens of a request's step by its number of nodes."""
-        means = self.paths.means()
-        if self.is_chain:
-            # Each node is a level, so its probability to be accepted is that of the path to reach it.
-            typical = {number: means[levels] for number, levels in self.levels.items()}
-        else:
-            typical = {
-                number: self.typical[number] * means[levels] / means[min(number, TYPICAL_LEVELS)]
-                for number, levels in self.levels.items()
-            }
+        typical = self._typical_acceptance()
         # Accepted tokens relative to those of a typical draft.
         quality = (QUALITY_PRIOR_WEIGHT + sum(self.accepted.values())) / (
             QUALITY_PRIOR_WEIGHT + sum(steps * typical[number] for number, steps in self.steps.items())

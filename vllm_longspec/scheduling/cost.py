@@ -5,9 +5,11 @@ A step of plain decoding takes a constant time plus that of reading the weights 
 the proposer's `DraftingCost`. Verification reads nothing more, unless the target has experts: rows wake further ones.
 Every row adds time to the GEMMs, more once they are compute-bound, and to attention. The constants are for an H200;
 with GLIDE's they are within 8% of all measurements with contexts of 1k to 128k and batches of 1 to 64, of dense
-targets (benchmarks/results/speed.jsonl).
+targets (benchmarks/results/speed.jsonl). They serve where the engine's own steps were not timed
+(`vllm_longspec/scheduling/step_times.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from vllm_longspec import proposers
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.interface import DraftingCost
 from vllm_longspec.scheduling.schedule import BATCH_ROWS
+from vllm_longspec.scheduling.step_times import MeasuredCost, times_of
 from vllm_longspec.targets.families import (
     NO_EXPERTS,
     ExpertWeights,
@@ -32,7 +35,7 @@ STEP = 1.5e9
 # Time of each of the first `BATCH_ROWS` rows of a batch, and of each further row, in readings of the weights that a row
 # goes through.
 ROW = 0.0013
-FURTHER_ROW = 0.003
+FURTHER_ROW = 0.0045
 # Time of each node of a request, in readings of the request's cached K and V.
 NODE = 0.006
 
@@ -91,3 +94,12 @@ class StepCost:
         woken = self.experts.read(num_rows) - awake
         plain = STEP + self.target + awake + cache
         return 1 + (self.drafting(batch_size, num_nodes, cache) + verifying + woken) / plain
+
+
+def cost_of_steps(vllm_config: "VllmConfig") -> Callable[[int, int, int], float] | None:
+    """As its steps were timed, or by the constants; None for a quantised target whose steps were not."""
+    constants, times = StepCost.of(vllm_config), times_of(vllm_config.speculative_config)
+    if times is not None:
+        return MeasuredCost(times, constants.drafting, constants.token, constants)
+    # The constants assume weights of two bytes.
+    return constants if vllm_config.model_config.quantization is None else None

@@ -16,23 +16,29 @@ if TYPE_CHECKING:
 # Rows of a FlashAttention tile, one for each query token and head of a KV head's group. Every further tile of a request
 # reads the whole prefix again.
 PREFIX_TILE = 128
-# Rows of a batch that are verified at little cost, measured on an H200 (benchmarks/README.md).
+# Rows of a batch that are verified at little cost, measured on an H200 (benchmarks/README.md), for schedules that are
+# kept to whatever a step costs.
 BATCH_ROWS = 128
+# The most rows of a batch where the number is chosen by what a step costs. On an H200 so many cost 1.5 to 1.6 steps of
+# plain decoding, which pays for a draft that is often accepted; a GPU that reads more slowly has more of them to spare.
+MOST_ROWS = 2 * BATCH_ROWS
 # Numbers of levels to choose from where the levels are not given, in the order in which they get their nodes.
 LEVEL_CHOICES = (8, 5, 12, 3)
 
 
-def default_schedule(num_nodes: int, queries_per_kv_head: int) -> list[tuple[int, int, int]]:
+def default_schedule(
+    num_nodes: int, queries_per_kv_head: int, batch_rows: int = BATCH_ROWS
+) -> list[tuple[int, int, int]]:
     """Ranges of batch sizes with their number of nodes, at most `num_nodes`, as vLLM takes them: (first, last, nodes).
 
-    A batch larger than the last range takes the last range's number.
+    A batch has at most `batch_rows` rows. One larger than the last range takes the last range's number.
     """
     per_request = min(num_nodes, max(1, PREFIX_TILE // queries_per_kv_head - 1))
     schedule: list[tuple[int, int, int]] = []
     first, last, nodes = 1, 1, per_request
     while nodes > 0:
         # All sizes of a range have the number of the last one, so that few CUDA graphs are captured.
-        nodes = min(per_request, BATCH_ROWS // last - 1)
+        nodes = min(per_request, batch_rows // last - 1)
         if schedule and schedule[-1][2] == nodes:
             first = schedule.pop()[0]
         schedule.append((first, last, nodes))
@@ -61,10 +67,19 @@ def plan_levels(numbers: Sequence[int], shape: TreeShape) -> dict[int, int]:
     return plans
 
 
-def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt: bool) -> list[list[int]]:
+def within_rows(num_nodes: int, batch_rows: int, max_batch_size: int) -> list[int]:
+    """Number of nodes by batch size of the default schedule with at most `num_nodes`; entry 0 is not used."""
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    # The tile of a single request has already limited `num_nodes`.
+    schedule = default_schedule(num_nodes, 1, batch_rows)
+    return build_dynamic_sd_schedule_lookup(schedule, max_batch_size, schedule[0][2])
+
+
+def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, choose: bool) -> list[list[int]]:
     """Numbers of nodes to choose from by batch size, the largest first; entry 0 is not used.
 
-    With `adapt` these are all `numbers_of_nodes` up to the batch's own number, else that number alone.
+    With `choose` these are all `numbers_of_nodes` up to the batch's own number, else that number alone.
     """
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
@@ -74,7 +89,7 @@ def nodes_by_batch_size(config: "SpeculativeConfig", max_batch_size: int, adapt:
     limits = build_dynamic_sd_schedule_lookup(
         config.num_speculative_tokens_per_batch_size, max_batch_size, config.num_speculative_tokens
     )
-    if not adapt:
+    if not choose:
         return [[limit] for limit in limits]
     numbers = numbers_of_nodes(config)
     return [[number for number in numbers if number <= limit] for limit in limits]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -21,12 +22,14 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_longspec.compat.differences import grammar_mask_stride
 from vllm_longspec.options import options_of
-from vllm_longspec.scheduling.adaptive import AdaptiveVerification
-from vllm_longspec.scheduling.cost import StepCost
+from vllm_longspec.scheduling.adaptive import AdaptiveVerification, NodesByCost
+from vllm_longspec.scheduling.cost import cost_of_steps
 from vllm_longspec.scheduling.grammar import FillBudget, TreeGrammars
 from vllm_longspec.scheduling.metrics import TreeDecodingStats
-from vllm_longspec.scheduling.schedule import nodes_by_batch_size
+from vllm_longspec.scheduling.schedule import BATCH_ROWS, nodes_by_batch_size, within_rows
+from vllm_longspec.scheduling.step_times import describe_numbers, describe_times, times_of
 from vllm_longspec.tree.state import NO_TOKEN
+from vllm_longspec.tree.synthetic_rates import set_acceptance
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig
@@ -35,6 +38,11 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# A child of vLLM's logger, so that vLLM's logging configuration applies.
+logger = init_logger(f"vllm.{__name__}")
+
+# Tokens of context of each request for which start-up says how many nodes are verified.
+LOGGED_CONTEXT = 4096
 # Part of the rows beside the running requests' own that nodes get at least while prompts want them too.
 MIN_NODE_SHARE = 0.25
 
@@ -66,20 +74,51 @@ class TreeSchedulerMixin(_Base):
         )
         # Requests of the latest step with masks some of whose nodes were not checked against their grammar.
         self.unchecked: set[str] = set()
-        self.adaptive: AdaptiveVerification | None = None
+        self.chosen: NodesByCost | None = None
         max_batch_size = self.scheduler_config.max_num_seqs
-        if options.adaptive_verification:
-            choices = nodes_by_batch_size(speculative_config, max_batch_size, adapt=True)
-            self.adaptive = AdaptiveVerification(
-                choices, StepCost.of(self.vllm_config), self._num_cached_tokens, options.tree_shape
+        cost = cost_of_steps(self.vllm_config) if options.chooses_nodes else None
+        if cost is not None:
+            choices = nodes_by_batch_size(speculative_config, max_batch_size, choose=True)
+            self.chosen = (
+                AdaptiveVerification(choices, cost, self._num_cached_tokens, options.tree_shape)
+                if options.adaptive_verification
+                else NodesByCost(
+                    choices,
+                    cost,
+                    self._num_cached_tokens,
+                    options.tree_shape,
+                    set_acceptance(speculative_config),
+                )
             )
             # vLLM only ever reads entry `batch_size`.
-            table: Any = self.adaptive
+            table: Any = self.chosen
             self.dynamic_sd_lookup = table
+            self._log_choice(self.chosen)
+        elif options.chooses_nodes:
+            self.dynamic_sd_lookup = within_rows(self.num_spec_tokens, BATCH_ROWS, max_batch_size)
+            logger.info_once(
+                "Steps were not timed, and what a quantised target's cost is not known without: nodes by batch size %s",
+                describe_numbers(self.dynamic_sd_lookup),
+            )
         elif self.dynamic_sd_lookup is None:
             # Without a table vLLM pads a new decoding request to a whole list of draft tokens, or delays it until they
             # fit. With one it schedules the root alone.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (max_batch_size + 1)
+
+    def _log_choice(self, chosen: NodesByCost) -> None:
+        """Says once what steps cost and how many nodes follow from that."""
+        options, times = options_of(self.vllm_config.speculative_config), times_of(self.vllm_config.speculative_config)
+        assert options is not None
+        context = min(LOGGED_CONTEXT, self.max_model_len // 2)
+        numbers = [chosen.best(size, size * context) for size in range(1, len(chosen.choices))]
+        logger.info_once(
+            "%s. Nodes by batch size at a typical acceptance and %d tokens of context: %s",
+            "Costs of steps are those of an H200"
+            if times is None
+            else f"Steps on {times.device}: {describe_times(times, options.tree_shape.num_levels)}",
+            context,
+            describe_numbers([0, *numbers]),
+        )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._cut_lists()
@@ -239,8 +278,8 @@ class TreeSchedulerMixin(_Base):
         request_id: str,
     ) -> SpecDecodingStats | None:
         # Nodes that were not checked against a grammar could not be accepted.
-        if self.adaptive is not None and request_id not in self.unchecked:
-            self.adaptive.observe(num_draft_tokens, num_accepted_tokens)
+        if self.chosen is not None and request_id not in self.unchecked:
+            self.chosen.observe(num_draft_tokens, num_accepted_tokens)
         if not self.log_stats:
             return None
         if spec_decoding_stats is None:

@@ -35,6 +35,14 @@ def rates_by_depth(options: Mapping[str, Any], shape: TreeShape) -> dict[str, An
     return {"synthetic_acceptance_rates": rates + [0.0] * (num_nodes - depth), "synthetic_acceptance_length": None}
 
 
+def set_acceptance(config: "SpeculativeConfig") -> float | None:
+    """Accepted tokens of a step that verifies all levels; None if not synthetic."""
+    if config.rejection_sample_method != "synthetic":
+        return None
+    assert config.synthetic_acceptance_rates is not None
+    return sum(config.synthetic_acceptance_rates)
+
+
 def conditional_rates(config: "SpeculativeConfig", max_depth: int) -> list[float] | None:
     """Probability of accepting a node at depth 1, 2, .. `max_depth` whose parent is accepted; None if not synthetic."""
     from vllm.v1.spec_decode.utils import unconditional_to_conditional_rates

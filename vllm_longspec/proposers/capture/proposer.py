@@ -113,5 +113,11 @@ class CaptureProposer(Proposer):
         return "what requests ask for is captured"
 
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
-        """No batch has nodes (`CaptureSetup.vllm_options`)."""
-        raise RuntimeError("the method capture drafts nothing: serve with a draft, or without speculative decoding")
+        """Chains of token 0: the scheduler gives no batch a node (`CaptureSetup.vllm_options`), vLLM's warm-up does."""
+        shape = (requests.idx_mapping.shape[0], num_nodes)
+        return Candidates(
+            tokens=torch.zeros(shape, dtype=torch.int64, device=self.device),
+            parents=torch.arange(-1, num_nodes - 1, dtype=torch.int32, device=self.device).expand(shape).contiguous(),
+            log_probs=torch.zeros(shape, dtype=torch.float32, device=self.device),
+            shape=TreeShape((1,) * num_nodes),
+        )

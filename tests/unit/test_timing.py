@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing of CUDA graphs at start-up, without a GPU: vLLM's own preparation of inputs, graphs whose time is known."""
+
+import json
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.input_batch import InputBuffers
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorBatchDescriptor
+
+from tests.unit.test_graphs import CAPTURE_SIZES, FIXED, config
+from vllm_longspec import patches, plugin
+from vllm_longspec.options import LongSpecOptions, attach_options
+from vllm_longspec.runner import times_file, timing
+from vllm_longspec.runner.graphs import DraftGraphs
+from vllm_longspec.runner.speculator import TreeSpeculator
+from vllm_longspec.runner.times_file import TimesFile
+from vllm_longspec.runner.timing import CONTEXT, REPLAYS, WARM_UP, StepTimer, time_of
+from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule, nodes_by_batch_size
+from vllm_longspec.scheduling.step_times import StepTimes, times_of
+
+BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN, VOCAB_SIZE = 16, 4096, 32768, 100
+MAX_NUM_SEQS = 32
+HIDDEN = 8
+READ = 1e-5  # milliseconds of a cached token
+DRAFT = 0.5  # milliseconds of a draft, and of each request
+
+
+class Clock:
+    """The GPU's, which only graphs move."""
+
+    now = 0.0
+
+    @classmethod
+    def event(cls, enable_timing: bool) -> Any:
+        assert enable_timing
+        event = SimpleNamespace(time=None, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "time", cls.now)
+        event.elapsed_time = lambda later: later.time - event.time
+        return event
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch, tmp_path):
+    plugin.register()
+    rank = SimpleNamespace(
+        is_first_rank=True, is_last_rank=True, broadcast_object=lambda obj=None, src=0: obj, world_size=1
+    )
+    monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.get_pp_group", lambda: rank)
+    monkeypatch.setattr(
+        "vllm.v1.worker.gpu.cudagraph_utils.current_platform", SimpleNamespace(get_global_graph_pool=lambda: None)
+    )
+    monkeypatch.setattr(timing, "get_tp_group", lambda: rank)
+    monkeypatch.setattr(timing, "current_platform", SimpleNamespace(get_device_name=lambda: "GPU"))
+    monkeypatch.setattr(torch.cuda, "Event", Clock.event)
+    monkeypatch.setattr(times_file, "what_times_depend_on", lambda vllm_config: {"device": "GPU"})
+    monkeypatch.setattr(timing, "what_times_depend_on", lambda vllm_config: {"device": "GPU"})
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+
+
+def forward(num_rows: int) -> float:
+    return 10 + 0.01 * num_rows
+
+
+class BlockTables:
+    block_sizes = (BLOCK_SIZE,)
+
+    def __init__(self):
+        self.table = torch.full((MAX_NUM_SEQS, MAX_MODEL_LEN // BLOCK_SIZE), 99, dtype=torch.int32)
+
+    def get_dummy_block_tables(self, num_reqs: int):
+        return (self.table[:num_reqs].zero_(),)
+
+
+class Runner:
+    """What `StepTimer` uses of vLLM's runner: buffers, tables and managers are those of vLLM, or like them."""
+
+    def __init__(self, num_nodes: int = 24, has_graphs: bool = True, draft_has_graphs: bool = True):
+        schedule = default_schedule(num_nodes, 5, MOST_ROWS)
+        self.vllm_config: Any = config(num_nodes, MAX_NUM_SEQS, schedule, adapt=True)
+        self.max_num_reqs, self.max_model_len, self.vocab_size = MAX_NUM_SEQS, MAX_MODEL_LEN, VOCAB_SIZE
+        self.device = torch.device("cpu")
+        self.choices = nodes_by_batch_size(self.vllm_config.speculative_config, MAX_NUM_SEQS, choose=True)
+        self.input_buffers = InputBuffers(MAX_NUM_SEQS, CAPTURE_SIZES[-1], self.device)
+        self.block_tables = BlockTables()
+        self.kv_cache_config = SimpleNamespace(num_blocks=NUM_BLOCKS)
+        self.attn_groups: list = []
+        mode = CUDAGraphMode.FULL_AND_PIECEWISE if has_graphs else CUDAGraphMode.NONE
+        manager: Any = CudaGraphManager(self.vllm_config, "cpu", mode, 1 + num_nodes)
+        manager._graphs_captured = True
+        manager.run_fullgraph = self._run_target
+        self.cudagraph_manager = manager
+        self.replayed: list[tuple[str, BatchExecutionDescriptor]] = []
+        self.prepared: Any = None
+        self.model_state = SimpleNamespace(prepare_attn=self._prepare_attn)
+        self.model = SimpleNamespace(compute_logits=self._compute_logits)
+        self.num_logits: list[int] = []
+        draft_mode = CUDAGraphMode.FULL_DECODE_ONLY if draft_has_graphs else CUDAGraphMode.NONE
+        self.speculator: Any = object.__new__(TreeSpeculator)
+        graphs: Any = DraftGraphs(self.vllm_config, "cpu", draft_mode, self.choices)
+        graphs.graphs = dict.fromkeys(graphs._capture_descs.get(CUDAGraphMode.FULL, ()))
+        graphs._graphs_captured = True
+        graphs.run_fullgraph = self._run_draft
+        self.speculator.graphs = graphs
+        self.speculator.idx_mapping = torch.zeros(MAX_NUM_SEQS, dtype=torch.int64)
+
+    def prepare_dummy_attn(self, batch: Any) -> tuple:
+        return self.block_tables.get_dummy_block_tables(batch.num_reqs), torch.full((1, batch.num_tokens), -1)
+
+    def _prepare_attn(self, batch: Any, mode, block_tables, slot_mappings, groups, kv_cache_config, for_capture):
+        assert for_capture and mode == CUDAGraphMode.FULL
+        assert (slot_mappings == -1).all()
+        # A mixture of experts drops padding, and sends the same token to the same experts.
+        assert not batch.is_padding.any() and (batch.num_tokens < 8 or batch.input_ids.unique().numel() > 1)
+        self.prepared = batch, block_tables
+
+    def _run_target(self, desc: BatchExecutionDescriptor) -> torch.Tensor:
+        assert self.prepared is not None and desc.num_reqs is not None
+        batch, block_tables = self.prepared
+        assert (batch.num_reqs, batch.num_tokens) == (desc.num_reqs, desc.num_tokens)
+        rows = desc.num_tokens // desc.num_reqs
+        contexts = batch.seq_lens - rows
+        assert (contexts >= 0).all() and contexts.unique().numel() == 1
+        if contexts[0]:
+            # All blocks that are read exist.
+            used = block_tables[0][:, : -(-int(batch.seq_lens[0]) // BLOCK_SIZE)]
+            assert used.min() >= 0 and used.max() < NUM_BLOCKS and used.unique().numel() > used.shape[1] // 2
+        Clock.now += forward(desc.num_tokens) + READ * int(contexts.sum()) * (1 + 0.01 * (rows - 1))
+        self.replayed.append(("target", desc))
+        return torch.zeros(desc.num_tokens, HIDDEN)
+
+    def _compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.num_logits.append(hidden_states.shape[0])
+        return hidden_states
+
+    def _run_draft(self, desc: SpeculatorBatchDescriptor) -> None:
+        assert desc.num_reqs is not None
+        assert (self.speculator.idx_mapping == -1).all()
+        Clock.now += DRAFT * (1 + desc.num_reqs)
+        self.replayed.append(("draft", desc))
+
+
+def timer_of(runner: Any) -> StepTimer:
+    return StepTimer(runner)
+
+
+def test_every_number_is_timed_with_the_graphs_that_batches_run():
+    runner: Any = Runner()
+    times = timer_of(runner).times()
+    assert times is not None and times.device == "GPU"
+    assert times.numbers() == [1, 3, 7, 15, 24]
+    assert times.verify.keys() == times.read.keys() == {0, *times.draft}
+    for number, points in times.verify.items():
+        largest = max(size for size, numbers in enumerate(runner.choices) if size and number in numbers)
+        assert [size for size, _ in points][-1] == largest
+        for size, time in points:
+            graph = runner.cudagraph_manager.dispatch(size, size * (1 + number), 1 + number, 0)
+            assert time == pytest.approx(forward(graph.num_tokens))
+            if number:
+                padded = runner.speculator.graphs.find(size, number).num_reqs
+                assert dict(times.draft[number])[size] == pytest.approx(DRAFT * (1 + padded))
+        for _, time in times.read[number]:
+            assert time == pytest.approx(READ * (1 + 0.01 * number), rel=1e-6)
+    # Only the rows of the batch go through the head.
+    assert max(runner.num_logits) <= MOST_ROWS
+    assert StepTimes.from_json(times.to_json()) == times
+    # Nothing of it is left for the first batch.
+    assert not runner.block_tables.table.any()
+
+
+def test_all_ranks_replay_the_same_graphs_in_the_same_order():
+    """Whatever their clocks say: graphs contain collectives."""
+    first, second = Runner(), Runner()
+    timer_of(first).times()
+    Clock.now += 1e6
+    timer_of(second).times()
+    assert first.replayed == second.replayed
+    assert len(first.replayed) % (REPLAYS + WARM_UP) == 0
+
+
+def test_a_short_cache_limits_the_context():
+    runner: Any = Runner()
+    runner.kv_cache_config.num_blocks = 8
+    times = timer_of(runner).times()
+    assert times is not None
+    assert times.read[24][0][1] == pytest.approx(READ * 1.24, rel=1e-6)
+    assert CONTEXT > 8 * BLOCK_SIZE
+
+
+def test_without_graphs_nothing_is_timed():
+    for runner in (Runner(has_graphs=False), Runner(draft_has_graphs=False)):
+        assert timer_of(runner).times() is None
+        assert not any(kind == "draft" for kind, _ in runner.replayed)
+
+
+def test_the_median_of_the_replays_counts():
+    durations = iter([50.0, *[2.0, 9.0, 1.0, 3.0, 2.5]])
+
+    def run() -> None:
+        Clock.now += next(durations)
+
+    assert time_of(run) == pytest.approx(2.5)
+    assert next(durations, None) is None
+
+
+def worker_of(runner: Any) -> Any:
+    return SimpleNamespace(model_runner=runner)
+
+
+def test_the_next_start_has_the_same_times_and_measures_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level("INFO")
+    first = timing.time_steps(worker_of(Runner()))
+    assert first is not None and "the times are kept in" in caplog.text
+    caplog.clear()
+    runner: Any = Runner()
+    Clock.now += 5
+    assert timing.time_steps(worker_of(runner)) == first
+    assert runner.replayed == [] and "of an earlier start" in caplog.text
+
+
+def test_without_graphs_start_up_says_so_and_keeps_nothing(caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level("INFO")
+    assert timing.time_steps(worker_of(Runner(has_graphs=False))) is None
+    assert "Steps are not timed" in caplog.text
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_first_rank_decides_for_all(monkeypatch, tmp_path):
+    """Another rank has no file, runs the same graphs and gets the first one's times; or runs none, like that."""
+    theirs = timer_of(Runner()).times()
+    for found in (None, theirs):
+        answers = iter([found] if found is not None else [None, theirs])
+        group = SimpleNamespace(is_first_rank=False, broadcast_object=lambda obj=None, src=0: next(answers))  # noqa: B023
+        monkeypatch.setattr(timing, "get_tp_group", lambda group=group: group)
+        runner: Any = Runner()
+        assert timing.time_steps(worker_of(runner)) is theirs
+        assert bool(runner.replayed) == (found is None)
+        assert not list(tmp_path.rglob("*.json"))
+
+
+TIMES = StepTimes("GPU", {0: ((1, 10.0),), 4: ((1, 11.0),)}, {4: ((1, 0.5),)}, {0: ((1, 0.0),), 4: ((1, 0.0),)})
+
+
+def test_a_file_for_each_key(tmp_path):
+    one, other = TimesFile({"device": "A", "levels": (4, 16)}), TimesFile({"device": "B", "levels": (4, 16)})
+    assert one.read() is None
+    one.write(TIMES)
+    read = TimesFile({"levels": [4, 16], "device": "A"}).read()
+    assert read is not None and read.to_json() == TIMES.to_json()
+    assert other.read() is None
+    assert one.path.parent == tmp_path / "longspec" and len(list(one.path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"key": 1}', "cut", "other"])
+def test_a_damaged_file_is_said_and_replaced(damage, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    file = TimesFile({"device": "A"})
+    file.write(TIMES)
+    whole = file.path.read_text()
+    if damage == "cut":
+        damage = whole[: len(whole) // 2]
+    elif damage == "other":
+        damage = json.dumps(json.loads(whole) | {"key": {"device": "B"}})
+    file.path.write_text(damage)
+    assert file.read() is None
+    assert str(file.path) in caplog.text and "timed anew" in caplog.text
+    file.write(TIMES)
+    assert file.path.read_text() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    (tmp_path / "longspec").write_text("a file")
+    file = TimesFile({"device": "A"})
+    file.write(TIMES)
+    assert "cannot be written" in caplog.text and file.read() is None
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_times_reach_the_process_of_the_scheduler(measures):
+    """vLLM builds the scheduler from the configuration of the executor, once that has warmed up its workers."""
+    calls: list[Any] = []
+    speculative_config: Any = SimpleNamespace()
+    options = LongSpecOptions("glide", FIXED, adaptive_verification=True, measures_costs=measures)
+    attach_options(speculative_config, options)
+
+    def collective_rpc(method: Any) -> list[StepTimes | None]:
+        calls.append(method)
+        return [TIMES, None]
+
+    vllm_config = SimpleNamespace(speculative_config=speculative_config)
+    executor: Any = SimpleNamespace(vllm_config=vllm_config, collective_rpc=collective_rpc)
+    patches._compile_or_warm_up_model(lambda self: calls.append("vLLM's"), executor)
+    assert calls == ["vLLM's", *([patches._time_steps] if measures else [])]
+    assert times_of(speculative_config) is (TIMES if measures else None)
+
+
+def test_engines_without_trees_are_not_timed():
+    for speculative_config in (None, SimpleNamespace()):
+        executor: Any = SimpleNamespace(vllm_config=SimpleNamespace(speculative_config=speculative_config))
+        calls: list[Any] = []
+        patches._compile_or_warm_up_model(calls.append, executor)
+        assert calls == [executor]

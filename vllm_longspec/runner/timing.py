@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the CUDA graphs of an engine right after they were captured, for `vllm_longspec/scheduling/step_times.py`.
+
+Every rank replays the same graphs in the same order, since they contain collectives; the clock of the first decides.
+As in vLLM's own dummy runs, no request is in the batch: slots of the cache are padding, to which nothing is written,
+and block tables name blocks that are only read.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.input_batch import InputBatch, set_dummy_context
+
+from vllm_longspec.options import options_of
+from vllm_longspec.runner.speculator import TreeSpeculator
+from vllm_longspec.runner.times_file import TimesFile, what_times_depend_on
+from vllm_longspec.scheduling.schedule import nodes_by_batch_size
+from vllm_longspec.scheduling.step_times import StepTimes
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.worker_base import WorkerBase
+
+# A child of vLLM's logger, so that vLLM's logging configuration applies.
+logger = init_logger(f"vllm.{__name__}")
+
+# Replays of each graph, of which the median counts, and before them.
+REPLAYS, WARM_UP = 5, 1
+# The longest context with which graphs are timed, in tokens of a request, and the largest batch.
+CONTEXT, CONTEXT_BATCH = 16384, 4
+
+
+@torch.inference_mode()
+def time_steps(worker: "WorkerBase") -> StepTimes | None:
+    """The times of the first rank, from its cache or measured now; None without full CUDA graphs.
+
+    Called on every rank, after vLLM has captured the graphs.
+    """
+    assert worker.model_runner is not None
+    runner: GPUModelRunner = worker.model_runner
+    group = get_tp_group()
+    first = group.is_first_rank
+    file = TimesFile(what_times_depend_on(runner.vllm_config)) if first else None
+    found = group.broadcast_object(file.read() if file is not None else None, src=0)
+    if found is not None:
+        if file is not None:
+            logger.info("The times of steps are those of an earlier start (%s).", file.path)
+        return found
+
+    start = time.perf_counter()
+    times = group.broadcast_object(StepTimer(runner).times(), src=0)
+    if file is not None and times is None:
+        logger.info(
+            "Steps are not timed, since neither target nor draft run in full CUDA graphs: their costs are those of an "
+            "H200."
+        )
+    elif file is not None and times is not None:
+        logger.info("Timing the steps took %.1f s; the times are kept in %s.", time.perf_counter() - start, file.path)
+        logger.debug("Times of steps: %s", times.to_json())
+        file.write(times)
+    return times
+
+
+class StepTimer:
+    def __init__(self, runner: "GPUModelRunner"):
+        config = runner.vllm_config.speculative_config
+        options = options_of(config)
+        assert config is not None and options is not None and isinstance(runner.speculator, TreeSpeculator)
+        self.runner = runner
+        self.speculator = runner.speculator
+        # vLLM has already seeded the device's own.
+        self.generator = torch.Generator(runner.device)
+        self.choices = nodes_by_batch_size(config, runner.max_num_reqs, options.chooses_nodes)
+
+    def times(self) -> StepTimes | None:
+        """None if plain decoding or every number of nodes lacks graphs."""
+        verify: dict[int, list[tuple[int, float]]] = {}
+        draft: dict[int, list[tuple[int, float]]] = {}
+        read: dict[int, list[tuple[int, float]]] = {}
+        for number in sorted(set().union(*self.choices[1:])):
+            sizes = [size for size in self._sizes(number) if self._has_graphs(size, number)]
+            if not sizes:
+                if number == 0:
+                    return None
+                continue
+            verify[number] = [(size, self._time_verification(size, number)) for size in sizes]
+            if number > 0:
+                draft[number] = [(size, self._time_draft(size, number)) for size in sizes]
+            known = dict(verify[number])
+            read[number] = [
+                (size, self._time_token(size, number, known[size])) for size in sizes if size in (1, CONTEXT_BATCH)
+            ] or [(sizes[0], self._time_token(sizes[0], number, known[sizes[0]]))]
+        # What padding leaves behind in the tables is zero.
+        self.runner.block_tables.get_dummy_block_tables(self.runner.max_num_reqs)
+        return StepTimes(current_platform.get_device_name(), verify, draft, read) if draft else None
+
+    def _sizes(self, number: int) -> list[int]:
+        """Batch sizes for which a number of nodes is timed: powers of two, and the largest that may have it."""
+        largest = max(size for size, numbers in enumerate(self.choices) if size > 0 and number in numbers)
+        return sorted({*(1 << power for power in range(largest.bit_length())), largest})
+
+    def _graph(self, batch_size: int, number: int) -> "BatchExecutionDescriptor":
+        manager = self.runner.cudagraph_manager
+        assert manager is not None
+        return manager.dispatch(
+            batch_size, batch_size * (1 + number), uniform_token_count=1 + number, num_active_loras=0
+        )
+
+    def _has_graphs(self, batch_size: int, number: int) -> bool:
+        if self.runner.cudagraph_manager is None:
+            return False
+        graph = self._graph(batch_size, number)
+        # Graphs of any number of tokens have no trees.
+        has_graph = graph.cg_mode == CUDAGraphMode.FULL and (number == 0 or graph.uniform_token_count == 1 + number)
+        return has_graph and (number == 0 or self.speculator.graphs.find(batch_size, number) is not None)
+
+    def _time_verification(self, batch_size: int, number: int, context: int = 0) -> float:
+        """Milliseconds of the target's forward pass, head and greedy sampling, `context` cached tokens a request."""
+        runner, graph = self.runner, self._graph(batch_size, number)
+        manager = runner.cudagraph_manager
+        assert manager is not None and graph.num_reqs is not None
+        # The steps of vLLM's dummy runs, which cannot be asked for a number of rows a request.
+        batch = InputBatch.make_dummy(graph.num_reqs, graph.num_tokens, runner.input_buffers, is_padding=False)
+        # Different tokens, so that a mixture of experts reads as many as with texts; the same on every rank.
+        batch.input_ids.random_(0, runner.vocab_size, generator=self.generator.manual_seed(0))
+        block_tables, slot_mappings = runner.prepare_dummy_attn(batch)
+        if context:
+            set_dummy_context(
+                batch,
+                runner.block_tables,
+                context,
+                runner.kv_cache_config.num_blocks,
+                runner.max_model_len,
+                input_block_tables=block_tables,
+            )
+        runner.model_state.prepare_attn(
+            batch,
+            graph.cg_mode,
+            block_tables,
+            slot_mappings,
+            runner.attn_groups,
+            runner.kv_cache_config,
+            for_capture=True,
+        )
+        num_rows = batch_size * (1 + number)
+
+        def replay() -> None:
+            hidden_states = manager.run_fullgraph(graph)
+            if isinstance(hidden_states, tuple):
+                hidden_states = hidden_states[0]
+            assert isinstance(hidden_states, torch.Tensor)
+            logits = runner.model.compute_logits(hidden_states[:num_rows])
+            # What sampling does at least with every row. With tensor parallelism not every rank may have the logits.
+            if logits is not None:
+                logits.float().argmax(dim=-1)
+
+        return time_of(replay)
+
+    def _time_token(self, batch_size: int, number: int, without: float) -> float:
+        """Milliseconds that a cached token adds; `without` is the time of the same graph without a context."""
+        graph = self._graph(batch_size, number)
+        assert graph.num_reqs is not None
+        cache = self.runner.kv_cache_config.num_blocks * self.runner.block_tables.block_sizes[0]
+        context = min(CONTEXT, self.runner.max_model_len - (1 + number), cache // graph.num_reqs)
+        if context <= 0:
+            return 0.0
+        time = self._time_verification(batch_size, number, context)
+        return max(0.0, time - without) / (graph.num_reqs * context)
+
+    def _time_draft(self, batch_size: int, number: int) -> float:
+        """Milliseconds of a draft of padding requests, for which nothing is written, as when it was captured."""
+        graph = self.speculator.graphs.find(batch_size, number)
+        assert graph is not None
+        self.speculator.idx_mapping.fill_(-1)
+        return time_of(lambda: self.speculator.graphs.run_fullgraph(graph))
+
+
+def time_of(run: Callable[[], object]) -> float:
+    """Median milliseconds of `run` on the GPU, one after the other without a wait in between."""
+    for _ in range(WARM_UP):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    events[-1].synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in pairwise(events))
