@@ -48,7 +48,7 @@ def texts_of(archive: Path, domain: str) -> Iterator[str]:
     if domain.startswith("code"):
         paths = sorted((archive / "django").rglob("*.py"))
         # Other files when it comes again.
-        for path in paths[1 :: 2] if domain.endswith("again") else paths[::2]:
+        for path in paths[1::2] if domain.endswith("again") else paths[::2]:
             yield path.read_text(errors="replace")
     elif domain == "prose":
         for path in sorted((archive / "docs").rglob("*.txt")):
@@ -61,8 +61,8 @@ def texts_of(archive: Path, domain: str) -> Iterator[str]:
                     yield text + "\n"
 
 
-def encode(archive: Path, num_tokens: int) -> dict[str, list[int]]:
-    """Up to `num_tokens` tokens of each domain, in texts of a random order."""
+def encode(archive: Path, num_tokens: int) -> tuple[dict[str, list[int]], int]:
+    """Up to `num_tokens` tokens of each domain, in texts of a random order, and the size of the vocabulary."""
     import mistral_common
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
@@ -127,7 +127,7 @@ class Walk:
         texts = torch.zeros(self.batch, self.request_tokens, dtype=torch.int32)
         roots = torch.full((self.batch,), self.request_tokens)
         slots = torch.arange(self.batch)
-        steps = []
+        steps: list[tuple[float, float]] = []
         waiting = iter(requests)
         while True:
             if self.learns:

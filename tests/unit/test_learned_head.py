@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.shapes import SHAPES
 from vllm_longspec.frequent_tokens import first_tokens
 from vllm_longspec.proposers.glide.head import write_rows
+from vllm_longspec.proposers.glide.head_size import LOST, MAX_LOST, choose_head_size
 from vllm_longspec.proposers.glide.learned_head import (
     EXCHANGED,
     HALVING,
@@ -22,6 +24,7 @@ from vllm_longspec.proposers.glide.learned_head import (
     choose_exchange,
     count_tokens,
 )
+from vllm_longspec.proposers.glide.setup import GlideSetup
 from vllm_longspec.proposers.interface import Requests, Roots
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -248,3 +251,42 @@ def test_prompts_need_no_more_than_a_bounded_number_of_rows():
     assert learner.num_exchanged == 100
     _, learner = learner_of(20000, 4000)
     assert learner.num_exchanged == EXCHANGED
+
+
+def size_for(model: str, num_ranks: int = 1, **overrides: int) -> int | None:
+    shape = {**SHAPES[model], **overrides}
+    return choose_head_size(SimpleNamespace(**shape), shape["vocab_size"], num_ranks)
+
+
+def test_a_head_learns_where_it_pays():
+    for model in ("qwq-32b", "llama-3-8b-262k"):
+        size = size_for(model)
+        assert size is not None and LOST[size] <= MAX_LOST
+    # The layers are so many that the head is nothing beside them.
+    assert size_for("qwq-32b", num_hidden_layers=640) is None
+    # A whole head is split over the ranks, a smaller one is not.
+    assert size_for("qwq-32b", num_ranks=8) is None
+    # The vocabularies of the trained pairs and of Llama 2.
+    assert [size_for("llama-3-8b-262k", vocab_size=size) for size in (4096, 16384, 32000)] == [None] * 3
+
+
+@pytest.mark.parametrize("given", [None, "auto", "auto:32768"])
+@pytest.mark.parametrize("quantization", [None, "fp8_per_channel", "fp8_per_tensor"])
+def test_a_head_with_one_scale_does_not_learn(given, quantization, tmp_path):
+    """A row that is written later may not fit the scale of those before."""
+    shape = SHAPES["qwq-32b"]
+    target: Any = SimpleNamespace(hf_text_config=SimpleNamespace(**shape), get_vocab_size=lambda: shape["vocab_size"])
+    checkpoint: Any = SimpleNamespace(model=str(tmp_path))
+    ranks: Any = SimpleNamespace(tensor_parallel_size=1)
+    setup = GlideSetup(checkpoint, None)
+
+    def size() -> str | int | None:
+        return setup.frequent_tokens(given, {"quantization": quantization}, target, ranks)
+
+    if quantization != "fp8_per_tensor":
+        assert size() == (32768 if given == "auto:32768" else size_for("qwq-32b"))
+    elif given == "auto:32768":
+        with pytest.raises(ValueError, match=r"which has one scale .* a file of tokens"):
+            size()
+    else:
+        assert size() is None

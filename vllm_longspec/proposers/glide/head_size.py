@@ -2,8 +2,7 @@
 """How many tokens a head that learns them has room for: as many as make a token cheapest to decode.
 
 A smaller head is read faster by each level, and now and then the next token has no row. What that costs was measured
-with texts whose domain changes, in a vocabulary of 131,072 tokens (docs/performance.md#a-head-that-learns); a part of
-a smaller vocabulary misses no more, because its tokens are more frequent.
+with texts whose language changes, in a vocabulary of 131,072 tokens (docs/performance.md#a-head-that-learns).
 """
 
 from typing import TYPE_CHECKING
@@ -15,8 +14,11 @@ from vllm_longspec.targets.families import target_weights
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Share of the tokens per step that is lost by number of tokens.
-LOST = {8192: 0.03, 16384: 0.015, 32768: 0.005, 65536: 0.002}
+# Upper bounds of the share of the tokens per step that is lost, some hundred steps after a change of language, by the
+# number of tokens.
+LOST = {16384: 0.065, 32768: 0.045, 65536: 0.02}
+# No more may be lost, whatever is gained: what is lost depends on the texts.
+MAX_LOST = 0.02
 # Less is not worth a head of its own.
 MIN_GAIN = 0.01
 MIN_HEAD_SIZE = 16
@@ -34,7 +36,7 @@ def choose_head_size(target: "PretrainedConfig", vocab_size: int, num_ranks: int
         return plain + len(DEFAULT_LEVELS) * (LEVEL + cost.level)
 
     # By time per token.
-    times = {size: time(size) / (1 - lost) for size, lost in LOST.items() if size < vocab_size}
+    times = {size: time(size) / (1 - lost) for size, lost in LOST.items() if size < vocab_size and lost <= MAX_LOST}
     if not times:
         return None
     best = min(times, key=times.__getitem__)
