@@ -9,7 +9,8 @@ again; in the vocabulary of 131,072 tokens that comes with mistral-common, which
 served in a batch, an equal part of a text's tokens being prompts. No model runs. A walk goes along the text, which is
 what a target would emit: in a step each request emits `EMITTED` tokens, and a draft with all tokens would be right with
 the same probability at each level, so that a step emits 3.82 tokens. A draft whose head lacks a token is wrong there.
-Real drafts are wrong about rare tokens more often, so this is an upper bound of what is lost.
+A real draft is wrong about rare tokens more often than about others, and no model runs here whose alternatives the
+head would learn, so more is lost than in an engine.
 
 "no prompts" leaves out the counts of prompts: as if the target answered in a language that nobody has asked in.
 
@@ -94,6 +95,12 @@ class Head:
         self.is_in = torch.zeros(vocab_size, dtype=torch.bool)
         self.is_in[self.token_ids] = True
         self.num_rows = 0
+        # There is no target whose alternatives could be counted: the same token always, which is in the head.
+        self.logits = torch.full((1, vocab_size), -100.0)
+        self.logits[0, 0] = 0.0
+
+    def target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.logits
 
     def replace_tokens(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         self.num_rows += int((self.token_ids[slots] != tokens).sum())
@@ -131,7 +138,7 @@ class Walk:
         waiting = iter(requests)
         while True:
             if self.learns:
-                self.learner.start_step()
+                self.learner.start_step(torch.zeros(1, 1))
             # Those that have ended make room, one a step.
             ended = (roots >= self.request_tokens).nonzero()[:, 0]
             if len(ended):

@@ -14,10 +14,12 @@ from vllm_longspec.frequent_tokens import first_tokens
 from vllm_longspec.proposers.glide.head import write_rows
 from vllm_longspec.proposers.glide.head_size import LOST, MAX_LOST, choose_head_size
 from vllm_longspec.proposers.glide.learned_head import (
+    ALTERNATIVE,
     EXCHANGED,
     HALVING,
     INTERVAL,
     MAX_URGENT,
+    PROBABLE,
     UNIT,
     URGENT_INTERVAL,
     HeadLearner,
@@ -29,6 +31,7 @@ from vllm_longspec.proposers.interface import Requests, Roots
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_MODEL_LEN = 700
+HIDDEN = torch.zeros(3, 4, device=DEVICE)
 
 
 def counted(vocab_size, texts, slots, roots, num_new):
@@ -124,6 +127,14 @@ class Head:
         self.token_ids = torch.arange(size, device=DEVICE)
         self.token_counts = torch.zeros(vocab_size, dtype=torch.int64, device=DEVICE)
         self.num_exchanges = 0
+        self.seen: list[torch.Tensor] = []
+        # Of one row; by default all rows have a token as probable that is always there.
+        self.logits = torch.full((vocab_size,), -100.0, device=DEVICE)
+        self.logits[0] = 0.0
+
+    def target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.seen.append(hidden_states)
+        return self.logits.expand(len(hidden_states), -1)
 
     def replace_tokens(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         self.token_ids[slots] = tokens
@@ -143,7 +154,7 @@ def add_prompt(learner: HeadLearner, tokens: list[int]) -> None:
 
 def test_tokens_of_a_prompt_are_there_before_its_first_draft():
     head, learner = learner_of(20000, 2000, num_pinned=10)
-    learner.start_step()
+    learner.start_step(HIDDEN)
     add_prompt(learner, list(range(5000, 5200)))
     assert set(range(5000, 5200)) <= set(head.token_ids.tolist())
     assert set(range(10)) <= set(head.token_ids.tolist())
@@ -151,14 +162,14 @@ def test_tokens_of_a_prompt_are_there_before_its_first_draft():
 
 def test_the_tokens_of_a_long_prompt_are_added_within_a_bounded_number_of_steps():
     head, learner = learner_of(20000, 4000)
-    learner.start_step()
+    learner.start_step(HIDDEN)
     prompt = list(range(5000, 7000)) + list(range(5000, 5100)) * 40
     add_prompt(learner, prompt)
     # Those that occur most come first.
     assert set(range(5000, 5100)) <= set(head.token_ids.tolist())
     added = [head.num_exchanges]
     for _ in range(7 * URGENT_INTERVAL):
-        learner.start_step()
+        learner.start_step(HIDDEN)
         added.append(head.num_exchanges)
     assert set(range(5000, 7000)) <= set(head.token_ids.tolist())
     # Steps between two exchanges.
@@ -166,20 +177,20 @@ def test_the_tokens_of_a_long_prompt_are_added_within_a_bounded_number_of_steps(
     assert all(later - earlier >= URGENT_INTERVAL for earlier, later in itertools.pairwise(times))
     # What is needed is over; then once in a while.
     for _ in range(INTERVAL + MAX_URGENT * URGENT_INTERVAL):
-        learner.start_step()
+        learner.start_step(HIDDEN)
     before = head.num_exchanges
     for _ in range(10 * INTERVAL):
-        learner.start_step()
+        learner.start_step(HIDDEN)
     assert head.num_exchanges == before + 10
 
 
 def test_many_prompts_do_not_exchange_in_every_step():
     head, learner = learner_of(5000, 1000)
     for step in range(100):
-        learner.start_step()
+        learner.start_step(HIDDEN)
         add_prompt(learner, [2000 + step, 3000 + step])
     assert head.num_exchanges <= 1 + 100 // URGENT_INTERVAL
-    learner.start_step()
+    learner.start_step(HIDDEN)
     assert learner.num_urgent <= MAX_URGENT
 
 
@@ -192,7 +203,7 @@ def test_emitted_tokens_come_in_and_old_ones_go():
         num_new = torch.tensor([len(tokens)], dtype=torch.int32, device=DEVICE)
         requests = Requests(zero, Roots(zero, root, root.int()), num_new, len(tokens), text, text, 0, None)
         for _ in range(num_steps):
-            learner.start_step()
+            learner.start_step(HIDDEN)
             learner.count_emitted(requests)
 
     emit(list(range(500, 532)), INTERVAL + 1)
@@ -202,8 +213,22 @@ def test_emitted_tokens_come_in_and_old_ones_go():
     # Counts are halved.
     count = head.token_counts[500].item()
     for _ in range(HALVING):
-        learner.start_step()
+        learner.start_step(HIDDEN)
     assert head.token_counts[500].item() == count // 2
+
+
+def test_what_might_have_been_emitted_comes_in():
+    head, learner = learner_of(1000, 32)
+    head.logits[700:710], head.logits[710:720] = -PROBABLE + 0.01, -PROBABLE - 0.01
+    hidden = torch.arange(70, device=DEVICE).float().unsqueeze(1)
+    for _ in range(3 * INTERVAL):
+        learner.start_step(hidden)
+    assert set(range(700, 710)) <= set(head.token_ids.tolist()) and 710 not in head.token_ids.tolist()
+    # A bounded number of rows, spread over the step, before each exchange.
+    assert [rows[:, 0].tolist() for rows in head.seen] == [list(range(0, 70, 5))] * 3
+    assert head.token_counts[700].item() == 3 * 14 * ALTERNATIVE
+    # What is emitted counts more.
+    assert 14 * ALTERNATIVE < UNIT
 
 
 @pytest.mark.parametrize("size", [16, 20, 1000])

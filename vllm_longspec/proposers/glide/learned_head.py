@@ -2,7 +2,9 @@
 """A smaller head that follows what is served (docs/design.md#a-head-that-learns).
 
 A head of fewer rows than the vocabulary has slots, and each slot a token. The tokens of prompts and of answers are
-counted on the device; every few steps the most counted tokens outside take the slots of the least counted ones inside.
+counted on the device, and now and then those that the target might as well have emitted, which tell more of a language
+than has been said in it. Every few steps the most counted tokens outside take the slots of the least counted ones
+inside.
 The work of an exchange is bounded, nothing waits for the device, and what is exchanged depends on integers only: with
 tensor parallelism all ranks do the same in the same step. Slots change between two drafts, on their stream, so that a
 draft never sees a token with the row of another.
@@ -21,6 +23,11 @@ from vllm_longspec.proposers.interface import Requests, Roots
 # weight; an occurrence is forgotten after 16 halvings.
 UNIT = 1 << 16
 HALVING = 1024
+# What a token adds that is probable at one of the rows that are looked at, no more than so many of a step before each
+# exchange: at least exp(-PROBABLE) times as probable as the row's most probable one.
+ALTERNATIVE = UNIT // 16
+PROBABLE = 7.0
+MAX_ROWS = 16
 # Slots that are exchanged at a time, and steps from one exchange to the next.
 EXCHANGED = 256
 INTERVAL = 16
@@ -45,15 +52,28 @@ class HeadLearner:
         self.num_urgent = 0  # exchanges that new prompts need
         self.since_exchange = URGENT_INTERVAL
 
-    def start_step(self) -> None:
-        """Begins a step of the target, of prompts too. Never part of a CUDA graph."""
+    def start_step(
+        self,
+        hidden_states: torch.Tensor,  # [num_rows, hidden_size] of the target, what its head multiplies
+    ) -> None:
+        """Sees a step of the target, of prompts too. Never part of a CUDA graph."""
         assert self.model.token_counts is not None
         self.num_steps += 1
         self.since_exchange += 1
         if self.num_steps % HALVING == 0:
             self.model.token_counts.bitwise_right_shift_(1)
+        if self.num_steps % INTERVAL == 1:
+            self._count_alternatives(hidden_states)
         if self.since_exchange >= (URGENT_INTERVAL if self.num_urgent else INTERVAL):
             self._exchange()
+
+    def _count_alternatives(self, hidden_states: torch.Tensor) -> None:
+        assert self.model.token_counts is not None
+        some = hidden_states[:: triton.cdiv(hidden_states.shape[0], MAX_ROWS)]
+        logits = self.model.target_logits(some).float()
+        # No top-k: in which order it takes equal ones is not defined, and ranks must agree.
+        is_probable = logits >= logits.amax(dim=1, keepdim=True) - PROBABLE
+        self.model.token_counts.add_(is_probable.sum(dim=0), alpha=ALTERNATIVE)
 
     def count_emitted(self, requests: Requests) -> None:
         """Counts what the last step emitted; in CUDA graphs, too."""

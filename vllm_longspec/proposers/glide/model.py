@@ -152,6 +152,7 @@ class GlideForCausalLM(nn.Module):
     lm_head: nn.Module
     target_head: nn.Module
     logits_processor: LogitsProcessor
+    target_logits_processor: LogitsProcessor
     # int64 [draft_vocab_size] tokens of a restricted head; None for the whole vocabulary
     token_ids: torch.Tensor | None
     # int64 [vocab_size] of a restricted head that learns (`learned_head.py`), else None
@@ -209,7 +210,7 @@ class GlideForCausalLM(nn.Module):
         )
         self.rotary_emb = modules.rotary_emb
         self.lm_head = self.target_head = modules.lm_head
-        self.logits_processor = modules.logits_processor
+        self.logits_processor = self.target_logits_processor = modules.logits_processor
         self.token_ids = self.token_counts = None
 
     def take_own_head(
@@ -267,6 +268,12 @@ class GlideForCausalLM(nn.Module):
         assert self.token_ids is not None and self.token_counts is not None
         self.token_ids.index_copy_(0, slots, tokens)
         write_rows(self.lm_head, slots, rows_of_all_ranks(self.target_head, tokens))
+
+    def target_logits(
+        self,
+        hidden_states: torch.Tensor,  # [num_rows, hidden_size] of the target, what its head multiplies
+    ) -> torch.Tensor:  # [num_rows, vocab_size], the same on all ranks, which call it together
+        return self.target_logits_processor(self.target_head, hidden_states)
 
     @property
     def draft_vocab_size(self) -> int:

@@ -112,7 +112,7 @@ class GlideProposer(Proposer):
 
     def observe_step(self, step: ComputedStep) -> None:
         if self.learner is not None:
-            self.learner.start_step()
+            self.learner.start_step(step.hidden_states[: step.query_start_loc[-1]])
 
     def start(self, idx_mapping: torch.Tensor, roots: Roots, token_ids: torch.Tensor, max_root_position: int) -> None:
         self.window.rebuild(token_ids, idx_mapping, roots.positions, max_root_position)
