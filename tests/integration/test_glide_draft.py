@@ -429,7 +429,7 @@ def test_a_head_that_learns_has_the_rows_of_its_tokens(tmp_path, is_quantised):
     weight, token_ids = pair.draft.lm_head.weight, pair.draft.token_ids
 
     def check(expected_tokens: torch.Tensor) -> None:
-        assert token_ids is not None and pair.draft.token_ids is token_ids and token_ids.equal(expected_tokens)
+        assert pair.draft.token_ids is token_ids and torch.equal(pair.draft.token_ids, expected_tokens)
         expected = nn.functional.linear(hidden, head.weight[expected_tokens]).float()
         logits = pair.draft.compute_logits(hidden).float()
         assert logits.shape == (5, 20)
