@@ -75,7 +75,7 @@ def rows_of_all_ranks(
 
 
 def write_rows(
-    copied: ReplicatedLinear,  # of `copy_head`, not quantised or with one scale per row
+    copied: nn.Module,  # of `copy_head`, not quantised or with one scale per row
     slots: torch.Tensor,  # int64 [num_slots] different rows of the copy
     rows: torch.Tensor,  # [num_slots, hidden_size] what is written there
 ) -> None:
