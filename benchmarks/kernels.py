@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python -m benchmarks.kernels [attention children sample compact copy scores] [--out benchmarks/results/kernels.json]
+    python -m benchmarks.kernels [attention children sample compact copy scores learn]
+        [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
@@ -10,6 +11,8 @@
 - sample: sampling all rows of a tree with vLLM's sampler and without filtering every row, each with the walk;
 - compact: moving accepted K and V in all layers;
 - copy: what copied paths add to a draft;
+- learn: what a head of 65,536 rows that learns its tokens adds: counting what a step emitted, counting a prompt, and an
+  exchange of rows, the GPU's time and the host's; and the sum in a step in which nothing comes in but what is emitted;
 - scores: what choosing blocks by scores adds to a verification, of one layer, if all requests are due, if they take
   turns, and if none is, beside FlashAttention 3 for the same rows; and the tables that a draft step makes of it.
 
@@ -21,6 +24,7 @@ of; the median of some replays. What no graph can hold is the sum of its kernels
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +68,8 @@ SAMPLED = ((1, 25), (1, 69), (4, 25), (4, 69), (16, 8), (64, 2))
 MAX_DEPTH = 5
 # (batch, parents and children of a request) of levels; at batch 16 no level of the default tree is as wide as 7
 LEVELS = ((1, 16), (4, 16), (16, 16), (16, 7), (16, 6), (16, 5))
+# Rows of a head that learns its tokens.
+LEARNED_TOKENS = 65536
 # Of inputs that are used in turn.
 MAX_COPIES = 32
 
@@ -480,6 +486,58 @@ def scores() -> Iterator[Row]:
         yield row
 
 
+def learn() -> Iterator[Row]:
+    from vllm_longspec.proposers.glide.head import rows_of_all_ranks, write_rows
+    from vllm_longspec.proposers.glide.learned_head import EXCHANGED, INTERVAL, choose_exchange, count_tokens
+
+    vocab_size, hidden = QWQ_32B["vocab_size"], QWQ_32B["hidden_size"]
+    size = min(LEARNED_TOKENS, vocab_size // 2)
+    shard = SimpleNamespace(org_vocab_start_index=0, num_org_elements=vocab_size)
+    rows = torch.randn(vocab_size, hidden, device=DEVICE, dtype=DTYPE)
+    head: Any = SimpleNamespace(weight=rows, shard_indices=shard, tp_size=1)
+    counts = torch.randint(0, 1 << 40, (vocab_size,), device=DEVICE)
+    token_ids = torch.arange(size, device=DEVICE)
+    whole: Any = SimpleNamespace(weight=torch.zeros(size, hidden, device=DEVICE, dtype=DTYPE))
+    quantised: Any = SimpleNamespace(
+        weight=torch.zeros(size, hidden, device=DEVICE).to(torch.float8_e4m3fn).t(),
+        weight_scale=torch.ones(size, 1, device=DEVICE),
+    )
+
+    def exchange(copied: Any) -> None:
+        slots, tokens = choose_exchange(counts, token_ids, 16, min(EXCHANGED, size - 16))
+        token_ids.index_copy_(0, slots, tokens)
+        write_rows(copied, slots, rows_of_all_ranks(head, tokens))
+
+    def on_the_host(copied: Any, num_calls: int = 20) -> float:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(num_calls):
+            exchange(copied)
+        took = time.perf_counter() - started
+        return round(1e6 * took / num_calls, 2)
+
+    exchanges = {name: partial(exchange, copied) for name, copied in (("bf16", whole), ("fp8", quantised))}
+    times = {f"exchange, {name}": measure_without_graph(call) for name, call in exchanges.items()}
+    times["exchange, fp8, host"] = on_the_host(quantised)
+    for num_reqs in BATCHES:
+        slots = torch.arange(num_reqs, device=DEVICE)
+        roots = torch.full((num_reqs,), 16384, device=DEVICE)
+        text = torch.randint(0, vocab_size, (num_reqs, 16384), device=DEVICE, dtype=torch.int32)
+        emitted = torch.full((num_reqs,), MAX_DEPTH + 1, device=DEVICE, dtype=torch.int32)
+        prompt = torch.full_like(emitted, 16384)
+        counted = measure([partial(count_tokens, counts, text, slots, roots, emitted, MAX_DEPTH + 1)])
+        yield {
+            "batch": num_reqs,
+            "rows": size,
+            "exchanged": EXCHANGED,
+            "count emitted": counted,
+            "count prompts of 16k": measure([partial(count_tokens, counts, text, slots, roots, prompt, 16384)]),
+            **times,
+            "a step, fp8": round(counted + times["exchange, fp8"] / INTERVAL, 2),
+        }
+
+
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "attention": attention,
     "children": children,
@@ -487,6 +545,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "compact": compact,
     "copy": copy,
     "scores": scores,
+    "learn": learn,
 }
 
 

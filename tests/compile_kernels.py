@@ -45,6 +45,7 @@ from vllm_longspec.options import PartialAttention
 from vllm_longspec.proposers.glide.embedding import embed_and_normalise
 from vllm_longspec.proposers.glide.fp8_inputs import activate, add
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
+from vllm_longspec.proposers.glide.learned_head import count_tokens
 from vllm_longspec.proposers.glide.rotation import RotaryTable
 from vllm_longspec.proposers.glide.window import DraftWindow
 from vllm_longspec.proposers.glide.window_attention import window_attention, write_window
@@ -328,6 +329,7 @@ def compile_window_kernels(max_new: int) -> None:
     window = DraftWindow(4, model, torch.float32, torch.device("cpu"))
     token_ids = torch.zeros(4, 100, dtype=torch.int32)
     window.append(token_ids, slots, roots.positions, counts[:2], max_new)
+    count_tokens(torch.zeros(50, dtype=torch.int64), token_ids, slots, roots.positions, counts[:2], max_new)
 
 
 def compile_copy_kernels(copy_length: int, max_model_len: int, num_nodes: int) -> None:

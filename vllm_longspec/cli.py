@@ -61,7 +61,8 @@ def add_cli_args(
         "--speculative-frequent-tokens",
         metavar="FILE",
         help="The tokens that a GLIDE draft may draw, as --speculative-config '{\"frequent_tokens\": FILE}'; see "
-        "vllm-longspec frequent-tokens --help. A smaller head drafts faster; the output does not change.",
+        f"vllm-longspec frequent-tokens --help. {AUTO} learns them from what is served, {AUTO}:N with room for N. A "
+        "smaller head drafts faster; the output does not change.",
     )
     group.add_argument(
         "--speculative-copy-length",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_longspec import proposers
 from vllm_longspec.attention.registry import choose_attention_backend
-from vllm_longspec.frequent_tokens import read_frequent_tokens
+from vllm_longspec.frequent_tokens import num_frequent_tokens
 from vllm_longspec.options import (
     AUTO,
     DEFAULT_LEVELS,
@@ -124,9 +124,9 @@ def configure(
     support.check_target(target, draft)
     setup.check(target)
     draft_vocab_size = target.get_vocab_size()
-    frequent_tokens = setup.frequent_tokens(own.get("frequent_tokens"))
+    frequent_tokens = setup.frequent_tokens(own.get("frequent_tokens"), given, target, parallel_config)
     if frequent_tokens is not None:
-        draft_vocab_size = len(read_frequent_tokens(frequent_tokens, draft_vocab_size))
+        draft_vocab_size = num_frequent_tokens(frequent_tokens, draft_vocab_size)
     copy_length = parse_copy_length(own)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)

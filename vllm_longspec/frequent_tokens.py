@@ -10,6 +10,9 @@ that is not on the list is just never drafted.
 
 The file is a JSON list of token ids. It is given to vLLM as `--speculative-frequent-tokens FILE`, or saved beside the
 draft's weights under the name `frequent_tokens.json`.
+
+A head that learns its tokens (`vllm_longspec/proposers/glide/learned_head.py`) needs no file: `first_tokens` are those
+that it begins with.
 """
 
 import argparse
@@ -18,7 +21,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 FILE_NAME = "frequent_tokens.json"
 
@@ -47,9 +53,46 @@ def read_frequent_tokens(path: str | Path, vocab_size: int) -> list[int]:
     return token_ids
 
 
+def num_frequent_tokens(frequent_tokens: str | int, vocab_size: int) -> int:
+    """How many tokens a file names, or a head has that learns them. Raises as `read_frequent_tokens`."""
+    if isinstance(frequent_tokens, int):
+        return frequent_tokens
+    return len(read_frequent_tokens(frequent_tokens, vocab_size))
+
+
 def most_frequent(counts: Counter[int], size: int) -> list[int]:
     """The `size` most frequent token ids, or fewer, most frequent first; ties in the order of their ids."""
     return sorted(counts, key=lambda token_id: (-counts[token_id], token_id))[:size]
+
+
+def first_tokens(size: int, vocab_size: int, always: Iterable[int]) -> tuple[list[int], int]:
+    """The `size` tokens of a head that has seen no text yet, and how many of them it must keep; those come first.
+
+    These are `always`, up to a quarter of all, and the tokens of lowest id. Byte pair encoders number tokens in the
+    order of their merges, bytes first, and unigram models by probability: both from frequent to rare. (Llama 2's rarest
+    characters come last.) A vocabulary in another order begins with tokens that may be rare, and learns from there.
+    """
+    kept = list(islice(dict.fromkeys(token_id for token_id in always if 0 <= token_id < vocab_size), size // 4))
+    is_kept = set(kept)
+    others = (token_id for token_id in range(vocab_size) if token_id not in is_kept)
+    return kept + list(islice(others, size - len(kept))), len(kept)
+
+
+def special_tokens(model_config: "ModelConfig") -> list[int]:
+    """Ends of texts, then the special and added tokens of the tokenizer, those in its chat template first."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    found: list[int] = []
+    for end in (model_config.hf_text_config.eos_token_id, model_config.try_get_generation_config().get("eos_token_id")):
+        found += end if isinstance(end, list) else [] if end is None else [end]
+    # None with `skip_tokenizer_init`.
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is not None:
+        added = tokenizer.get_added_vocab()
+        template = str(getattr(tokenizer, "chat_template", None) or "")
+        found += [token_id for text, token_id in added.items() if text in template]
+        found += [*tokenizer.all_special_ids, *sorted(added.values())]
+    return list(dict.fromkeys(found))
 
 
 def _tokens_of(tokenizer: Any, paths: Iterable[Path]) -> Iterator[int]:

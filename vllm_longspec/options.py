@@ -61,7 +61,8 @@ class LongSpecOptions:
 
     proposer: str  # a name in `vllm_longspec/proposers/__init__.py`
     tree_shape: TreeShape  # as drafted, before it is cut to the nodes that are verified; bounds all that are chosen
-    frequent_tokens: str | None = None  # file of the tokens that may be drafted; None for the whole vocabulary
+    # File of the tokens that may be drafted, or how many with a head that learns them; None for the whole vocabulary.
+    frequent_tokens: str | int | None = None
     couple_noise: bool = True  # whether drafts are ranked with the noise of the target's draws
     adaptive_verification: bool = False  # whether the number of verified nodes follows the acceptance length
     copy_length: int = 0  # tokens that are copied from the request's own text beside the drafted tree; 0 for none

@@ -57,6 +57,18 @@ def test_a_draft_that_sees_a_part_of_the_cache():
     assert result.acceptance_length > 2
 
 
+def test_tokens_that_are_learned(monkeypatch):
+    """The draft's graphs read rows that are replaced between two replays, and nothing waits for the GPU."""
+    monkeypatch.setenv("VLLM_GPU_SYNC_CHECK", "error")
+    mode = settings_of("FULL_AND_PIECEWISE")
+    plain = generate(PAIR / "target", REQUESTS, **mode)
+    drafting = speculative(PAIR / "draft", DEFAULT_SHAPE, frequent_tokens="auto:512", copy_length=0)
+    result = generate(PAIR / "target", REQUESTS, **mode, **drafting)
+    assert_lossless(plain, result)
+    # The 512 tokens that it begins with would accept next to nothing.
+    assert result.acceptance_length > 1.8
+
+
 def test_blocks_by_scores():
     """Observers run in the graphs of the target, and every layer's table is made in that of the draft."""
     mode = settings_of("FULL_AND_PIECEWISE")

@@ -415,6 +415,48 @@ def test_a_head_is_quantised_with_its_draft(tmp_path, num_kept):
         assert pair.draft.lm_head.weight is weight
 
 
+@pytest.mark.parametrize("is_quantised", [False, True])
+def test_a_head_that_learns_has_the_rows_of_its_tokens(tmp_path, is_quantised):
+    target, draft = write_pair(tmp_path, "llama")
+    pair = load(target, draft, dtype="bfloat16")
+    head = pair.draft.lm_head
+    vocab_size = pair.draft.draft_vocab_size
+    if is_quantised:
+        pair.draft.quant_config = OnlineQuantizationConfig(
+            QuantizationConfigArgs(linear=QuantSpec(QUANT_KEY_NAMES["fp8_per_channel_static"]))
+        )
+    tokens = torch.tensor(random.Random(0).sample(range(vocab_size), 21), device=DEVICE)
+    with set_current_vllm_config(pair.speculator.vllm_config):
+        pair.draft.take_own_head(tokens[:20].clone(), learns=True)
+    hidden = torch.randn(5, head.weight.shape[1], device=DEVICE).to(torch.bfloat16)
+    weight, token_ids = pair.draft.lm_head.weight, pair.draft.token_ids
+
+    def check(expected_tokens: torch.Tensor) -> None:
+        assert pair.draft.token_ids is token_ids and torch.equal(pair.draft.token_ids, expected_tokens)
+        expected = nn.functional.linear(hidden, head.weight[expected_tokens]).float()
+        logits = pair.draft.compute_logits(hidden).float()
+        assert logits.shape == (5, 20)
+        assert (logits - expected).norm() / expected.norm() < (0.06 if is_quantised else 0.01)
+
+    check(tokens[:20])
+    # The last of these stays, as where there is nothing better.
+    slots = torch.tensor([3, 19, 7], device=DEVICE)
+    others = torch.stack([tokens[20], tokens[3], tokens[7]])
+    with torch.inference_mode():
+        pair.draft.replace_tokens(slots, others)
+    tokens = tokens[:20].index_copy(0, slots, others)
+    check(tokens)
+    # A CUDA graph reads this tensor.
+    assert pair.draft.lm_head.weight is weight
+    head.weight.data.copy_(head.weight.roll(1, 1))
+    pair.speculator.proposer.renew()
+    check(tokens)
+    slots, others = torch.tensor([0, 1], device=DEVICE), tokens[[1, 0]]
+    with torch.inference_mode():
+        pair.draft.replace_tokens(slots, others)
+    check(tokens.index_copy(0, slots, others))
+
+
 def test_the_draft_runs_vllms_kernels_where_the_target_is_left_to_the_compiler(tmp_path):
     pair = load(*write_pair(tmp_path, "llama"), compilation_config={"custom_ops": ["none"]})
     of_target, of_draft = pair.target.model.layers[0].mlp.act_fn, pair.draft.mlp.act_fn

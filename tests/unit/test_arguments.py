@@ -518,8 +518,33 @@ def test_frequent_tokens(tmp_path, target, draft):
     assert options_in(config).frequent_tokens is None
 
 
+def test_frequent_tokens_that_are_learned(tmp_path, target, draft):
+    command = ["--speculative-model", draft, "--speculative-tree-shape", "2", "4"]
+
+    def learned(*options):
+        config = EngineArgs.from_cli_args(parse(target, *command, *options)).create_engine_config()
+        return options_in(config).frequent_tokens
+
+    assert learned("--speculative-frequent-tokens", "auto:20") == 20
+    # In a vocabulary as small as this one all tokens are drafted.
+    assert learned("--speculative-frequent-tokens", "auto") is None
+    # A file beside the draft comes first, unless asked otherwise.
+    shipped = Path(with_config(tmp_path / "draft", draft))
+    (shipped / "frequent_tokens.json").write_text(json.dumps(list(range(40))))
+    config = create(target, speculative_config={"model": str(shipped), "frequent_tokens": "auto"})
+    assert options_in(config).frequent_tokens is None
+
+
 @pytest.mark.parametrize(
-    ("value", "said"), [(8, "must be a file, or false, got 8"), ("no_file.json", "no_file.json cannot be read")]
+    ("value", "said"),
+    [
+        (8, "must be a file, auto, auto:N or false, got 8"),
+        ("no_file.json", "no_file.json cannot be read"),
+        ("auto:", "must be auto:N with N from 16 to "),
+        ("auto:15", "must be auto:N with N from 16 to "),
+        ("auto:999999", "must be auto:N with N from 16 to "),
+        ("auto:-20", "must be auto:N with N from 16 to "),
+    ],
 )
 def test_wrong_frequent_tokens_are_refused(target, draft, value, said):
     with pytest.raises(ValueError, match=said) as error:

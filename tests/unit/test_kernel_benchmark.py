@@ -78,3 +78,9 @@ def test_scores() -> None:
         "| context | batch | FA3 | scores, all | choice, all | scores, in turn | choice, in turn | scores, none | "
         "choice, none | tables, all layers |"
     )
+
+
+def test_learn() -> None:
+    rows = list(kernels.learn())
+    assert [(row["batch"], row["rows"]) for row in rows] == [(1, 25), (2, 25)]
+    assert rows[0]["a step, fp8"] > rows[0]["count emitted"] == 2.0

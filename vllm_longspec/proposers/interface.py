@@ -129,10 +129,16 @@ class DraftSetup(ABC):
         """Raises ValueError for a target that the draft does not fit."""
         return None
 
-    def frequent_tokens(self, given: Any) -> str | None:
-        """The file of the tokens that may be drafted; None for the whole vocabulary.
+    def frequent_tokens(
+        self, given: Any, options: Mapping[str, Any], target: "ModelConfig", parallel_config: "ParallelConfig"
+    ) -> str | int | None:
+        """The file of the tokens that may be drafted, or how many with a head that learns them; None for all tokens.
 
-        Raises ValueError for an unsupported value of `given`, the user's `frequent_tokens` or None.
+        Args:
+            given: the user's `frequent_tokens` or None
+            options: the user's, of vLLM's speculative configuration
+
+        Raises ValueError for an unsupported value.
         """
         if given not in (None, False):
             raise ValueError("frequent_tokens needs a draft with a head of its own: leave it out")

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_longspec.frequent_tokens import read_frequent_tokens
+from vllm_longspec.frequent_tokens import num_frequent_tokens
 from vllm_longspec.options import DEFAULT_LEVELS, options_of
 from vllm_longspec.targets.families import cached_token_weights, layer_sizes, layer_weights
 from vllm_longspec.tree.shape import TreeShape
@@ -40,14 +40,14 @@ class GlideCost:
         options = options_of(config)
         assert config is not None and options is not None
         vocab_size = vllm_config.model_config.get_vocab_size()
-        path = options.frequent_tokens
+        frequent_tokens = options.frequent_tokens
         num_attended = None
         if (part := options.partial_attention) is not None:
             num_attended = part.sinks + part.budget
         return cls.of_shape(
             vllm_config.model_config.hf_text_config,
             vocab_size=vocab_size,
-            draft_vocab_size=len(read_frequent_tokens(path, vocab_size)) if path else vocab_size,
+            draft_vocab_size=num_frequent_tokens(frequent_tokens, vocab_size) if frequent_tokens else vocab_size,
             is_quantised=config.quantization is not None,
             num_ranks=vllm_config.parallel_config.tensor_parallel_size,
             shape=options.tree_shape,

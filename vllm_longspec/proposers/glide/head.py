@@ -12,6 +12,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 # fp8 kernels need multiples of this. vLLM's own padding fails for a layer with one scale per row (vLLM issue 47005).
@@ -32,6 +33,7 @@ def copy_head(
     head: nn.Module,  # weight: [num_rows, hidden_size], this rank's shard
     token_ids: torch.Tensor | None,  # int64 [num_tokens], rows to copy; None for all
     quant_config: QuantizationConfig | None,
+    writable: bool = False,  # whether `write_rows` will be called; always possible on a GPU
 ) -> ReplicatedLinear:
     """Returns a head for vLLM's LogitsProcessor with a weight of its own; needs `has_rows(head)`.
 
@@ -42,7 +44,7 @@ def copy_head(
         weight = head.weight
     else:
         padding = token_ids[-1:].expand(-len(token_ids) % TILE_ROWS)
-        weight = _rows_of_all_ranks(head, torch.cat([token_ids, padding]))
+        weight = rows_of_all_ranks(head, torch.cat([token_ids, padding]))
     with set_default_torch_dtype(weight.dtype), weight.device:
         copied = ReplicatedLinear(
             weight.shape[1], weight.shape[0], bias=False, quant_config=quant_config, prefix="draft_head"
@@ -51,15 +53,41 @@ def copy_head(
         parameter: Any = copied.get_parameter("weight")
         parameter.weight_loader(parameter, weight.data)
     if quant_config is None:
+        if writable and current_platform.is_cpu():
+            # vLLM's switch for weights that are not packed.
+            copied._cpu_skip_gemm_dispatch = True
         copied.quant_method.process_weights_after_loading(copied)
     copied.tp_size = head.tp_size if token_ids is None else 1
     return copied
 
 
-def _rows_of_all_ranks(head: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:  # [num_tokens, hidden_size]
+def rows_of_all_ranks(
+    head: nn.Module,  # weight: [num_rows, hidden_size], this rank's shard
+    token_ids: torch.Tensor,  # int64 [num_tokens], the same on all ranks
+) -> torch.Tensor:  # [num_tokens, hidden_size]
+    """The rows of these tokens; with tensor parallelism all ranks call it together, and never in a CUDA graph."""
     shard = head.shard_indices
     rows = token_ids - shard.org_vocab_start_index
     is_here = (rows >= 0) & (rows < shard.num_org_elements)
     # Each row is on one rank, and zeros on the others.
     weight = head.weight[rows.where(is_here, 0)].where(is_here.unsqueeze(1), 0)
     return tensor_model_parallel_all_reduce(weight) if head.tp_size > 1 else weight
+
+
+def write_rows(
+    copied: nn.Module,  # of `copy_head`, not quantised or with one scale per row
+    slots: torch.Tensor,  # int64 [num_slots] different rows of the copy
+    rows: torch.Tensor,  # [num_slots, hidden_size] what is written there
+) -> None:
+    """Replaces rows of a copy in place, quantised as vLLM quantises them; nothing waits for the device."""
+    weight = copied.weight.data
+    if weight.dtype == rows.dtype:
+        weight.index_copy_(0, slots, rows)
+        return
+    # As vLLM's `Fp8PtpcOnlineLinearMethod` stores it: transposed, with a scale for each row.
+    bounds = torch.finfo(weight.dtype)
+    scales = rows.abs().amax(dim=1, keepdim=True).float().div_(bounds.max).clamp_min_(1 / (bounds.max * 512))
+    quantised = (rows / scales).clamp_(bounds.min, bounds.max).to(weight.dtype)
+    # As bytes, which every kernel of PyTorch moves.
+    weight.t().view(torch.uint8).index_copy_(0, slots, quantised.view(torch.uint8))
+    copied.weight_scale.data.index_copy_(0, slots, scales)

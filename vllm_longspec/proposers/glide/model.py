@@ -32,7 +32,7 @@ from vllm.platforms import current_platform
 
 from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
 from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, add, normalise
-from vllm_longspec.proposers.glide.head import copy_head, has_rows
+from vllm_longspec.proposers.glide.head import copy_head, has_rows, rows_of_all_ranks, write_rows
 from vllm_longspec.proposers.glide.rotation import RotaryTable, Rotate, rotary_table, rotate_by
 from vllm_longspec.targets.families import modules_of, multipliers_of
 
@@ -153,13 +153,17 @@ class GlideForCausalLM(nn.Module):
     lm_head: nn.Module
     target_head: nn.Module
     logits_processor: LogitsProcessor
+    target_logits_processor: LogitsProcessor
     # int64 [draft_vocab_size] tokens of a restricted head; None for the whole vocabulary
     token_ids: torch.Tensor | None
+    # int64 [vocab_size] of a restricted head that learns (`learned_head.py`), else None
+    token_counts: torch.Tensor | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        # A buffer, as vLLM keeps buffers when weights are discarded (sleep level 2).
+        # Buffers, as vLLM keeps buffers when weights are discarded (sleep level 2).
         self.register_buffer("token_ids", None, persistent=False)
+        self.register_buffer("token_counts", None, persistent=False)
         model_config = vllm_config.model_config
         config = model_config.hf_config
         # Online quantization of the draft; the target's does not apply.
@@ -207,14 +211,15 @@ class GlideForCausalLM(nn.Module):
         )
         self.rotary_emb = modules.rotary_emb
         self.lm_head = self.target_head = modules.lm_head
-        self.logits_processor = modules.logits_processor
-        self.token_ids = None
+        self.logits_processor = self.target_logits_processor = modules.logits_processor
+        self.token_ids = self.token_counts = None
 
     def take_own_head(
         self,
         token_ids: torch.Tensor | None,  # int64 [num_tokens], the rows to copy; None for all
+        learns: bool = False,
     ) -> None:
-        """Copies the target's head, quantised if the draft is.
+        """Copies the target's head, quantised if the draft is; `replace_tokens` changes the tokens of one that learns.
 
         Raises:
             ValueError: the target's head is quantised, so it has no rows.
@@ -224,9 +229,12 @@ class GlideForCausalLM(nn.Module):
                 "frequent_tokens is not supported with a quantised head: give false to draft all tokens, or serve a "
                 "target that leaves its head as it is"
             )
-        self.token_ids = token_ids
-        self.lm_head = copy_head(self.lm_head, token_ids, self.quant_config)
         targets = self.logits_processor
+        self.token_ids = token_ids
+        if learns:
+            assert token_ids is not None
+            self.token_counts = token_ids.new_zeros(targets.org_vocab_size)
+        self.lm_head = copy_head(self.lm_head, token_ids, self.quant_config, writable=learns)
         self.logits_processor = LogitsProcessor(
             targets.org_vocab_size if token_ids is None else len(token_ids),
             scale=targets.scale,
@@ -240,7 +248,8 @@ class GlideForCausalLM(nn.Module):
         """Copies the target's head again, if the draft has a copy, after its weights were reloaded."""
         if self.lm_head is self.target_head:
             return
-        renewed = copy_head(self.target_head, self.token_ids, self.quant_config)
+        writable = self.token_counts is not None
+        renewed = copy_head(self.target_head, self.token_ids, self.quant_config, writable)
         if current_platform.is_cpu():
             # CPU kernels read packed weights.
             self.lm_head = renewed
@@ -248,6 +257,25 @@ class GlideForCausalLM(nn.Module):
         # In place: CUDA graphs read these tensors.
         for parameter, value in zip(self.lm_head.parameters(), renewed.parameters(), strict=True):
             parameter.data.copy_(value.data)
+
+    def replace_tokens(
+        self,
+        slots: torch.Tensor,  # int64 [num_slots] different places in `token_ids`
+        tokens: torch.Tensor,  # int64 [num_slots] with which all of `token_ids` are different
+    ) -> None:
+        """Gives slots of a head that learns other tokens, in place: CUDA graphs read these tensors.
+
+        All ranks call it together, between two drafts and never in a CUDA graph.
+        """
+        assert self.token_ids is not None and self.token_counts is not None
+        self.token_ids.index_copy_(0, slots, tokens)
+        write_rows(self.lm_head, slots, rows_of_all_ranks(self.target_head, tokens))
+
+    def target_logits(
+        self,
+        hidden_states: torch.Tensor,  # [num_rows, hidden_size] of the target, what its head multiplies
+    ) -> torch.Tensor:  # [num_rows, vocab_size], the same on all ranks, which call it together
+        return self.target_logits_processor(self.target_head, hidden_states)
 
     @property
     def draft_vocab_size(self) -> int:

@@ -16,19 +16,21 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_longspec.attention.cache_scales import cache_scales, quantise_query
 from vllm_longspec.attention.partial import PartialTables
-from vllm_longspec.frequent_tokens import read_frequent_tokens
+from vllm_longspec.frequent_tokens import first_tokens, read_frequent_tokens, special_tokens
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
-from vllm_longspec.proposers.glide.head import can_be_quantised
+from vllm_longspec.proposers.glide.head import can_be_quantised, has_rows
+from vllm_longspec.proposers.glide.learned_head import HeadLearner
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.window import DraftWindow
-from vllm_longspec.proposers.interface import Candidates, Proposer, Requests, Roots
+from vllm_longspec.proposers.interface import Candidates, ComputedStep, Proposer, Requests, Roots
 from vllm_longspec.tree.shape import TreeShape
 
 
 class GlideProposer(Proposer):
     model: GlideForCausalLM
     part: PartialTables | None = None  # what the cross-attention below the root sees of the cache; None for all
+    learner: HeadLearner | None = None  # of a head that learns its tokens
 
     def __init__(self, vllm_config: VllmConfig, shape: TreeShape, device: torch.device):
         super().__init__(vllm_config, shape, device)
@@ -63,9 +65,14 @@ class GlideProposer(Proposer):
         options = options_of(self.speculative_config)
         assert options is not None
         with set_current_vllm_config(draft_vllm_config):
-            if options.frequent_tokens:
+            if isinstance(options.frequent_tokens, str):
                 token_ids = read_frequent_tokens(options.frequent_tokens, self.vocab_size)
                 model.take_own_head(torch.tensor(token_ids, device=self.device))
+            elif options.frequent_tokens is not None and has_rows(model.lm_head):
+                always = special_tokens(self.vllm_config.model_config)
+                token_ids, num_pinned = first_tokens(options.frequent_tokens, self.vocab_size, always)
+                model.take_own_head(torch.tensor(token_ids, device=self.device), learns=True)
+                self.learner = HeadLearner(model, num_pinned)
             elif model.quant_config is not None and can_be_quantised(model.lm_head):
                 model.take_own_head(None)
         self.model = model
@@ -94,8 +101,11 @@ class GlideProposer(Proposer):
         attended = (
             f", cross-attention below the root to {part.sinks} first and {part.budget} last tokens" if part else ""
         )
+        learned = " (learned from what is served)" if self.learner is not None else ""
+        if self.learner is None and isinstance(options.frequent_tokens, int):
+            learned = " (the target's head is quantised)"
         return (
-            f"{self.model.draft_vocab_size} of {self.vocab_size} tokens drafted, quantization "
+            f"{self.model.draft_vocab_size} of {self.vocab_size} tokens drafted{learned}, quantization "
             f"{self.speculative_config.quantization}, draft state {num_bytes} bytes per request "
             f"({format_gib(num_bytes * self.max_num_reqs)} GiB in all){attended}"
         )
@@ -104,10 +114,18 @@ class GlideProposer(Proposer):
         with set_current_vllm_config(self.draft_vllm_config):
             self.model.renew_head()
 
+    def observe_step(self, step: ComputedStep) -> None:
+        if self.learner is not None:
+            self.learner.start_step(step.hidden_states[: step.query_start_loc[-1]])
+
     def start(self, idx_mapping: torch.Tensor, roots: Roots, token_ids: torch.Tensor, max_root_position: int) -> None:
         self.window.rebuild(token_ids, idx_mapping, roots.positions, max_root_position)
+        if self.learner is not None:
+            self.learner.add_prompts(idx_mapping, roots, token_ids, max_root_position)
 
     def skip(self, requests: Requests) -> None:
+        if self.learner is not None:
+            self.learner.count_emitted(requests)
         # A window that was just rebuilt gets the same values again.
         self.window.append(
             requests.token_ids,

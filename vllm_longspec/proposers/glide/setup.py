@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 
 from vllm_longspec import proposers
 from vllm_longspec.frequent_tokens import FILE_NAME
+from vllm_longspec.options import AUTO
 from vllm_longspec.proposers.glide.checkpoint import (
     DraftCheckpoint,
     NoGlideDraftError,
@@ -20,6 +21,7 @@ from vllm_longspec.proposers.glide.checkpoint import (
 )
 from vllm_longspec.proposers.glide.cost import GlideCost
 from vllm_longspec.proposers.glide.fit import check_fit
+from vllm_longspec.proposers.glide.head_size import MIN_HEAD_SIZE, choose_head_size
 from vllm_longspec.proposers.glide.loading import draft_load_config
 from vllm_longspec.proposers.glide.quantization import default_quantization
 from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup, word_of_another_method
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_longspec.proposers.interface import HfOverrides
+
+# Of drafts whose heads can learn: rows have a scale of their own, or none.
+LEARNING_QUANTIZATIONS = (None, "fp8_per_channel")
 
 # Below vLLM's logger, whose handlers it uses.
 logger = init_logger(f"vllm.{__name__}")
@@ -74,17 +79,28 @@ class GlideSetup(DraftSetup):
                 "another kind: move it or link to it under another name"
             )
 
-    def frequent_tokens(self, given: Any) -> str | None:
+    def frequent_tokens(
+        self, given: Any, options: Mapping[str, Any], target: "ModelConfig", parallel_config: "ParallelConfig"
+    ) -> str | int | None:
         if given is False:
             return None
         if given is None:
             shipped = find_file(self.checkpoint.model, FILE_NAME, self.revision)
-            return None if shipped is None else str(shipped)
+            if shipped is not None:
+                return str(shipped)
+        if given is None or given == AUTO:
+            if options.get("quantization") not in LEARNING_QUANTIZATIONS:
+                return None
+            return choose_head_size(
+                target.hf_text_config, target.get_vocab_size(), parallel_config.tensor_parallel_size
+            )
         if not isinstance(given, str):
             raise ValueError(
-                f"frequent_tokens must be a file, or false, got {given!r}: make one with "
-                "python -m vllm_longspec.frequent_tokens"
+                f"frequent_tokens must be a file, {AUTO}, {AUTO}:N or false, got {given!r}: make a file with "
+                "vllm-longspec frequent-tokens"
             )
+        if given.startswith(f"{AUTO}:"):
+            return _learned_head_size(given, options.get("quantization"), target.get_vocab_size())
         return os.path.abspath(given)
 
     def vllm_options(
@@ -134,6 +150,21 @@ class GlideSetup(DraftSetup):
     @staticmethod
     def drafting_cost(vllm_config: "VllmConfig") -> GlideCost:
         return GlideCost.of(vllm_config)
+
+
+def _learned_head_size(given: str, quantization: Any, vocab_size: int) -> int:
+    number = given.removeprefix(f"{AUTO}:")
+    if not number.isdecimal() or not MIN_HEAD_SIZE <= int(number) < vocab_size:
+        raise ValueError(
+            f"frequent_tokens {given!r} must be {AUTO}:N with N from {MIN_HEAD_SIZE} to {vocab_size - 1}, fewer than "
+            f"the {vocab_size} tokens of the vocabulary: give {AUTO} for a size that is chosen, or false for all tokens"
+        )
+    if quantization not in LEARNING_QUANTIZATIONS:
+        raise ValueError(
+            f"frequent_tokens {given!r} is not supported with a draft of quantization={quantization!r}, which has one "
+            "scale for all rows: give fp8_per_channel, or a file of tokens"
+        )
+    return int(number)
 
 
 def _override(architecture: str, overrides: "HfOverrides", hf_config: "PretrainedConfig") -> "PretrainedConfig":
