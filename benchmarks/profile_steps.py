@@ -55,6 +55,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("draft: attention to the target's cache", "draft", ATTENTION_PREFIX),
     ("draft: attention to window and tree", "draft", r"window_attention"),
     ("draft: roots, K and V of window and tree", "draft", r"write_window|settled_tokens|read_roots|plant"),
+    ("draft: tokens of the head", "draft", r"count_tokens"),
     ("draft: copied paths", "draft", r"find_matches|best_match|_copies|update_rates|merge_path|list_a_path"),
     ("draft: GEMMs", "draft", GEMM),
     ("draft: top-k", "draft", r"max_of_chunks|weigh_chunk|best_of_"),

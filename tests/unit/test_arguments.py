@@ -263,8 +263,7 @@ def test_configuration_survives_a_spawned_process(target, draft):
     code = """if True:
         import pickle, sys
         config = pickle.load(sys.stdin.buffer)
-        from vllm_longspec.options import AUTO_LEVELS, options_of
-from vllm_longspec.proposers.glide.cost import GlideCost
+        from vllm_longspec.options import options_of
         draft = config.speculative_config.draft_model_config
         levels = options_of(config.speculative_config).tree_shape.levels
         print(*levels, draft.architectures[0], config.attention_config.backend.get_path())

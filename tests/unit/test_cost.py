@@ -126,7 +126,7 @@ def test_what_is_quantised_is_read_in_half_the_time():
 def test_which_drafts_are_large():
     """Reading their weights takes longer than starting their kernels, with a head of some tokens too."""
     large = {model: drafting_of(model).level > LEVEL for model in SHAPES}
-    assert large == {"qwq-32b": True, "llama-3-8b-262k": True, "toy": False}
+    assert large == {model: model != "toy" for model in SHAPES}
     assert drafting_of("llama-3-8b-262k", draft_vocab_size=32768).level > LEVEL
 
 

@@ -268,7 +268,8 @@ def test_rows_are_written_as_they_would_be_loaded(dtype, is_quantised):
     expected = head(weight)
     assert written.weight.float().equal(expected.weight.float())
     if is_quantised:
-        assert written.weight_scale.equal(expected.weight_scale)
+        # vLLM compiles its own for a GPU, and may then multiply where this divides.
+        torch.testing.assert_close(written.weight_scale, expected.weight_scale, rtol=1e-6, atol=0)
 
 
 def test_prompts_need_no_more_than_a_bounded_number_of_rows():

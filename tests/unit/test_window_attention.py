@@ -265,7 +265,8 @@ def test_write_window(num_tokens, num_kv_heads, head_size, dtype, rotary_dim):
             expected[slot, position % window, 0] = expected_keys[token]
             expected[slot, position % window, 1] = values[token]
     write_window(window_kv, keys, values, torch.tensor(slots, device=DEVICE), position_tensor, table)
-    # Rotated in float32 and rounded once, where vLLM rounds each product of halves.
-    tolerance = 0.0 if table is None or dtype == torch.float32 else 4e-2
+    # Rotated in float32 and rounded once, where vLLM rounds each product of halves. A GPU fuses products and sums.
+    fused = 1e-5 if DEVICE == "cuda" else 0.0
+    tolerance = 0.0 if table is None else fused if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(window_kv, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(window_kv[:, :, 1], expected[:, :, 1])
