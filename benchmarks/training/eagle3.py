@@ -137,11 +137,23 @@ def trainer_config(chosen: Namespace, train_call_kwargs: dict[str, Any], max_ste
         | {
             "num_epochs": chosen.epochs,
             "resume_from_checkpoint": False,
-            "train_call_kwargs": train_call_kwargs,
+            "train_call_kwargs": outside_graphs(train_call_kwargs),
             "hidden_states_dtype": getattr(torch, chosen.hidden_states_dtype),
             "max_steps": max_steps,
         }
     )
+
+
+def outside_graphs(call_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the model's forward pass, with losses that are called between compiled graphs.
+
+    Dynamo of torch 2.11 cannot trace the package's fused losses, whose two Triton kernels share one list of tiles
+    ("ListVariable is already tracked for mutation"). The losses stay the same.
+    """
+    losses = call_kwargs["loss_config"].items()
+    return call_kwargs | {
+        "loss_config": {name: (torch.compiler.disable(loss), weight) for name, (loss, weight) in losses}
+    }
 
 
 def main() -> None:
