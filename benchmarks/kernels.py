@@ -8,7 +8,7 @@
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
 - children: the best (parent, token) pairs of one level of the draft, without noise, with it for greedy requests, for
   sampled ones, and for those with top-p;
-- sample: sampling all rows of a tree with vLLM's sampler and without filtering every row, each with the walk;
+- sample: sampling all rows of a tree with vLLM's sampler, and with the draw that takes its place, each with the walk;
 - compact: moving accepted K and V in all layers;
 - copy: what copied paths add to a draft;
 - learn: what a head of 65,536 rows that learns its tokens adds: counting what a step emitted, counting a prompt, and an
@@ -316,7 +316,7 @@ def children() -> Iterator[Row]:
 
 
 def sample() -> Iterator[Row]:
-    """vLLM's sampler over all rows, this package's draws where they take its place, and the walk."""
+    """Sampling and walk: with vLLM's sampler, and as it is, which differs where there is only a temperature."""
     from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -331,12 +331,9 @@ def sample() -> Iterator[Row]:
     samplings = {
         "greedy": SamplingParams(temperature=0.0),
         "temperature": SamplingParams(temperature=0.7, seed=1),
-        "top-k": SamplingParams(temperature=0.7, top_k=20, seed=1),
-        "top-p": SamplingParams(temperature=0.7, top_p=0.95, seed=1),
         "top-k and top-p": SamplingParams(temperature=0.7, top_k=20, top_p=0.95, seed=1),
-        "with a penalty": SamplingParams(temperature=0.7, top_k=20, top_p=0.95, repetition_penalty=1.05, seed=1),
     }
-    draws_without_filtering = tree_sample.draws_without_filtering
+    draws_at_temperature = tree_sample.draws_at_temperature
     for num_reqs, num_rows in SAMPLED:
         state = RequestState(num_reqs, 32768, 4096, num_rows - 1, vocab_size, DEVICE)
         trees = TreeState.allocate(num_reqs, num_rows - 1, DEVICE)
@@ -355,13 +352,13 @@ def sample() -> Iterator[Row]:
             sample_and_walk = TreeSampler(sampler, trees, tree_batch, MAX_DEPTH)
             row: Row = {"batch": num_reqs, "rows": num_rows, "sampling": name}
             emitted: list[torch.Tensor] = []
-            for way, draws in (("filtering every row", lambda *_: False), ("as it is", draws_without_filtering)):
-                tree_sample.draws_without_filtering = draws
+            for way, draws in (("vLLM's sampler", lambda *_: False), ("as it is", draws_at_temperature)):
+                tree_sample.draws_at_temperature = draws
                 emitted += [sample_and_walk(each, batch).sampled_token_ids for each in logits]
                 row[way] = round(
                     measure_without_graph(partial(for_each, sample_and_walk, logits, batch)) / len(logits), 1
                 )
-            tree_sample.draws_without_filtering = draws_without_filtering
+            tree_sample.draws_at_temperature = draws_at_temperature
             row["same tokens"] = all(map(torch.equal, emitted[: len(logits)], emitted[len(logits) :]))
             yield row
 

@@ -15,7 +15,6 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import numpy as np
 import torch
 import triton
 from triton.backends import Backend, backends
@@ -55,12 +54,10 @@ from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
 from vllm_longspec.proposers.magicdec.choose_blocks import choose_blocks, shortened_tables
 from vllm_longspec.proposers.magicdec.inputs import DraftInputs
 from vllm_longspec.runner.roots import read_roots
-from vllm_longspec.tree import draw as draw_module
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.best_children import best_children
 from vllm_longspec.tree.compact import KVCacheTable, compact_kv_caches
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
-from vllm_longspec.tree.draw import FilteredDraw, Rows
 from vllm_longspec.tree.history.bad_words import apply_bad_words
 from vllm_longspec.tree.history.paths import gather_paths
 from vllm_longspec.tree.history.penalties import apply_penalties
@@ -174,32 +171,6 @@ def compile_history_kernels(vocab_size: int, max_depth: int, mark_lens: tuple[in
         apply_bad_words(logits, slots, paths, counts, counts, per_req, counts, per_req, per_req, 2)
         marks = [torch.zeros(length, dtype=torch.int32) for length in mark_lens]
         apply_thinking_budget(logits, slots, paths, per_req, counts, per_req, per_req, per_req, *marks)
-
-
-def compile_draw_kernels(dtype: torch.dtype, vocab_size: int) -> None:
-    """With and without min-p, of logits as they come and processed ones. vLLM's filters are not this package's."""
-    draw_module.apply_min_p, draw_module.apply_top_k_top_p = (lambda logits, *_: logits,) * 2
-    num_reqs, num_rows = 3, 8
-    slots, per_row = np.arange(num_reqs), torch.zeros(num_rows, dtype=torch.int64)
-    starts = torch.zeros(num_reqs + 1, dtype=torch.int32)
-
-    def state(value: float, dtype: Any) -> Any:
-        numbers = np.full(num_reqs, value, dtype=dtype)
-        return SimpleNamespace(np=numbers, gpu=torch.from_numpy(numbers))
-
-    for is_processed, min_p, use_fp64 in ((False, 0.1, False), (True, 0.0, True)):
-        states = SimpleNamespace(
-            vocab_size=vocab_size,
-            temperature=state(0.7, np.float32),
-            seeds=state(1, np.int64),
-            top_k=state(20, np.int32),
-            top_p=state(0.9, np.float32),
-            min_p=state(min_p, np.float32),
-        )
-        sampler: Any = SimpleNamespace(sampling_states=states, use_fp64_gumbel=use_fp64)
-        logits = torch.zeros(num_rows, vocab_size, dtype=torch.float32 if is_processed else dtype)
-        draw = FilteredDraw(sampler, Rows(logits, per_row, per_row, is_processed), slots)
-        draw.settle(starts, torch.zeros(num_reqs, 6, dtype=torch.int32), starts[1:])
 
 
 def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
@@ -384,8 +355,6 @@ def main() -> None:
     for dtype, head_size in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
         compile_attention_kernels(dtype, head_size)
         compile_draft_kernels(dtype)
-    for dtype, vocab_size in ((torch.bfloat16, 152064), (torch.float16, 50257)):
-        compile_draw_kernels(dtype, vocab_size)
     print("\n".join(sorted(compiled)))
 
 

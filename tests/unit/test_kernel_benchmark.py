@@ -34,6 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "LLAMA_3_8B_262K", SMALL | {"num_hidden_layers": 9})
     monkeypatch.setattr(kernels, "SELECTIONS", ((1500, 1), (64, 2)))
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
+    monkeypatch.setattr(kernels, "SAMPLED", ((1, 5), (2, 3)))
     monkeypatch.setattr(kernels, "LEVELS", ((1, 3), (2, 4)))
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(kernels, "measure_without_graph", lambda call: measure([call]))
@@ -58,7 +59,8 @@ def test_children() -> None:
 
 def test_sample() -> None:
     rows = list(kernels.sample())
-    assert [(row["batch"], row["rows"]) for row in rows[::3]] == [(1, 25), (4, 25), (1, 12), (4, 12)]
+    assert [(row["batch"], row["rows"]) for row in rows[::3]] == [(1, 5), (2, 3)]
+    assert all(row["same tokens"] for row in rows)
 
 
 def test_compact() -> None:

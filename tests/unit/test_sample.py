@@ -182,12 +182,30 @@ def mixed_requests(count: int, vocab_size: int = 5, **settings: object) -> list[
     ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"logit_bias": {2: 1.0}}])
-@pytest.mark.parametrize("filters_every_row", [True, False])
-def test_emits_what_sampling_one_token_after_the_other_emits(monkeypatch, filters_every_row, settings):
-    monkeypatch.setattr(draw, "interpreting", lambda: filters_every_row)
-    step = Step(mixed_requests(28, **settings), max_depth=8)
+def requests_at_temperatures(count: int, vocab_size: int = 5) -> list[Request]:
+    source = torch.Generator().manual_seed(0)
+    return [
+        random_request(
+            source, vocab_size, 1 + index % 9, SamplingParams(temperature=(0.0, 0.6, 1.3)[index % 3], seed=index)
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("make", [mixed_requests, requests_at_temperatures])
+def test_emits_what_sampling_one_token_after_the_other_emits(monkeypatch, make):
+    own_draws = []
+
+    def draw_at_temperature(*arguments):
+        own_draws.append(arguments)
+        return draw.draw_at_temperature(*arguments)
+
+    monkeypatch.setattr(draw, "interpreting", lambda: False)
+    monkeypatch.setattr(sample, "draw_at_temperature", draw_at_temperature)
+    step = Step(make(28), max_depth=8)
+    step.tree_sampler.is_warm = True
     output = step.run()
+    assert len(own_draws) == (make is requests_at_temperatures)
     num_accepted = 0
     for index, (request, tokens) in enumerate(zip(step.requests, emitted_by(output), strict=True)):
         row: int | None = 0
@@ -209,6 +227,17 @@ def test_emits_what_sampling_one_token_after_the_other_emits(monkeypatch, filter
     assert output.num_rejected.tolist() == rejected
     # Paths were walked, not only roots.
     assert num_accepted >= 10
+
+
+def test_the_warm_up_compiles_the_draw_at_a_temperature(monkeypatch):
+    """Its requests have every sampling parameter, so that vLLM's sampler draws for them."""
+    draws = []
+    monkeypatch.setattr(sample, "interpreting", lambda: False)
+    monkeypatch.setattr(sample, "draw_at_temperature", lambda *arguments: draws.append(arguments))
+    step = Step(mixed_requests(3), max_depth=8)
+    first, second = step.run(), step.run()
+    assert len(draws) == 1
+    assert emitted_by(first) == emitted_by(second)
 
 
 def test_greedy_requests_emit_the_path_of_the_best_tokens():

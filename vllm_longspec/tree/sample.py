@@ -18,8 +18,9 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import _iter_request_chunks, get_max_chunk_logits
 
+from vllm_longspec.interpreter import interpreting
 from vllm_longspec.tree.batch import TreeBatch
-from vllm_longspec.tree.draw import FilteredDraw, draws_without_filtering, rows_to_draw
+from vllm_longspec.tree.draw import draw_at_temperature, draws_at_temperature
 from vllm_longspec.tree.state import NO_TOKEN, TreeState
 from vllm_longspec.tree.synthetic import walk_synthetically
 from vllm_longspec.tree.walk import walk_tree
@@ -44,7 +45,8 @@ class TreeSampler:
         self.batch = batch
         self.max_depth = max_depth
         self.synthetic_conditional_rates = synthetic_conditional_rates
-        self.is_warm = False
+        # In the interpreter there is nothing to compile.
+        self.is_warm = interpreting()
 
     def __call__(
         self,
@@ -120,24 +122,28 @@ class TreeSampler:
         idx_mapping_np = input_batch.idx_mapping_np[start:end]
         logits_indices = input_batch.logits_indices[rows]
         positions = input_batch.positions[logits_indices]
-
-        arguments = (
-            logits,
-            input_batch.expanded_idx_mapping[rows],
-            input_batch.idx_mapping[start:end],
-            idx_mapping_np,
-            positions,
-            input_batch.input_ids[logits_indices],
-            input_batch.expanded_local_pos[rows],
-            input_batch.seq_lens_cpu_upper_bound.numpy()[start:end],
-        )
+        expanded_idx_mapping = input_batch.expanded_idx_mapping[rows]
         return_processed = logprobs_dims is not None and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
-        draw, processed_logits = None, logits
-        if draws_without_filtering(self.sampler, idx_mapping_np, return_processed):
-            draw = FilteredDraw(self.sampler, rows_to_draw(self.sampler, *arguments), idx_mapping_np)
-            sampled = draw.sampled
+        if not self.is_warm:
+            # The first requests are those of vLLM's warm-up, which have every sampling parameter. This compiles the
+            # draw that they would not compile.
+            self.is_warm = True
+            draw_at_temperature(self.sampler, logits, expanded_idx_mapping, positions)
+        processed_logits = logits
+        if draws_at_temperature(self.sampler, idx_mapping_np, return_processed):
+            sampled = draw_at_temperature(self.sampler, logits, expanded_idx_mapping, positions)
         else:
-            sampled, processed_logits = self.sampler.sample(*arguments, return_logprobs=logprobs_dims is not None)
+            sampled, processed_logits = self.sampler.sample(
+                logits,
+                expanded_idx_mapping,
+                input_batch.idx_mapping[start:end],
+                idx_mapping_np,
+                positions,
+                input_batch.input_ids[logits_indices],
+                input_batch.expanded_local_pos[rows],
+                input_batch.seq_lens_cpu_upper_bound.numpy()[start:end],
+                return_logprobs=logprobs_dims is not None,
+            )
         cu_num_logits = input_batch.cu_num_logits[start : end + 1] - first
         path_rows = self.batch.path_rows[start:end]
         walked = (
@@ -150,24 +156,11 @@ class TreeSampler:
             num_emitted[start:end],
             path_rows,
         )
-        rates, states = self.synthetic_conditional_rates, self.sampler.sampling_states
-
-        def walk() -> None:
-            if rates is None:
-                walk_tree(*walked, self.max_depth)
-            else:
-                walk_synthetically(rates, states.seeds.gpu, positions, self.state.depths, *walked)
-
-        walk()
-        if draw is not None and draw.undecided is not None:
-            paths = (cu_num_logits, path_rows, num_emitted[start:end])
-            if not self.is_warm:
-                # vLLM's warm-up uses every sampling parameter at once. Draws from logits as they come differ.
-                self.is_warm = True
-                unchanged = draw.rows._replace(logits=logits, is_scaled=False)
-                FilteredDraw(self.sampler, unchanged, idx_mapping_np).warm_up(*paths)
-            draw.settle(*paths)
-            walk()
+        if self.synthetic_conditional_rates is None:
+            walk_tree(*walked, self.max_depth)
+        else:
+            seeds = self.sampler.sampling_states.seeds.gpu
+            walk_synthetically(self.synthetic_conditional_rates, seeds, positions, self.state.depths, *walked)
         if logprobs_dims is None:
             return None
         num_logprobs, num_named_tokens = logprobs_dims
