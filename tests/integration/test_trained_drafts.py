@@ -37,13 +37,7 @@ SETTINGS_OF: dict[str, dict[str, Any]] = {
 TRAINING = ["stages=[{steps: 30, learning_rate: 5e-3}]", "tokens_per_batch=600", "report.steps=10", "device=cpu"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # The models are small, and other tests run beside these.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_prompts(path: Path) -> Path:

@@ -1,37 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws at a temperature: what vLLM's sampler draws, which copies and divides the logits first."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.v1.sample.ops import topk_topp_sampler
-from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
-from vllm.v1.worker.gpu import buffer_utils
-from vllm.v1.worker.gpu.sample import sampler as vllm_sampler
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.interpreter.sampling import gumbel_sample
 from vllm_longspec.tree import draw
 from vllm_longspec.tree.draw import draw_at_temperature, draws_at_temperature
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(autouse=True)
-def without_a_gpu(monkeypatch):
-    """What vLLM's CPU worker and this plugin replace before an engine starts."""
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(buffer_utils, "UvaBuffer", cpu_buffer_utils.UvaBuffer)
-    if interpreting():
-        monkeypatch.setattr(topk_topp_sampler, "HAS_TRITON", False)
-        many_rows = functools.partial(gumbel_sample, vllm_sampler.gumbel_sample)
-        monkeypatch.setattr(vllm_sampler, "gumbel_sample", many_rows)
+pytestmark = pytest.mark.usefixtures("sampling_without_a_gpu")
 
 
 def make_sampler(params: list[SamplingParams], vocab_size: int, use_fp64: bool = False) -> Sampler:

@@ -14,8 +14,6 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config import ReasoningConfig, VllmConfig
-from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
-from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.input_batch import post_update
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
@@ -34,11 +32,7 @@ MAX_MODEL_LEN = 64
 CONFIG: Any = VllmConfig()
 
 
-@pytest.fixture(autouse=True)
-def without_a_gpu(monkeypatch):
-    """What vLLM's CPU worker replaces before an engine starts."""
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(buffer_utils, "UvaBuffer", cpu_buffer_utils.UvaBuffer)
+pytestmark = pytest.mark.usefixtures("buffers_without_a_gpu")
 
 
 @dataclass

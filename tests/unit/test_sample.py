@@ -9,18 +9,14 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.v1.sample.ops import topk_topp_sampler
-from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
-from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.metrics import logits as logits_metrics
-from vllm.v1.worker.gpu.sample import sampler as vllm_sampler
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from tests.oracles import tree as oracle
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.interpreter.sampling import get_num_nans, gumbel_sample
+from vllm_longspec.interpreter.sampling import get_num_nans
 from vllm_longspec.tree import draw, sample
 from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.sample import TreeSampler, _rows_of_emitted
@@ -31,14 +27,8 @@ MAX_MODEL_LEN = 64
 
 
 @pytest.fixture(autouse=True)
-def without_a_gpu(monkeypatch):
-    """What vLLM's CPU worker and this plugin replace before an engine starts."""
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(buffer_utils, "UvaBuffer", cpu_buffer_utils.UvaBuffer)
+def without_a_gpu(monkeypatch, sampling_without_a_gpu):
     if interpreting():
-        monkeypatch.setattr(topk_topp_sampler, "HAS_TRITON", False)
-        many_rows = functools.partial(gumbel_sample, vllm_sampler.gumbel_sample)
-        monkeypatch.setattr(vllm_sampler, "gumbel_sample", many_rows)
         monkeypatch.setattr(logits_metrics, "get_num_nans", functools.partial(get_num_nans, None))  # type: ignore[arg-type]
 
 

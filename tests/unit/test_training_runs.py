@@ -44,13 +44,7 @@ STAGES = "stages=[{steps: 8, learning_rate: 2e-3, anchor_positions: 700}, {steps
 QUICK = [STAGES, "tokens_per_batch=256", "held_out.samples=3", "report.steps=2", "accumulation=2", "device=cpu"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # The models are small, and other tests run beside these.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
