@@ -214,7 +214,7 @@ def worker_of(runner: Any) -> Any:
 
 def test_the_next_start_has_the_same_times_and_measures_nothing(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="vllm")
     first = timing.time_steps(worker_of(Runner()))
     assert first is not None and "the times are kept in" in caplog.text
     caplog.clear()
@@ -226,7 +226,7 @@ def test_the_next_start_has_the_same_times_and_measures_nothing(caplog, monkeypa
 
 def test_without_graphs_start_up_says_so_and_keeps_nothing(caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="vllm")
     assert timing.time_steps(worker_of(Runner(has_graphs=False))) is None
     assert "Steps are not timed" in caplog.text
     assert not list(tmp_path.rglob("*.json"))
