@@ -2,6 +2,7 @@
 """Which room of the package may import which. The tree and attention know no proposer, proposers not each other."""
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,10 +104,28 @@ def wrong_imports(room: str, source: str) -> list[str]:
 FILES = sorted(ROOT.rglob("*.py"))
 
 
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
 def test_a_module_imports_only_what_its_room_may(path):
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
-    assert wrong_imports(room_of(module), path.read_text()) == []
+    assert wrong_imports(room_of(name_of(path)), path.read_text()) == []
+
+
+def test_no_modules_import_each_other():
+    """Nor within a function: what two modules need is a module of its own."""
+    modules = {name_of(path) for path in FILES}
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        graph[name_of(path)] = found = set()
+        for name in imported(path.read_text()):
+            # What is imported of a module is no module itself.
+            module = name if name in modules else name.rpartition(".")[0]
+            if module != name_of(path):
+                found.add(module)
+    # Raises CycleError, which names them.
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_every_room_has_its_rule():

@@ -22,9 +22,10 @@ from tests.models import FAMILY_SETTINGS, GLIDE_ARCHITECTURES, glide_shapes, wri
 from vllm_longspec.commands import main
 from vllm_longspec.proposers.glide.checkpoint import read_draft
 from vllm_longspec.proposers.glide.fit import check_fit
-from vllm_longspec.training import checkpoints, loop
+from vllm_longspec.training import checkpoints, loop, split
 from vllm_longspec.training import train as train_module
 from vllm_longspec.training.config import build
+from vllm_longspec.training.split import held_out_by_prompt
 from vllm_longspec.training.target import load_shared
 from vllm_longspec.training.teachers import Lesson, TeacherError
 from vllm_longspec.training.teachers.hf import HfTeacher
@@ -32,7 +33,6 @@ from vllm_longspec.training.train import (
     _teacher_device,
     check_agreement,
     first_weights,
-    held_out_by_prompt,
     make_teacher,
     train,
 )
@@ -181,15 +181,15 @@ def test_other_ranks_wait_for_the_tokens(tmp_path, monkeypatch):
 def test_reading_the_data_shows_progress(tmp_path, target, data, monkeypatch):
     bars = []
 
-    class Bar(train_module.tqdm):
+    class Bar(split.tqdm):
         def __init__(self, **settings):
             # Without a terminal nothing is shown, and nothing is counted.
             super().__init__(**{**settings, "disable": False})
             bars.append(self)
 
-    monkeypatch.setattr(train_module, "tqdm", Bar)
+    monkeypatch.setattr(split, "tqdm", Bar)
     config = build({"target": str(target), "data": [str(data)], "out": str(tmp_path)})
-    train_module.prepare_data(config, load_shared(str(target)))
+    split.prepare_data(config, load_shared(str(target)))
     assert [(bar.n, bar.total) for bar in bars] == [(data.stat().st_size, data.stat().st_size)]
 
 

@@ -14,6 +14,8 @@ from vllm_longspec.training.config import TrainConfig
 from vllm_longspec.training.forward import RECOMPUTE_ABOVE
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 from vllm_longspec.training.losses import CHUNK_BYTES
+from vllm_longspec.training.split import prepare_data
+from vllm_longspec.training.target import check_served, load_shared
 
 # Of a GPU with 990 TFLOP/s of bfloat16, such as an H100: shares that a prefill and the draft's training are taken to
 # reach.
@@ -33,9 +35,6 @@ class Stage(NamedTuple):
 
 def plan(config: TrainConfig) -> str:
     """Text for people. Raises ValueError where the run would."""
-    from vllm_longspec.training.target import check_served, load_shared
-    from vllm_longspec.training.train import prepare_data
-
     check_served(config.target, config.revision)
     shared = load_shared(config.target, config.revision)
     store, held_out = prepare_data(config, shared)
