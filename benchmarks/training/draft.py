@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +27,41 @@ class RandomWindows:
     """A source of steps: windows of one length at a time, drawn anew, at one offset.
 
     Args:
-        lengths: of windows, of which one is drawn for each step
+        lengths: of windows, of which one is drawn for each step; of each come as many tokens
+        batch_tokens: of a step; a longer window is a step of its own
         max_position: positions stay below
+
+    Attributes:
+        num_tokens: of each step that was drawn
     """
 
     def __init__(self, windows: Windows, lengths: tuple[int, ...], batch_tokens: int, max_position: int) -> None:
-        self.windows, self.lengths = windows, lengths
-        self.batch_tokens, self.max_position = batch_tokens, max_position
+        self.windows, self.max_position = windows, max_position
+        self.counts = {length: max(1, batch_tokens // length) for length in lengths}
+        longest = max(count * length for length, count in self.counts.items())
+        # Steps of few tokens are drawn more often.
+        self.lengths = [
+            length for length, count in self.counts.items() for _ in range(max(1, longest // (count * length)))
+        ]
+        self.num_tokens: list[int] = []
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
         generator = self.windows.generator
         while True:
             length = self.lengths[int(torch.randint(len(self.lengths), (), generator=generator))]
             offset = int(torch.randint(self.max_position - length + 1, (), generator=generator))
-            drawn = self.windows.draw(self.batch_tokens // length, length)[:, :-1]
+            drawn = self.windows.draw(self.counts[length], length)[:, :-1]
+            self.num_tokens.append(drawn.numel())
             yield Step([samples_of(drawn, offset)], drawn.numel(), cursor)
 
     def num_steps(self, epochs: float) -> int:
         raise ValueError("random windows have no epochs: give a number of steps or minutes")
+
+
+class Trained(NamedTuple):
+    result: Result
+    seconds: float  # without those for compiling
+    tokens: int
 
 
 def samples_of(windows: Tensor, offset: int = 0) -> list[Sample]:
@@ -60,23 +77,24 @@ def train_draft(
     evaluation: Tensor,
     device: str,
     seed: int,
-    max_steps: int | None,
+    length: Mapping[str, Any] | None = None,
     name: str = "draft",
     changes: Mapping[str, Any] | None = None,
-) -> tuple[Result, float]:
-    """Trains the draft of the target in `folder`/target and saves it in `folder`/`name`.
+    out: Path | None = None,
+) -> Trained:
+    """Trains the draft of the target in `folder`/target and saves it in `out`/`name`.
 
     Args:
         evaluation: int64 [count, length + 1], windows that are not trained with
+        length: one of `steps`, `tokens` and `minutes` of a `Stage`, by default the minutes of the plan
         changes: of settings of `TrainConfig`
-
-    Returns:
-        what was trained, and the seconds that it took, without those for compiling
+        out: `folder` by default
     """
-    run = folder / f"{name}-run"
+    out = folder if out is None else out
+    run = out / f"{name}-run"
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    length = {"steps": max_steps} if max_steps is not None else {"minutes": plan.draft_seconds / 60}
+    length = {"minutes": plan.draft_seconds / 60} if length is None else length
     never = 1e9
     settings: dict[str, Any] = {
         "target": str(folder / "target"),
@@ -96,9 +114,11 @@ def train_draft(
     config = TrainConfig(**settings | dict(changes or {}))
     shared = load_shared(config.target)
     accelerator = make_accelerator(config, run)
-    teacher = HfTeacher(shared, accelerator.device, compute_dtype(config), plan.batch_tokens, config.compile_target)
+    teacher = HfTeacher(
+        shared, accelerator.device, compute_dtype(config), config.tokens_per_batch, config.compile_target
+    )
     windows = Windows(train.ids.cpu(), train.generator)
-    source = RandomWindows(windows, plan.draft_windows, plan.batch_tokens, shared.config.max_position_embeddings)
+    source = RandomWindows(windows, plan.draft_windows, config.tokens_per_batch, shared.config.max_position_embeddings)
     lessons: list[Lesson] = [
         Lesson(lesson.sample, lesson.keys.cpu(), lesson.values.cpu(), lesson.hidden.cpu())
         for lesson in teacher.teach(samples_of(evaluation[:, :-1]))
@@ -107,13 +127,14 @@ def train_draft(
         # Kernels are compiled for each shape that comes; the clock is for training.
         few = replace(config, stages=(Stage(steps=4 * len(plan.draft_windows), learning_rate=1e-6),))
         fit(few, shared, first_weights(config, shared), teacher, [source], run, accelerator)
+    source.num_tokens.clear()
     started = time.perf_counter()
     glide = first_weights(config, shared)
     result = fit(config, shared, glide, teacher, [source], run, accelerator, lessons=lessons)
     seconds = time.perf_counter() - started
     teacher.close()
-    (folder / name).mkdir(exist_ok=True)
+    (out / name).mkdir(exist_ok=True)
     for file in ("config.json", "model.safetensors"):
-        (run / file).replace(folder / name / file)
+        (run / file).replace(out / name / file)
     shutil.rmtree(run)
-    return result, seconds
+    return Trained(result, seconds, sum(source.num_tokens[: result.steps]))

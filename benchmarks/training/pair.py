@@ -64,7 +64,8 @@ def main() -> None:
     loss = held_out_loss(target, evaluation, device)
     print(f"target: held-out loss {loss:.4f}", flush=True)
     # The draft learns from the target as it was saved.
-    draft, _ = train_draft(plan, args.out, train, evaluation, device, args.seed, args.draft_steps)
+    length = None if args.draft_steps is None else {"steps": args.draft_steps}
+    draft = train_draft(plan, args.out, train, evaluation, device, args.seed, length).result
     trained_seconds = time.perf_counter() - started
 
     for name in ("prompts.jsonl", "PROMPT_LICENCES.txt"):

@@ -170,7 +170,7 @@ def main() -> None:
             target_seconds=round(time.perf_counter() - started, 1),
         )
     if args.only != "target" and not (args.out / "draft" / "model.safetensors").exists():
-        draft, seconds = train_draft(plan, args.out, train, evaluation, device, args.seed, None)
+        draft, seconds, _ = train_draft(plan, args.out, train, evaluation, device, args.seed)
         write_metrics(
             args.out,
             draft_parameters=sum(parameter.numel() for parameter in draft.glide.parameters()),

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts of one target by several recipes, at equal GPU time or at an equal number of steps.
+"""Drafts of one target by several recipes, at equal time, or an equal number of steps or tokens.
 
-    python -m benchmarks.training.recipes --pair FOLDER --data FOLDER --seconds 120 --recipes longspec default
+    python -m benchmarks.training.recipes --pair FOLDER --data FOLDER --seconds 120 \\
+        --recipes longspec longspec@8192 default@8192
     python -m benchmarks.training.recipes --pair FOLDER --data FOLDER --steps 400 --recipes default cross-entropy lk
+    # on a CPU, for the target that ships
+    python -m benchmarks.training.recipes --pair benchmarks/pair --data FOLDER --out FOLDER --device cpu --threads 1 \\
+        --tokens 200000 --windows 512 --learning-rate 4e-3 --recipes default@8192 default@2048
 
-Each recipe sees the same windows in the same order, in float32 master weights, with the same learning rates. A draft
-is written to FOLDER/NAME, and a line on it to FOLDER/recipes.jsonl; `benchmarks.training.served` measures them in
-engines.
+A recipe is NAME or NAME@TOKENS, the tokens of a step of the optimiser, all supervised. Recipes of as many tokens a step
+see the same windows in the same order. Weights are float32. A draft is written to OUT/draft-NAME, and a line on it to
+OUT/recipes.jsonl; `benchmarks.training.served` measures drafts in engines.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +34,8 @@ def _loss(**weights: float) -> LossWeights:
     return LossWeights(**{"next_token": 0.0, "kl": 0.0} | weights)
 
 
-# Changes of the settings of `train_draft`. All but the first change one thing of `default`, the tool's own settings.
+# Changes of the settings of `train_draft`. All but the first change one thing of `default`, the tool's own settings but
+# for learning rates and tokens of a step.
 RECIPES: dict[str, dict[str, Any]] = {
     # LongSpec's: cross-entropy on the data, one number of withheld keys a batch.
     "longspec": {"depths_per_batch": 1, "depth_weights": "equal", "loss": _loss(next_token=1.0)},
@@ -46,46 +52,85 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
+def parse_recipe(text: str) -> tuple[str, int | None]:
+    """Name, and tokens of a step where they are given. Raises argparse.ArgumentTypeError for what is no recipe."""
+    name, is_given, tokens = text.partition("@")
+    if name not in RECIPES or (is_given and not (tokens.isdecimal() and int(tokens) > 0)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no recipe: give NAME or NAME@TOKENS, with one of {', '.join(RECIPES)} as the name"
+        )
+    return name, int(tokens) if is_given else None
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, required=True, help="folder with target/, of benchmarks.training.realsize")
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
-    parser.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), default=["longspec", "default"])
+    parser.add_argument("--out", type=Path, help="folder for drafts and recipes.jsonl (default: that of --pair)")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        type=parse_recipe,
+        default=[("longspec", None), ("default", None)],
+        metavar="NAME[@TOKENS]",
+        help=f"of {', '.join(RECIPES)}; without TOKENS a step has {FULL.batch_tokens}",
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--seconds", type=float, help=f"of training of each (default {FULL.draft_seconds:.0f})")
     budget.add_argument("--steps", type=int, help="of each, instead of a time")
+    budget.add_argument("--tokens", type=int, help="of each, instead of a time")
     parser.add_argument("--learning-rate", type=float, help=f"default {FULL.draft_lr}")
+    parser.add_argument("--windows", type=int, help="tokens of all windows, also held-out ones, where they are short")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suffix", default="", help="of the drafts' names")
     parser.add_argument("--smoke", action="store_true", help="for a target of realsize --smoke")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     plan = SMOKE if args.smoke else FULL
     plan = replace(
         plan,
         draft_seconds=args.seconds or plan.draft_seconds,
         draft_lr=args.learning_rate or plan.draft_lr,
+        window=args.windows or plan.window,
+        draft_windows=(args.windows,) if args.windows else plan.draft_windows,
     )
+    length: dict[str, Any] | None = None
+    if args.steps or args.tokens:
+        length = {"steps": args.steps} if args.steps else {"tokens": args.tokens}
+    out = args.out or args.pair
+    out.mkdir(parents=True, exist_ok=True)
     held_out = Windows(load_ids(args.data / "held_out.npy.xz", "cpu"), torch.Generator())
     evaluation = held_out.spread(plan.evaluation_windows, plan.window)
     ids = load_ids(args.data / "train.npy.xz", "cpu")
-    for recipe in args.recipes:
+    for recipe, batch_tokens in args.recipes:
         train = Windows(ids, torch.Generator().manual_seed(args.seed))
-        name = f"draft-{recipe}{args.suffix}"
-        result, seconds = train_draft(
-            plan, args.pair, train, evaluation, args.device, args.seed, args.steps, name, RECIPES[recipe]
+        batch_tokens = batch_tokens or plan.batch_tokens
+        own = "" if batch_tokens == plan.batch_tokens else f"-{batch_tokens}"
+        name = f"draft-{recipe}{own}{args.suffix}"
+        changes = RECIPES[recipe] | {"tokens_per_batch": batch_tokens}
+        result, seconds, tokens = train_draft(
+            plan, args.pair, train, evaluation, args.device, args.seed, length, name, changes, out
         )
         record = {
             "draft": name,
             "recipe": recipe,
+            "batch_tokens": batch_tokens,
             "steps": result.steps,
-            "tokens": result.steps * plan.batch_tokens,
+            "tokens": tokens,
             "seconds": round(seconds, 1),
             "learning_rate": plan.draft_lr,
+            "seed": args.seed,
             "device": name_of(args.device),
             **result.held_out,
         }
-        with (args.pair / "recipes.jsonl").open("a") as file:
+        with (out / "recipes.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
 

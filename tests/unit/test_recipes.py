@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of recipes: what a step of a recipe holds, and one whole run for a target of two layers."""
+
+import json
+import lzma
+import sys
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.training import recipes
+from benchmarks.training.draft import RandomWindows
+from benchmarks.training.text import Windows
+from tests.models import write_target
+from vllm_longspec.proposers.glide.checkpoint import read_draft
+from vllm_longspec.training.batches import Cursor
+
+ARGUMENTS = ["--pair", "pair", "--data", "data"]
+
+
+def drawn(batch_tokens, count):
+    windows = Windows(torch.arange(100_000), torch.Generator().manual_seed(0))
+    source = RandomWindows(windows, (2048, 4096, 16384), batch_tokens, 32768)
+    steps = list(islice(source.steps(Cursor()), count))
+    assert source.num_tokens == [step.num_tokens for step in steps]
+    return [[len(sample.input_ids) for sample in step.batches[0]] for step in steps]
+
+
+def test_a_window_that_is_longer_than_a_step_is_one_of_its_own():
+    steps = drawn(8192, 600)
+    assert {tuple(step) for step in steps} == {(2048,) * 4, (4096,) * 2, (16384,)}
+    tokens = Counter()
+    for step in steps:
+        tokens[step[0]] += sum(step)
+    # As many tokens of each length as in large steps, not as many steps.
+    assert all(0.29 < share / tokens.total() < 0.38 for share in tokens.values())
+    assert {sum(step) for step in drawn(32768, 20)} == {32768}
+
+
+def test_recipes_by_the_tokens_of_a_step(capsys):
+    parsed = recipes.parse_arguments([*ARGUMENTS, "--recipes", "longspec", "longspec@8192", "default@4096"])
+    assert parsed.recipes == [("longspec", None), ("longspec", 8192), ("default", 4096)]
+    for wrong in ("longspecs", "default@", "default@0", "default@many"):
+        with pytest.raises(SystemExit):
+            recipes.parse_arguments([*ARGUMENTS, "--recipes", wrong])
+        assert f"'{wrong}' is no recipe: give NAME or NAME@TOKENS" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_recipes_of_as_many_tokens(tmp_path, monkeypatch):
+    """Drafts stand beside each other, and not in the pair's folder."""
+    write_target(tmp_path / "pair" / "target", "llama")
+    ids = np.random.default_rng(0).integers(64, size=2000).astype(np.uint16)
+    for name in ("train", "held_out"):
+        with lzma.open(tmp_path / f"{name}.npy.xz", "wb") as file:
+            np.save(file, ids)
+    monkeypatch.setattr(recipes, "FULL", recipes.replace(recipes.FULL, batch_tokens=256, evaluation_windows=2))
+    paths = ["--pair", str(tmp_path / "pair"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    budget = ["--tokens", "512", "--windows", "64", "--device", "cpu"]
+    names = ["longspec", "longspec@64", "default@64"]
+    monkeypatch.setattr(sys, "argv", ["recipes", *paths, *budget, "--recipes", *names])
+    recipes.main()
+    records = [json.loads(line) for line in (tmp_path / "out" / "recipes.jsonl").read_text().splitlines()]
+    assert [record["draft"] for record in records] == ["draft-longspec", "draft-longspec-64", "draft-default-64"]
+    assert [record["steps"] for record in records] == [2, 8, 8]
+    assert {record["tokens"] for record in records} == {512}
+    for record in records:
+        assert read_draft(str(tmp_path / "out" / record["draft"]), expected=True)
+    assert [each.name for each in (tmp_path / "pair").iterdir()] == ["target"]
