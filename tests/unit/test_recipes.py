@@ -32,7 +32,7 @@ def drawn(batch_tokens, count):
 def test_a_window_that_is_longer_than_a_step_is_one_of_its_own():
     steps = drawn(8192, 600)
     assert {tuple(step) for step in steps} == {(2048,) * 4, (4096,) * 2, (16384,)}
-    tokens = Counter()
+    tokens: Counter[int] = Counter()
     for step in steps:
         tokens[step[0]] += sum(step)
     # As many tokens of each length as in large steps, not as many steps.
