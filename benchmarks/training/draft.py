@@ -125,7 +125,7 @@ def train_draft(
     ]
     if accelerator.device.type == "cuda":
         # Kernels are compiled for each shape that comes; the clock is for training.
-        few = replace(config, stages=(Stage(steps=4 * len(plan.draft_windows), learning_rate=1e-6),))
+        few = replace(config, stages=(Stage(steps=4 * len(source.lengths), learning_rate=1e-6),))
         fit(few, shared, first_weights(config, shared), teacher, [source], run, accelerator)
     source.num_tokens.clear()
     started = time.perf_counter()

@@ -2,7 +2,9 @@
 """Samples of JSON lines: what is supervised, what is refused and how it is named, and which batches they make."""
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,6 +267,14 @@ def test_the_recipe_has_a_short_stage_if_samples_fit():
     # What was asked for is kept.
     asked = TrainConfig("target", ("data",), "out", stages=(Stage(steps=1, max_length=2048), Stage(steps=1)))
     assert without_short_stage(asked, long) is asked
+
+
+def test_the_defaults_are_the_documented_ones():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    documented = dict(re.findall(r"^\| `(\w+)` \| `?([\w.]+)`? \|", page, re.MULTILINE))
+    config = TrainConfig("target", ("data",), "out")
+    for name in ("tokens_per_batch", "accumulation", "levels", "depth_weights", "init", "teacher", "sharding"):
+        assert documented[name] == str(getattr(config, name)), name
 
 
 def test_the_hash_of_prompts(tmp_path):

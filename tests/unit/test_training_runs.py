@@ -554,6 +554,7 @@ def test_the_plan_starts_nothing(tmp_path, target, data, capsys):
     command(target, data, out, options=["--plan"])
     said = capsys.readouterr().out
     assert all(word in said for word in ("GPU hours", "memory of a GPU", "disk", "40 samples", "estimate"))
+    assert "a step: 2 x 256 tokens" in said
     assert not (out / "model.safetensors").exists() and not (out / checkpoints.FOLDER).exists()
 
 

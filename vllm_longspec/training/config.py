@@ -124,8 +124,8 @@ class TrainConfig:
     depths_per_batch: int | None = None
     depth_weights: str = "expected"
     loss: LossWeights = field(default_factory=LossWeights)
-    # Of a batch on one GPU. A longer sample is a batch of its own.
-    tokens_per_batch: int = 32768
+    # Of a batch on one GPU, which so many fill. A longer sample is a batch of its own.
+    tokens_per_batch: int = 8192
     # Batches of each GPU in a step of the optimiser.
     accumulation: int = 1
     weight_decay: float = 0.1

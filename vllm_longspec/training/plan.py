@@ -48,6 +48,10 @@ def plan(config: TrainConfig) -> str:
     if config.stages != whole.stages:
         lines.append(f"the recipe's stage of {whole.stages[0].max_length} tokens is left out: almost no sample fits")
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    lines.append(
+        f"a step: {num_ranks * config.accumulation} x {config.tokens_per_batch} tokens (tokens_per_batch), more where "
+        "a sample is longer"
+    )
     hours, longest = 0.0, 0
     for number, stage in enumerate(config.stages):
         samples = Plan(
