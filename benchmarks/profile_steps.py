@@ -3,10 +3,10 @@
 
     python -m benchmarks.profile_steps --model qwq-32b --system tuned --context 16384 --batch 1 --out step.json
 
-An engine with random weights runs in this process. After the prompts, `--steps` steps are recorded with PyTorch's
-profiler. A kernel belongs to the step and the part of it (target, sampling, compaction, draft) that launched it, and
-within the part to a stage by its name; see `STAGES`. What the GPU does not fill is idle time of the part that launches
-next. The table also counts what makes the host wait for the GPU.
+An engine with random weights runs in this process. After the prompts and `--after` steps, `--steps` steps are recorded
+with PyTorch's profiler. A kernel belongs to the step and the part of it (target, sampling, compaction, draft) that
+launched it, and within the part to a stage by its name; see `STAGES`. What the GPU does not fill is idle time of the
+part that launches next. The table also counts what makes the host wait for the GPU.
 
 Writes the table as JSON and, beside it, as markdown. Recording takes time of its own, mostly the host's: eager parts
 look slower than they are, CUDA graphs do not.
@@ -240,8 +240,13 @@ def _mark_parts(runner: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
-def record(settings: dict[str, Any], vocab_size: int, context: int, batch: int, steps: int) -> dict[str, Any]:
-    """Runs an engine in this process and returns the profiler's trace of `steps` decoding steps and two more."""
+def record(
+    settings: dict[str, Any], vocab_size: int, context: int, batch: int, steps: int, after: int
+) -> dict[str, Any]:
+    """Runs an engine in this process.
+
+    Returns the profiler's trace of `steps` decoding steps and two more, when all requests have decoded `after` steps.
+    """
     import torch
     from vllm import LLM, SamplingParams
 
@@ -252,7 +257,7 @@ def record(settings: dict[str, Any], vocab_size: int, context: int, batch: int, 
     requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
     # More than any number of tokens that the recorded steps may accept.
     speculative = settings.get("speculative_config")
-    most = (steps + 2) * 8 if speculative else steps + 2
+    most = (after + steps + 2) * (8 if speculative else 1)
     sampling = [
         SamplingParams(temperature=0.0, seed=number, max_tokens=tokens, ignore_eos=True, detokenize=False)
         for tokens in (WARM_UP_TOKENS, WARM_UP_TOKENS + most)
@@ -262,9 +267,9 @@ def record(settings: dict[str, Any], vocab_size: int, context: int, batch: int, 
 
     for number, (prompt, parameters) in enumerate(zip(requests, sampling[batch:], strict=True)):
         engine.add_request(f"profile-{number}", prompt, parameters)
-    # Until all decode, and some steps more.
+    # Until all decode, and so many steps more.
     decoding: Counter[str] = Counter()
-    while len(decoding) < batch or min(decoding.values()) < 2:
+    while len(decoding) < batch or min(decoding.values()) < after:
         decoding.update(output.request_id for output in engine.step() if output.outputs[0].token_ids)
 
     on_gpu = torch.cuda.is_available()
@@ -292,6 +297,12 @@ def main() -> None:
     add("--tuned", type=json.loads, help="JSON of the settings of system tuned")
     add("--engine", type=json.loads, default={}, help="JSON of more arguments of the engine")
     add("--steps", type=int, default=10)
+    add(
+        "--after",
+        type=int,
+        default=80,
+        help="steps before; a head that learns its tokens has those of the prompts then",
+    )
     add("--commit", help="the plugin's commit, where there is no git repository")
     add("--out", type=Path, required=True, help="JSON; the table goes beside it")
     add("--trace", type=Path, help="keep the whole trace here, too")
@@ -302,7 +313,7 @@ def main() -> None:
     # The profiler sees kernels of its own process only.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     model = Model.find(arguments.model)
-    longest = arguments.context + 8 * arguments.steps + SLACK
+    longest = arguments.context + 8 * (arguments.after + arguments.steps) + SLACK
     settings: dict[str, Any] = {
         "dtype": "float32" if ON_CPU else "bfloat16",
         "load_format": "auto" if model.trained else "dummy",
@@ -317,7 +328,14 @@ def main() -> None:
         if decoding.speculative_config is not None:
             settings["speculative_config"] = decoding.speculative_config
         settings |= (CPU_SETTINGS if ON_CPU else {}) | arguments.engine
-        trace = record(settings, model.config["vocab_size"], arguments.context, arguments.batch, arguments.steps)
+        trace = record(
+            settings,
+            model.config["vocab_size"],
+            arguments.context,
+            arguments.batch,
+            arguments.steps,
+            arguments.after,
+        )
     if arguments.trace:
         arguments.trace.write_text(json.dumps(trace))
     report = {
@@ -326,6 +344,7 @@ def main() -> None:
         "options": decoding.options,
         "context": arguments.context,
         "batch": arguments.batch,
+        "after_steps": arguments.after,
         "environment": machine,
         **analyse(read_trace(trace)),
     }

@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 4 -m benchmarks.training.realsize --only target --target-seconds 120 ...
 
 Writes target/, draft/, prompts.jsonl and metrics.json into the output folder, laid out as `benchmarks/pair`, for
-`benchmarks.speed` to measure. Needs the folder that `prepare_data.py` wrote and no network. What is there already is
-not trained again, so target and draft may be trained by two calls; the target on several GPUs.
+`benchmarks.speed` to measure, and code-8k.jsonl and code-16k.jsonl for `vllm-longspec bench`. Needs the folder that
+`prepare_data.py` wrote and no network. What is there already is not trained again, so target and draft may be trained
+by two calls; the target on several GPUs.
 """
 
 import argparse
@@ -73,6 +74,9 @@ SMOKE = replace(
 )
 # A prompt ends in a file of which it has at least so many tokens, or an eighth of its own length if that is less.
 TOKENS_OF_LAST_FILE = 1024
+# Files of prompts for `vllm-longspec bench`, and how many tokens before a prompt's end they have.
+BENCH_PROMPTS = {"code-8k": 8192, "code-16k": 16064}
+NUM_BENCH_PROMPTS = 8
 
 
 def choose_prompts(ids: list[int], tokenizer: Tokenizer, length: int, count: int, after: int) -> Iterator[dict]:
@@ -104,6 +108,16 @@ def _spread(number: int, size: int) -> int:
     """A permutation of range(size) whose first numbers are far apart: steps of the golden section."""
     step = next(step for step in range(int(size * 0.618) or 1, size + 1) if math.gcd(step, size) == 1)
     return number * step % size
+
+
+def write_bench_prompts(folder: Path, tokenizer: Tokenizer) -> None:
+    """The ends of the first prompts of prompts.jsonl as token ids, in a file for each length that they have."""
+    lines = (folder / "prompts.jsonl").read_text().splitlines()[:NUM_BENCH_PROMPTS]
+    prompts = [tokenizer.encode(json.loads(line)["text"]).ids for line in lines]
+    for name, length in BENCH_PROMPTS.items():
+        ends = [prompt[-length:] for prompt in prompts if len(prompt) >= length]
+        if ends:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps({"input_ids": end}) + "\n" for end in ends))
 
 
 def main() -> None:
@@ -157,6 +171,7 @@ def main() -> None:
             held_out.ids.tolist(), tokenizer, prompt_length, plan.prompts_per_length, plan.new_tokens
         )
         (args.out / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+        write_bench_prompts(args.out, tokenizer)
         check_tokenizer(folder, args.out / "prompts.jsonl")
         # transformers computes the same from the saved files.
         check_files(folder, evaluation[:2, :513])

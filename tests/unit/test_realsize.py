@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from benchmarks import PAIR
-from benchmarks.training.realsize import choose_prompts
+from benchmarks.training import realsize
+from benchmarks.training.realsize import choose_prompts, write_bench_prompts
 
 TOKENIZER = PAIR / "target" / "tokenizer.json"
 
@@ -37,3 +38,16 @@ def test_prompts(held_out):
     assert len(places) == 6
     # From all over the text.
     assert min(places) < len(held_out) / 3 and max(places) > len(held_out) * 2 / 3
+
+
+def test_prompts_of_bench_are_the_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(realsize, "BENCH_PROMPTS", {"short": 16, "long": 100_000})
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    lines = (PAIR / "prompts.jsonl").read_text().splitlines()[:10]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    write_bench_prompts(tmp_path, tokenizer)
+    written = [json.loads(line) for line in (tmp_path / "short.jsonl").read_text().splitlines()]
+    texts = [tokenizer.encode(json.loads(line)["text"]).ids for line in lines[:8]]
+    assert written == [{"input_ids": ids[-16:]} for ids in texts]
+    # No prompt has so many tokens.
+    assert not (tmp_path / "long.jsonl").exists()
