@@ -34,13 +34,14 @@ def _loss(**weights: float) -> LossWeights:
     return LossWeights(**{"next_token": 0.0, "kl": 0.0} | weights)
 
 
-# Changes of the settings of `train_draft`. All but the first change one thing of `default`, the tool's own settings but
-# for learning rates and tokens of a step.
+# Changes of the settings of `train_draft`. `default` has the tool's own but for learning rates and tokens of a step; those
+# behind it change one thing: the depths, the loss or the first weights.
 RECIPES: dict[str, dict[str, Any]] = {
     # LongSpec's: cross-entropy on the data, one number of withheld keys a batch.
     "longspec": {"depths_per_batch": 1, "depth_weights": "equal", "loss": _loss(next_token=1.0)},
     "default": _ALL_DEPTHS,
     "one-depth": {"depths_per_batch": 1, "depth_weights": "equal"},
+    "one-depth-expected": {"depths_per_batch": 1, "depth_weights": "expected"},
     "equal-depths": _ALL_DEPTHS | {"depth_weights": "equal"},
     "two-depths": _ALL_DEPTHS | {"depths_per_batch": 2},
     "cross-entropy": _ALL_DEPTHS | {"loss": _loss(next_token=1.0)},
