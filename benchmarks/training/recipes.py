@@ -34,8 +34,8 @@ def _loss(**weights: float) -> LossWeights:
     return LossWeights(**{"next_token": 0.0, "kl": 0.0} | weights)
 
 
-# Changes of the settings of `train_draft`. `default` has the tool's own but for learning rates and tokens of a step; those
-# behind it change one thing: the depths, the loss or the first weights.
+# Changes of the settings of `train_draft`. `default` has the tool's own but for learning rates and tokens of a step;
+# those behind it change one thing: the depths, the loss or the first weights.
 RECIPES: dict[str, dict[str, Any]] = {
     # LongSpec's: cross-entropy on the data, one number of withheld keys a batch.
     "longspec": {"depths_per_batch": 1, "depth_weights": "equal", "loss": _loss(next_token=1.0)},
