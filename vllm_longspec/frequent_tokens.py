@@ -95,6 +95,22 @@ def special_tokens(model_config: "ModelConfig") -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def token_texts(model_config: "ModelConfig") -> list[str] | None:
+    """The text of each token of the model's vocabulary, in the order of ids; None without a tokenizer.
+
+    A token that is no whole character has a replacement character for it, and one that the tokenizer lacks no text.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+    from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:
+        return None
+    vocab_size = model_config.get_vocab_size()
+    texts = convert_ids_list_to_tokens(tokenizer, list(range(min(vocab_size, tokenizer.max_token_id + 1))))
+    return texts + [""] * (vocab_size - len(texts))
+
+
 def _tokens_of(tokenizer: Any, paths: Iterable[Path]) -> Iterator[int]:
     for path in paths:
         with path.open(errors="replace") as lines:
