@@ -160,8 +160,8 @@ def add_prompt(learner: HeadLearner, tokens: list[int]) -> None:
     ("text", "features"),
     [
         (" the", {" th", "the", "script LATIN"}),
-        ("ааааа", {"ааа", "script CYRILLIC"}),
-        ("(х", {"(х", "script CYRILLIC"}),
+        ("жжжжж", {"жжж", "script CYRILLIC"}),
+        ("(ж", {"(ж", "script CYRILLIC"}),
         ("数据", {"数据", "script CJK"}),
         # A sign without a letter.
         ("\N{DEVANAGARI VOWEL SIGN I}", {"\N{DEVANAGARI VOWEL SIGN I}", "script DEVANAGARI"}),
