@@ -2,6 +2,7 @@
 """A head that learns its tokens: what is counted, what is exchanged, and rows in the place of others."""
 
 import itertools
+import json
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 from vllm.config import ModelConfig
 
-from benchmarks import PAIR
+from benchmarks import PAIR, RESULTS
+from benchmarks.learned_head import WINDOWS
 from benchmarks.shapes import SHAPES
 from vllm_longspec.frequent_tokens import first_tokens, token_texts
 from vllm_longspec.proposers.glide.head import write_rows
@@ -402,6 +404,16 @@ def test_prompts_need_no_more_than_a_bounded_number_of_rows():
 def size_for(model: str, num_ranks: int = 1, **overrides: int) -> int | None:
     shape = {**SHAPES[model], **overrides}
     return choose_head_size(SimpleNamespace(**shape), shape["vocab_size"], num_ranks)
+
+
+def test_what_a_size_loses_is_what_was_measured():
+    records = json.loads((RESULTS / "learned-head.json").read_text())["records"]
+    windows = [f"lost from step {start}" for start in WINDOWS if start >= 200]
+    lost: dict[int, float] = {}
+    for record in records:
+        if record["way"] == "learned":
+            lost[record["size"]] = max([lost.get(record["size"], 0), *(record[window] for window in windows)])
+    assert {size: round(share, 3) for size, share in lost.items()} == LOST
 
 
 def test_a_head_learns_where_it_pays():
