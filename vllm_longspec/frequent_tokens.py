@@ -106,9 +106,14 @@ def token_texts(model_config: "ModelConfig") -> list[str] | None:
     tokenizer = cached_tokenizer_from_config(model_config)
     if tokenizer is None:
         return None
-    vocab_size = model_config.get_vocab_size()
-    texts = convert_ids_list_to_tokens(tokenizer, list(range(min(vocab_size, tokenizer.max_token_id + 1))))
-    return texts + [""] * (vocab_size - len(texts))
+    texts = [""] * model_config.get_vocab_size()
+    token_ids = range(min(len(texts), tokenizer.max_token_id + 1))
+    # There may be ids without a token between others, which vLLM's function does not expect.
+    pieces = tokenizer.convert_ids_to_tokens(list(token_ids))
+    known = [token_id for token_id, piece in zip(token_ids, pieces, strict=True) if piece is not None]
+    for token_id, text in zip(known, convert_ids_list_to_tokens(tokenizer, known), strict=True):
+        texts[token_id] = text
+    return texts
 
 
 def _tokens_of(tokenizer: Any, paths: Iterable[Path]) -> Iterator[int]:

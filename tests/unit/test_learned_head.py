@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from vllm.config import ModelConfig
 
 from benchmarks import PAIR, RESULTS
@@ -271,6 +273,15 @@ def test_texts_of_tokens():
     padded = ModelConfig(str(PAIR / "target"), hf_overrides={"vocab_size": 4224})
     assert token_texts(padded) == [*texts, *[""] * 128]
     assert token_texts(ModelConfig(str(PAIR / "target"), skip_tokenizer_init=True)) is None
+
+
+def test_texts_of_a_vocabulary_with_holes(tmp_path):
+    """Of a tokenizer, too, that marks leading spaces and drops them when it decodes a single token."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "\u2581a": 1, "b": 4}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    model_config = ModelConfig(str(PAIR / "target"), tokenizer=str(tmp_path), hf_overrides={"vocab_size": 7})
+    assert token_texts(model_config) == ["<unk>", " a", "", "", "b", "", ""]
 
 
 def test_tokens_of_a_prompt_are_there_before_its_first_draft():
