@@ -293,7 +293,7 @@ def test_tokens_of_a_prompt_are_there_before_its_first_draft():
 
 
 def test_the_tokens_of_a_long_prompt_are_added_within_a_bounded_number_of_steps():
-    head, learner = learner_of(20000, 4000)
+    head, learner = learner_of(20000, 5000)
     learner.start_step(HIDDEN)
     num_tokens = 3 * EXCHANGED
     prompt = list(range(5000, 5000 + num_tokens)) + list(range(5000, 5100)) * 4
@@ -339,9 +339,10 @@ def test_emitted_tokens_come_in_and_old_ones_go():
             learner.start_step(HIDDEN)
             learner.count_emitted(requests)
 
-    emit(list(range(500, 532)), INTERVAL + 1)
+    # A quarter of the slots at a time.
+    emit(list(range(500, 532)), 5 * INTERVAL)
     assert set(head.token_ids.tolist()) == set(range(500, 532))
-    emit(list(range(600, 632)), 2 * INTERVAL)
+    emit(list(range(600, 632)), 10 * INTERVAL)
     assert set(head.token_ids.tolist()) == set(range(600, 632))
     # Counts are halved.
     count = head.token_counts[500].item()
@@ -408,8 +409,11 @@ def test_rows_are_written_as_they_would_be_loaded(dtype, is_quantised):
 def test_prompts_need_no_more_than_a_bounded_number_of_rows():
     _, learner = learner_of(20000, 4000, num_pinned=3900)
     assert learner.num_exchanged == 100 < EXCHANGED
-    _, learner = learner_of(20000, 4000)
+    _, learner = learner_of(20000, 4 * EXCHANGED)
     assert learner.num_exchanged == EXCHANGED
+    # What one prompt suggests does not replace all of a small head.
+    _, learner = learner_of(20000, 1024)
+    assert learner.num_exchanged == 256
 
 
 def size_for(model: str, num_ranks: int = 1, **overrides: int) -> int | None:

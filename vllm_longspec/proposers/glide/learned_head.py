@@ -13,6 +13,8 @@ draft never sees a token with the row of another.
 How often is decided by numbers of steps and of prompts' tokens, which the host knows.
 """
 
+import math
+
 import torch
 from vllm.triton_utils import tl, triton
 
@@ -29,11 +31,13 @@ HALVING = 1024
 ALTERNATIVE = UNIT // 16
 PROBABLE = 7.0
 MAX_ROWS = 16
-# Slots that are exchanged at a time, and steps from one exchange to the next.
+# Slots that are exchanged at a time, and steps from one exchange to the next. No more than a part of the slots, so that
+# a few prompts' alternatives do not replace all of a small head.
 EXCHANGED = 1024
+EXCHANGED_PART = 1 / 4
 INTERVAL = 32
 # While tokens of new prompts are to be added: no more than so much of the time of a step may go into exchanges.
-URGENT_INTERVAL = 8
+URGENT_INTERVAL = 4
 # Exchanges for prompts that are due at most. What a longer prompt still has to add comes in later.
 MAX_URGENT = 4
 # Tokens of a program; one size, so that no prompt triggers compilation.
@@ -48,7 +52,8 @@ class HeadLearner:
         assert model.token_ids is not None and model.token_counts is not None
         self.model = model
         self.num_pinned = num_pinned
-        self.num_exchanged = min(EXCHANGED, len(model.token_ids) - num_pinned)
+        num_slots = len(model.token_ids)
+        self.num_exchanged = min(EXCHANGED, num_slots - num_pinned, math.ceil(EXCHANGED_PART * num_slots))
         self.num_steps = 0
         self.num_urgent = 0  # exchanges that new prompts need
         self.since_exchange = URGENT_INTERVAL
@@ -99,7 +104,7 @@ class HeadLearner:
         assert self.model.token_counts is not None
         num_new = torch.full_like(idx_mapping, max_root_position, dtype=torch.int32)
         count_tokens(self.model.token_counts, token_ids, idx_mapping, roots.positions, num_new, max_root_position)
-        self.num_urgent = min(MAX_URGENT, self.num_urgent + triton.cdiv(max_root_position, EXCHANGED))
+        self.num_urgent = min(MAX_URGENT, self.num_urgent + triton.cdiv(max_root_position, self.num_exchanged))
         if self.num_urgent and self.since_exchange >= URGENT_INTERVAL:
             self._exchange()
 
