@@ -23,7 +23,9 @@ of; the median of some replays. What no graph can hold is the sum of its kernels
 
 import argparse
 import json
+import random
 import statistics
+import string
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -485,7 +487,8 @@ def scores() -> Iterator[Row]:
 
 def learn() -> Iterator[Row]:
     from vllm_longspec.proposers.glide.head import rows_of_all_ranks, write_rows
-    from vllm_longspec.proposers.glide.learned_head import EXCHANGED, INTERVAL, choose_exchange, count_tokens
+    from vllm_longspec.proposers.glide.learned_head import EXCHANGED, INTERVAL, UNIT, choose_exchange, count_tokens
+    from vllm_longspec.proposers.glide.resemblance import Resemblance
 
     vocab_size, hidden = QWQ_32B["vocab_size"], QWQ_32B["hidden_size"]
     size = min(LEARNED_TOKENS, vocab_size // 2)
@@ -494,6 +497,10 @@ def learn() -> Iterator[Row]:
     head: Any = SimpleNamespace(weight=rows, shard_indices=shard, tp_size=1)
     counts = torch.randint(0, 1 << 40, (vocab_size,), device=DEVICE)
     token_ids = torch.arange(size, device=DEVICE)
+    # Random words share features as words do: some 5 each, among 26 ** 3 runs of letters.
+    source = random.Random(0)
+    texts = ["".join(source.choices(string.ascii_lowercase, k=source.randint(2, 10))) for _ in range(vocab_size)]
+    resemblance = Resemblance(texts, DEVICE)
     whole: Any = SimpleNamespace(weight=torch.zeros(size, hidden, device=DEVICE, dtype=DTYPE))
     quantised: Any = SimpleNamespace(
         weight=torch.zeros(size, hidden, device=DEVICE).to(torch.float8_e4m3fn).t(),
@@ -501,7 +508,8 @@ def learn() -> Iterator[Row]:
     )
 
     def exchange(copied: Any) -> None:
-        slots, tokens = choose_exchange(counts, token_ids, 16, min(EXCHANGED, size - 16))
+        expected = counts + resemblance.expected(counts, UNIT)
+        slots, tokens = choose_exchange(expected, token_ids, 16, min(EXCHANGED, size - 16))
         token_ids.index_copy_(0, slots, tokens)
         write_rows(copied, slots, rows_of_all_ranks(head, tokens))
 
@@ -516,6 +524,7 @@ def learn() -> Iterator[Row]:
 
     exchanges = {name: partial(exchange, copied) for name, copied in (("bf16", whole), ("fp8", quantised))}
     times = {f"exchange, {name}": measure_without_graph(call) for name, call in exchanges.items()}
+    times["what is expected"] = measure_without_graph(partial(resemblance.expected, counts, UNIT))
     times["exchange, fp8, host"] = on_the_host(quantised)
     for num_reqs in BATCHES:
         slots = torch.arange(num_reqs, device=DEVICE)

@@ -95,6 +95,27 @@ def special_tokens(model_config: "ModelConfig") -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def token_texts(model_config: "ModelConfig") -> list[str] | None:
+    """The text of each token of the model's vocabulary, in the order of ids; None without a tokenizer.
+
+    A token that is no whole character has a replacement character for it, and one that the tokenizer lacks no text.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+    from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:
+        return None
+    texts = [""] * model_config.get_vocab_size()
+    token_ids = range(min(len(texts), tokenizer.max_token_id + 1))
+    # There may be ids without a token between others, which vLLM's function does not expect.
+    pieces = tokenizer.convert_ids_to_tokens(list(token_ids))
+    known = [token_id for token_id, piece in zip(token_ids, pieces, strict=True) if piece is not None]
+    for token_id, text in zip(known, convert_ids_list_to_tokens(tokenizer, known), strict=True):
+        texts[token_id] = text
+    return texts
+
+
 def _tokens_of(tokenizer: Any, paths: Iterable[Path]) -> Iterator[int]:
     for path in paths:
         with path.open(errors="replace") as lines:

@@ -243,14 +243,19 @@ def test_frequent_tokens(pairs, tmp_path):
     assert result.acceptance_length > 1.5
 
 
-def test_tokens_that_are_learned(pairs):
-    """A draft that may draw a sixteenth of the tokens at a time, which are soon those that are served."""
+@pytest.mark.parametrize("skip_tokenizer_init", [True, False])
+def test_tokens_that_are_learned(pairs, skip_tokenizer_init):
+    """A draft that may draw a sixteenth of the tokens at a time, which are soon those that are served.
+
+    With a tokenizer tokens like those are expected, too.
+    """
     target, draft = pairs["qwen2"]
     prompts = source_code((200, 300, 400))
     requests = [[request(prompt, **GREEDY, max_tokens=48, ignore_eos=True) for prompt in prompts]]
     plain = generate(target, requests)
     assert any(token >= 256 for tokens in plain.tokens[0] for token in tokens)
-    result = generate(target, requests, **speculative(draft, [2, 4, 4], frequent_tokens="auto:256", copy_length=0))
+    drafting = speculative(draft, [2, 4, 4], frequent_tokens="auto:256", copy_length=0)
+    result = generate(target, requests, **drafting, skip_tokenizer_init=skip_tokenizer_init)
     assert_lossless(plain, result)
     # All tokens: 3.24; those that it begins with, which are bytes: 1.06.
     assert result.acceptance_length > 2.4

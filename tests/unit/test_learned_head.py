@@ -2,15 +2,21 @@
 """A head that learns its tokens: what is counted, what is exchanged, and rows in the place of others."""
 
 import itertools
+import json
 import random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from vllm.config import ModelConfig
 
+from benchmarks import PAIR, RESULTS
+from benchmarks.learned_head import WINDOWS
 from benchmarks.shapes import SHAPES
-from vllm_longspec.frequent_tokens import first_tokens
+from vllm_longspec.frequent_tokens import first_tokens, token_texts
 from vllm_longspec.proposers.glide.head import write_rows
 from vllm_longspec.proposers.glide.head_size import LOST, MAX_LOST, choose_head_size
 from vllm_longspec.proposers.glide.learned_head import (
@@ -26,6 +32,7 @@ from vllm_longspec.proposers.glide.learned_head import (
     choose_exchange,
     count_tokens,
 )
+from vllm_longspec.proposers.glide.resemblance import NGRAM, SCALE, Resemblance, features_of
 from vllm_longspec.proposers.glide.setup import GlideSetup
 from vllm_longspec.proposers.interface import Requests, Roots
 
@@ -126,6 +133,7 @@ class Head:
     def __init__(self, vocab_size: int, size: int):
         self.token_ids = torch.arange(size, device=DEVICE)
         self.token_counts = torch.zeros(vocab_size, dtype=torch.int64, device=DEVICE)
+        self.resemblance: Resemblance | None = None
         self.num_exchanges = 0
         self.seen: list[torch.Tensor] = []
         # Of one row; by default all rows have a token as probable that is always there.
@@ -152,6 +160,130 @@ def add_prompt(learner: HeadLearner, tokens: list[int]) -> None:
     learner.add_prompts(zero, Roots(zero, root, root.int()), text, len(tokens))
 
 
+@pytest.mark.parametrize(
+    ("text", "features"),
+    [
+        (" the", {" th", "the", "script LATIN"}),
+        ("жжжжж", {"жжж", "script CYRILLIC"}),
+        ("(ж", {"(ж", "script CYRILLIC"}),
+        ("数据", {"数据", "script CJK"}),
+        # A sign without a letter.
+        ("\N{DEVANAGARI VOWEL SIGN I}", {"\N{DEVANAGARI VOWEL SIGN I}", "script DEVANAGARI"}),
+        ("    ", {"   ", "script of none"}),
+        ("\ufffd", {"\ufffd", "script of none"}),
+        ("", {"", "script of none"}),
+    ],
+)
+def test_features_are_runs_of_characters_and_the_script(text, features):
+    assert features_of(text) == features and NGRAM == 3
+
+
+def expected(counts, texts):
+    """`Resemblance.expected` token by token."""
+    by_token = [features_of(text) for text in texts]
+    shares = {}
+    for feature in set().union(*by_token):
+        having = [token for token, features in enumerate(by_token) if feature in features]
+        shares[feature] = sum(min(counts[token], UNIT) for token in having) // len(having)
+    return [
+        sum(shares[feature] for feature in features) * len(texts) // (SCALE * len(features) * (token + 1))
+        for token, features in enumerate(by_token)
+    ]
+
+
+def some_texts(number: int) -> list[str]:
+    source = random.Random(number)
+    alphabets = ("abcd ", "абвг ", "数据库 ", "01.", "")
+    return ["".join(source.choices(alphabets[token % 5] or "\ufffd", k=token % 7)) for token in range(number)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_are_expected_by_the_shares_of_their_features(seed):
+    texts = some_texts(300)
+    source = random.Random(seed)
+    counts = [source.choice([0, 0, UNIT // 16, UNIT, 10**12]) for _ in texts]
+    resemblance = Resemblance(texts, DEVICE)
+    found = resemblance.expected(torch.tensor(counts, device=DEVICE), UNIT)
+    assert found.dtype == torch.int64 and found.tolist() == expected(counts, texts)
+    # Ranks with the same texts and counts expect the same.
+    again = Resemblance(list(texts), DEVICE).expected(torch.tensor(counts, device=DEVICE), UNIT)
+    assert again.equal(found)
+    assert not resemblance.expected(torch.zeros(300, dtype=torch.int64, device=DEVICE), UNIT).any()
+
+
+def test_what_is_expected_survives_that_weights_are_discarded():
+    """Buffers are kept at level 2 of sleep mode, and no checkpoint has them."""
+    resemblance = Resemblance(some_texts(50), DEVICE)
+    assert set(vars(resemblance)["_buffers"]) == set(Resemblance.__annotations__)
+    assert not resemblance.state_dict()
+
+
+def test_a_script_brings_in_tokens_that_nobody_has_seen():
+    """A prompt in another script: its tokens come in, then others of the script, and those of no use leave."""
+    source = random.Random(0)
+
+    def words(letters: str) -> list[str]:
+        return ["".join(source.choices(letters, k=4)) for _ in range(200)]
+
+    # Ranks of the scripts are mixed.
+    texts = [
+        text for pair in zip(words("abcdefgh"), words("абвгдежз"), words("αβγδεζηθ"), strict=True) for text in pair
+    ]
+    cyrillic = set(range(1, 600, 3))
+
+    def run(resemblance: Resemblance | None) -> list[int]:
+        head, learner = learner_of(600, 300)
+        head.resemblance = resemblance
+        learner.start_step(HIDDEN)
+        add_prompt(learner, sorted(cyrillic)[::4])
+        for _ in range(2 * INTERVAL):
+            learner.start_step(HIDDEN)
+        return head.token_ids.tolist()
+
+    learned = run(Resemblance(texts, DEVICE))
+    assert cyrillic <= set(learned)
+    # Two ranks decide the same, slot by slot.
+    assert learned == run(Resemblance(texts, DEVICE))
+    # Without texts only what was seen comes in.
+    assert set(run(None)) - set(range(300)) <= set(sorted(cyrillic)[::4])
+
+
+def test_a_language_brings_in_tokens_that_look_like_it():
+    """Two languages in one script, told apart by runs of their letters."""
+    endings = ("schen", "isch", "ung", "lich"), ("tion", "ment", "eaux", "ique")
+    source = random.Random(1)
+    texts = ["".join(source.choices("bdfgklmnprstv", k=2)) + source.choice(endings[token % 2]) for token in range(400)]
+    head, learner = learner_of(400, 220)
+    head.resemblance = Resemblance(texts, DEVICE)
+    learner.start_step(HIDDEN)
+    add_prompt(learner, list(range(0, 400, 8)))
+    for _ in range(2 * INTERVAL):
+        learner.start_step(HIDDEN)
+    share = sum(token % 2 == 0 for token in head.token_ids.tolist()) / 200
+    # Half of those that it began with.
+    assert share > 0.9
+
+
+def test_texts_of_tokens():
+    model_config = ModelConfig(str(PAIR / "target"))
+    texts = token_texts(model_config)
+    assert texts is not None and len(texts) == 4096
+    assert texts[:2] == ["<|endoftext|>", "!"] and " the" in texts
+    # A vocabulary is often padded beyond the tokenizer's.
+    padded = ModelConfig(str(PAIR / "target"), hf_overrides={"vocab_size": 4224})
+    assert token_texts(padded) == [*texts, *[""] * 128]
+    assert token_texts(ModelConfig(str(PAIR / "target"), skip_tokenizer_init=True)) is None
+
+
+def test_texts_of_a_vocabulary_with_holes(tmp_path):
+    """Of a tokenizer, too, that marks leading spaces and drops them when it decodes a single token."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "\u2581a": 1, "b": 4}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    model_config = ModelConfig(str(PAIR / "target"), tokenizer=str(tmp_path), hf_overrides={"vocab_size": 7})
+    assert token_texts(model_config) == ["<unk>", " a", "", "", "b", "", ""]
+
+
 def test_tokens_of_a_prompt_are_there_before_its_first_draft():
     head, learner = learner_of(20000, 2000, num_pinned=10)
     learner.start_step(HIDDEN)
@@ -161,17 +293,18 @@ def test_tokens_of_a_prompt_are_there_before_its_first_draft():
 
 
 def test_the_tokens_of_a_long_prompt_are_added_within_a_bounded_number_of_steps():
-    head, learner = learner_of(20000, 4000)
+    head, learner = learner_of(20000, 5000)
     learner.start_step(HIDDEN)
-    prompt = list(range(5000, 7000)) + list(range(5000, 5100)) * 40
+    num_tokens = 3 * EXCHANGED
+    prompt = list(range(5000, 5000 + num_tokens)) + list(range(5000, 5100)) * 4
     add_prompt(learner, prompt)
     # Those that occur most come first.
     assert set(range(5000, 5100)) <= set(head.token_ids.tolist())
     added = [head.num_exchanges]
-    for _ in range(7 * URGENT_INTERVAL):
+    for _ in range(2 * URGENT_INTERVAL):
         learner.start_step(HIDDEN)
         added.append(head.num_exchanges)
-    assert set(range(5000, 7000)) <= set(head.token_ids.tolist())
+    assert set(range(5000, 5000 + num_tokens)) <= set(head.token_ids.tolist())
     # Steps between two exchanges.
     times = [step for step in range(1, len(added)) if added[step] > added[step - 1]]
     assert all(later - earlier >= URGENT_INTERVAL for earlier, later in itertools.pairwise(times))
@@ -206,9 +339,10 @@ def test_emitted_tokens_come_in_and_old_ones_go():
             learner.start_step(HIDDEN)
             learner.count_emitted(requests)
 
-    emit(list(range(500, 532)), INTERVAL + 1)
+    # A quarter of the slots at a time.
+    emit(list(range(500, 532)), 5 * INTERVAL)
     assert set(head.token_ids.tolist()) == set(range(500, 532))
-    emit(list(range(600, 632)), 2 * INTERVAL)
+    emit(list(range(600, 632)), 10 * INTERVAL)
     assert set(head.token_ids.tolist()) == set(range(600, 632))
     # Counts are halved.
     count = head.token_counts[500].item()
@@ -274,14 +408,27 @@ def test_rows_are_written_as_they_would_be_loaded(dtype, is_quantised):
 
 def test_prompts_need_no_more_than_a_bounded_number_of_rows():
     _, learner = learner_of(20000, 4000, num_pinned=3900)
-    assert learner.num_exchanged == 100
-    _, learner = learner_of(20000, 4000)
+    assert learner.num_exchanged == 100 < EXCHANGED
+    _, learner = learner_of(20000, 4 * EXCHANGED)
     assert learner.num_exchanged == EXCHANGED
+    # What one prompt suggests does not replace all of a small head.
+    _, learner = learner_of(20000, 1024)
+    assert learner.num_exchanged == 256
 
 
 def size_for(model: str, num_ranks: int = 1, **overrides: int) -> int | None:
     shape = {**SHAPES[model], **overrides}
     return choose_head_size(SimpleNamespace(**shape), shape["vocab_size"], num_ranks)
+
+
+def test_what_a_size_loses_is_what_was_measured():
+    records = json.loads((RESULTS / "learned-head.json").read_text())["records"]
+    windows = [f"lost from step {start}" for start in WINDOWS if start >= 200]
+    lost: dict[int, float] = {}
+    for record in records:
+        if record["way"] == "learned":
+            lost[record["size"]] = max([lost.get(record["size"], 0), *(record[window] for window in windows)])
+    assert {size: round(share, 3) for size, share in lost.items()} == LOST
 
 
 def test_a_head_learns_where_it_pays():

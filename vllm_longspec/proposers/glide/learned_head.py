@@ -3,14 +3,17 @@
 
 A head of fewer rows than the vocabulary has slots, and each slot a token. The tokens of prompts and of answers are
 counted on the device, and now and then those that the target might as well have emitted, which tell more of a language
-than has been said in it. Every few steps the most counted tokens outside take the slots of the least counted ones
-inside.
+than has been said in it. Tokens that are like those counted are expected, too (`resemblance.py`). Every few steps the
+most counted and expected tokens outside take the slots of the least counted and expected ones inside.
+
 The work of an exchange is bounded, nothing waits for the device, and what is exchanged depends on integers only: with
 tensor parallelism all ranks do the same in the same step. Slots change between two drafts, on their stream, so that a
 draft never sees a token with the row of another.
 
 How often is decided by numbers of steps and of prompts' tokens, which the host knows.
 """
+
+import math
 
 import torch
 from vllm.triton_utils import tl, triton
@@ -28,13 +31,15 @@ HALVING = 1024
 ALTERNATIVE = UNIT // 16
 PROBABLE = 7.0
 MAX_ROWS = 16
-# Slots that are exchanged at a time, and steps from one exchange to the next.
-EXCHANGED = 256
-INTERVAL = 16
+# Slots that are exchanged at a time, and steps from one exchange to the next. No more than a part of the slots, so that
+# a few prompts' alternatives do not replace all of a small head.
+EXCHANGED = 1024
+EXCHANGED_PART = 1 / 4
+INTERVAL = 32
 # While tokens of new prompts are to be added: no more than so much of the time of a step may go into exchanges.
 URGENT_INTERVAL = 4
 # Exchanges for prompts that are due at most. What a longer prompt still has to add comes in later.
-MAX_URGENT = 16
+MAX_URGENT = 4
 # Tokens of a program; one size, so that no prompt triggers compilation.
 TOKEN_BLOCK = 128
 
@@ -43,11 +48,12 @@ class HeadLearner:
     """Counts what is served and exchanges the tokens of a draft's head, which must be one that learns."""
 
     def __init__(self, model: GlideForCausalLM, num_pinned: int):
-        """The first `num_pinned` slots keep their tokens."""
+        """The first `num_pinned` slots keep their tokens. Without `model.resemblance` none is expected."""
         assert model.token_ids is not None and model.token_counts is not None
         self.model = model
         self.num_pinned = num_pinned
-        self.num_exchanged = min(EXCHANGED, len(model.token_ids) - num_pinned)
+        num_slots = len(model.token_ids)
+        self.num_exchanged = min(EXCHANGED, num_slots - num_pinned, math.ceil(EXCHANGED_PART * num_slots))
         self.num_steps = 0
         self.num_urgent = 0  # exchanges that new prompts need
         self.since_exchange = URGENT_INTERVAL
@@ -98,7 +104,7 @@ class HeadLearner:
         assert self.model.token_counts is not None
         num_new = torch.full_like(idx_mapping, max_root_position, dtype=torch.int32)
         count_tokens(self.model.token_counts, token_ids, idx_mapping, roots.positions, num_new, max_root_position)
-        self.num_urgent = min(MAX_URGENT, self.num_urgent + triton.cdiv(max_root_position, EXCHANGED))
+        self.num_urgent = min(MAX_URGENT, self.num_urgent + triton.cdiv(max_root_position, self.num_exchanged))
         if self.num_urgent and self.since_exchange >= URGENT_INTERVAL:
             self._exchange()
 
@@ -106,9 +112,10 @@ class HeadLearner:
         assert self.model.token_ids is not None and self.model.token_counts is not None
         self.num_urgent = max(0, self.num_urgent - 1)
         self.since_exchange = 0
-        slots, tokens = choose_exchange(
-            self.model.token_counts, self.model.token_ids, self.num_pinned, self.num_exchanged
-        )
+        counts = self.model.token_counts
+        if self.model.resemblance is not None:
+            counts = counts + self.model.resemblance.expected(counts, UNIT)
+        slots, tokens = choose_exchange(counts, self.model.token_ids, self.num_pinned, self.num_exchanged)
         self.model.replace_tokens(slots, tokens)
 
 

@@ -33,6 +33,7 @@ from vllm.platforms import current_platform
 from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
 from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, add, normalise
 from vllm_longspec.proposers.glide.head import copy_head, has_rows, rows_of_all_ranks, write_rows
+from vllm_longspec.proposers.glide.resemblance import Resemblance
 from vllm_longspec.proposers.glide.rotation import RotaryTable, Rotate, rotary_table, rotate_by
 from vllm_longspec.targets.families import modules_of, multipliers_of
 
@@ -158,12 +159,15 @@ class GlideForCausalLM(nn.Module):
     token_ids: torch.Tensor | None
     # int64 [vocab_size] of a restricted head that learns (`learned_head.py`), else None
     token_counts: torch.Tensor | None
+    # of the tokens of a restricted head that learns, if their texts are known
+    resemblance: Resemblance | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         # Buffers, as vLLM keeps buffers when weights are discarded (sleep level 2).
         self.register_buffer("token_ids", None, persistent=False)
         self.register_buffer("token_counts", None, persistent=False)
+        self.resemblance = None
         model_config = vllm_config.model_config
         config = model_config.hf_config
         # Online quantization of the draft; the target's does not apply.
@@ -212,7 +216,7 @@ class GlideForCausalLM(nn.Module):
         self.rotary_emb = modules.rotary_emb
         self.lm_head = self.target_head = modules.lm_head
         self.logits_processor = self.target_logits_processor = modules.logits_processor
-        self.token_ids = self.token_counts = None
+        self.token_ids = self.token_counts = self.resemblance = None
 
     def take_own_head(
         self,

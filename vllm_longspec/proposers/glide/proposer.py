@@ -16,12 +16,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_longspec.attention.cache_scales import cache_scales, quantise_query
 from vllm_longspec.attention.partial import PartialTables
-from vllm_longspec.frequent_tokens import first_tokens, read_frequent_tokens, special_tokens
+from vllm_longspec.frequent_tokens import first_tokens, read_frequent_tokens, special_tokens, token_texts
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
 from vllm_longspec.proposers.glide.head import can_be_quantised, has_rows
 from vllm_longspec.proposers.glide.learned_head import HeadLearner
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
+from vllm_longspec.proposers.glide.resemblance import Resemblance
 from vllm_longspec.proposers.glide.window import DraftWindow
 from vllm_longspec.proposers.interface import Candidates, ComputedStep, Proposer, Requests, Roots
 from vllm_longspec.tree.shape import TreeShape
@@ -72,6 +73,8 @@ class GlideProposer(Proposer):
                 always = special_tokens(self.vllm_config.model_config)
                 token_ids, num_pinned = first_tokens(options.frequent_tokens, self.vocab_size, always)
                 model.take_own_head(torch.tensor(token_ids, device=self.device), learns=True)
+                if (texts := token_texts(self.vllm_config.model_config)) is not None:
+                    model.resemblance = Resemblance(texts, self.device)
                 self.learner = HeadLearner(model, num_pinned)
             elif model.quant_config is not None and can_be_quantised(model.lm_head):
                 model.take_own_head(None)
