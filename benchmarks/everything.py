@@ -139,7 +139,7 @@ def chains(out: Path, data: Path, commit: str | None, minutes: float | None = No
     ]
     return [
         *(Chain([shape(model)]) for model in DENSE),
-        # vLLM has no EAGLE-3 head's family for it.
+        # An EAGLE-3 head with experts in the target has not been tried.
         Chain([shape(MOE, "plain,default,gamma4,ngram")]),
         Chain(
             [

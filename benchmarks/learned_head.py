@@ -30,6 +30,7 @@ import sysconfig
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,11 @@ class Paragraphs(HTMLParser):
             self.texts[-1] += data
 
 
+@cache
+def paragraphs_of(page: Path) -> list[str]:
+    return Paragraphs(page.read_text()).texts
+
+
 def is_written_in(text: str, scripts: tuple[str, ...]) -> bool:
     """Whether most letters are of these scripts."""
     letters = [character for character in text if character.isalpha()]
@@ -111,8 +117,8 @@ def texts_of(handbook: Path, domain: str) -> Iterator[str]:
     for path in sorted((pages / folder).glob("*.html")):
         # What is not translated is in English.
         original = pages / "en-US" / path.name
-        left_out = set() if domain == "English" else set(Paragraphs(original.read_text()).texts)
-        texts = [text.strip() for text in Paragraphs(path.read_text()).texts if text not in left_out]
+        left_out = set() if domain == "English" else set(paragraphs_of(original))
+        texts = [text.strip() for text in paragraphs_of(path) if text not in left_out]
         if kept := [text for text in texts if text and is_written_in(text, scripts)]:
             yield "\n".join(kept) + "\n"
 

@@ -17,9 +17,9 @@ import torch
 from benchmarks import PAIR, RESULTS
 from benchmarks.reporting import environment
 from benchmarks.training.acceptance import generate, load_pair, load_prompts, make_passage
+from vllm_longspec.options import DEFAULT_LEVELS
 from vllm_longspec.training import walk
 
-SHAPE = [4, 16, 16, 16, 16]
 # Occurrences before: none, 1, from 2, from 4, and so on.
 NUM_CLASSES = 8
 
@@ -52,18 +52,18 @@ def main() -> None:
     for length in arguments.lengths:
         full = generate(target, prompts[length], arguments.tokens, arguments.temperature, generator)
         passage = make_passage(target, glide, full, length, target.config["eos_token_id"])
-        for request, root, number in walk.walk(target, glide, passage, SHAPE):
+        for request, root, number in walk.walk(target, glide, passage, DEFAULT_LEVELS):
             steps, emitted = steps + 1, emitted + number
             text = full[request].tolist()
             first = length + root + 1
             # The last is what the target emitted after the nodes; the tree had no node there if it has more levels.
-            end = min(first + min(number, len(SHAPE)), int(passage.ends[request]) + 1)
+            end = min(first + min(number, len(DEFAULT_LEVELS)), int(passage.ends[request]) + 1)
             for position in range(first, end):
                 rarity = class_of(text[:first].count(text[position]))
                 tokens[rarity] += 1
                 right[rarity] += position - first < number - 1
     result = {
-        "tree": SHAPE,
+        "tree": list(DEFAULT_LEVELS),
         "temperature": arguments.temperature,
         "steps": steps,
         "tokens_per_step": round(emitted / steps, 3),

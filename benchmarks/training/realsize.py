@@ -19,12 +19,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
+from benchmarks.speed.engine import TrainedPrompts
 from benchmarks.training.checks import check_files, check_tokenizer, held_out_loss
 from benchmarks.training.draft import train_draft
 from benchmarks.training.loop import Plan, num_processes, train_target
@@ -110,12 +112,11 @@ def _spread(number: int, size: int) -> int:
     return number * step % size
 
 
-def write_bench_prompts(folder: Path, tokenizer: Tokenizer) -> None:
-    """The ends of the first prompts of prompts.jsonl as token ids, in a file for each length that they have."""
-    lines = (folder / "prompts.jsonl").read_text().splitlines()[:NUM_BENCH_PROMPTS]
-    prompts = [tokenizer.encode(json.loads(line)["text"]).ids for line in lines]
+def write_bench_prompts(folder: Path) -> None:
+    """Some of the prompts that `benchmarks.speed` decodes as token ids, in a file for each length that they have."""
+    prompts = TrainedPrompts(folder)
     for name, length in BENCH_PROMPTS.items():
-        ends = [prompt[-length:] for prompt in prompts if len(prompt) >= length]
+        ends = [prompt for (prompt,) in islice(prompts.batches(length, 1, 1), NUM_BENCH_PROMPTS)]
         if ends:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps({"input_ids": end}) + "\n" for end in ends))
 
@@ -171,7 +172,7 @@ def main() -> None:
             held_out.ids.tolist(), tokenizer, prompt_length, plan.prompts_per_length, plan.new_tokens
         )
         (args.out / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-        write_bench_prompts(args.out, tokenizer)
+        write_bench_prompts(args.out)
         check_tokenizer(folder, args.out / "prompts.jsonl")
         # transformers computes the same from the saved files.
         check_files(folder, evaluation[:2, :513])

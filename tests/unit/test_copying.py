@@ -5,8 +5,6 @@ import random
 
 import pytest
 import torch
-from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
-from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.states import RequestState
 
 from tests.oracles import copying as oracle
@@ -199,10 +197,8 @@ def test_right_copies_are_trusted_more_and_wrong_ones_less():
         assert [(new > old) for new, old in zip(score(state, text), before, strict=True)] == [is_higher] * 4
 
 
-def test_the_text_of_all_requests_is_in_the_devices_memory(monkeypatch):
-    if DEVICE.type == "cpu":
-        # As vLLM's CPU worker does.
-        monkeypatch.setattr(buffer_utils, "UvaBuffer", cpu_buffer_utils.UvaBuffer)
+@pytest.mark.usefixtures("buffers_without_a_gpu")
+def test_the_text_of_all_requests_is_in_the_devices_memory():
     states = RequestState(4, 64, 16, 1, 100, DEVICE)
     assert states.all_token_ids.write_contents is not None
     keep_token_ids_on_device(states)

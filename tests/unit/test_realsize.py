@@ -45,7 +45,8 @@ def test_prompts_of_bench_are_the_ends(tmp_path, monkeypatch):
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     lines = (PAIR / "prompts.jsonl").read_text().splitlines()[:10]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    write_bench_prompts(tmp_path, tokenizer)
+    (tmp_path / "target").symlink_to(PAIR / "target")
+    write_bench_prompts(tmp_path)
     written = [json.loads(line) for line in (tmp_path / "short.jsonl").read_text().splitlines()]
     texts = [tokenizer.encode(json.loads(line)["text"]).ids for line in lines[:8]]
     assert written == [{"input_ids": ids[-16:]} for ids in texts]

@@ -13,8 +13,6 @@ draft never sees a token with the row of another.
 How often is decided by numbers of steps and of prompts' tokens, which the host knows.
 """
 
-import math
-
 import torch
 from vllm.triton_utils import tl, triton
 
@@ -31,11 +29,12 @@ HALVING = 1024
 ALTERNATIVE = UNIT // 16
 PROBABLE = 7.0
 MAX_ROWS = 16
-# Slots that are exchanged at a time, and steps from one exchange to the next. No more than a part of the slots, so that
-# a few prompts' alternatives do not replace all of a small head.
+# Slots that are exchanged at a time, and steps from one exchange to the next.
 EXCHANGED = 1024
-EXCHANGED_PART = 1 / 4
 INTERVAL = 32
+# Exchanges that it takes at least to replace all slots, so that a few prompts' alternatives do not replace all of a
+# small head.
+MIN_EXCHANGES = 4
 # While tokens of new prompts are to be added: no more than so much of the time of a step may go into exchanges.
 URGENT_INTERVAL = 4
 # Exchanges for prompts that are due at most. What a longer prompt still has to add comes in later.
@@ -53,7 +52,7 @@ class HeadLearner:
         self.model = model
         self.num_pinned = num_pinned
         num_slots = len(model.token_ids)
-        self.num_exchanged = min(EXCHANGED, num_slots - num_pinned, math.ceil(EXCHANGED_PART * num_slots))
+        self.num_exchanged = min(EXCHANGED, num_slots - num_pinned, triton.cdiv(num_slots, MIN_EXCHANGES))
         self.num_steps = 0
         self.num_urgent = 0  # exchanges that new prompts need
         self.since_exchange = URGENT_INTERVAL
