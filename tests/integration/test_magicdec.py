@@ -77,9 +77,13 @@ def _check_tables(settings: dict[str, Any], each_batch: list[Any]) -> dict[str, 
     BlockSelection.write_tables = spied  # type: ignore[method-assign]
     MagicDecProposer.set_cache = spied_set_cache  # type: ignore[method-assign]
     result = run_batches(settings, each_batch)
-    kept = [proposers[0].query_start_loc]
-    for owner in (proposers[0].inputs, proposers[0].selection):
-        kept += [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
+    (proposer,) = proposers
+    kept = [proposer.query_start_loc]
+    # Attention backends of GPUs keep buffers in what builds their metadata.
+    builders = [builder for groups in proposer.attn_groups for group in groups for builder in group.metadata_builders]
+    for owner in (proposer.inputs, proposer.selection, *builders):
+        tensors = [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
+        kept += [tensor for tensor in tensors if tensor.device == proposer.device]
     return {**counted, **result, "bytes": sum(tensor.nbytes for tensor in kept)}
 
 
