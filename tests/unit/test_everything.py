@@ -103,10 +103,11 @@ def test_a_chain_waits_for_as_many_gpus_as_it_needs(tmp_path):
 
 
 def test_some_of_the_commands(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["everything.py", "--list", "--only", "kernels,pair"])
+    without_data = ["--data", str(tmp_path / "none")]
+    monkeypatch.setattr(sys, "argv", ["everything.py", "--list", "--only", "kernels,pair", *without_data])
     everything.main()
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["0 pair", "1 kernels"]
-    monkeypatch.setattr(sys, "argv", ["everything.py", "--only", "kernels,pairs"])
+    monkeypatch.setattr(sys, "argv", ["everything.py", "--only", "kernels,pairs", *without_data])
     with pytest.raises(SystemExit):
         everything.main()
     assert "there is no pairs: give some of cross, gpu_check, kernels," in capsys.readouterr().err
