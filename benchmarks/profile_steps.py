@@ -9,7 +9,8 @@ launched it, and within the part to a stage by its name; see `STAGES`. What the 
 part that launches next. The table also counts what makes the host wait for the GPU.
 
 Writes the table as JSON and, beside it, as markdown. Recording takes time of its own, mostly the host's: eager parts
-look slower than they are, CUDA graphs do not.
+look slower than they are, CUDA graphs do not, and a host that keeps up otherwise may be waited for. So `--timed` steps
+before them are timed without it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,6 +204,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"| {stage} | {numbers['ms']:.3f} | {numbers['kernels']:g} |")
     if report["stages"]:
         lines.append(f"| **whole step** | **{report['ms_per_step']:.3f}** | |")
+    if "ms_per_step_unrecorded" in report:
+        lines.append(f"\nWithout the profiler, a step: {report['ms_per_step_unrecorded']:.3f} ms.")
     for title, counts in (
         ("The host waits for the GPU", report["waits_per_step"]),
         ("Copies to the host", report["copies_to_host_per_step"]),
@@ -241,11 +245,12 @@ def _mark_parts(runner: Any) -> Iterator[None]:
 
 
 def record(
-    settings: dict[str, Any], vocab_size: int, context: int, batch: int, steps: int, after: int
-) -> dict[str, Any]:
+    settings: dict[str, Any], vocab_size: int, context: int, batch: int, steps: int, after: int, timed: int
+) -> tuple[dict[str, Any], float]:
     """Runs an engine in this process.
 
-    Returns the profiler's trace of `steps` decoding steps and two more, when all requests have decoded `after` steps.
+    Returns the profiler's trace of `steps` decoding steps and two more, when all requests have decoded `after` steps
+    and `timed` ones, and the milliseconds that one of the latter took.
     """
     import torch
     from vllm import LLM, SamplingParams
@@ -257,7 +262,7 @@ def record(
     requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
     # More than any number of tokens that the recorded steps may accept.
     speculative = settings.get("speculative_config")
-    most = (after + steps + 2) * (8 if speculative else 1)
+    most = (after + timed + steps + 2) * (8 if speculative else 1)
     sampling = [
         SamplingParams(temperature=0.0, seed=number, max_tokens=tokens, ignore_eos=True, detokenize=False)
         for tokens in (WARM_UP_TOKENS, WARM_UP_TOKENS + most)
@@ -271,6 +276,10 @@ def record(
     decoding: Counter[str] = Counter()
     while len(decoding) < batch or min(decoding.values()) < after:
         decoding.update(output.request_id for output in engine.step() if output.outputs[0].token_ids)
+    start = time.perf_counter()
+    for _ in range(timed):
+        engine.step()
+    ms_per_step = 1000 * (time.perf_counter() - start) / timed
 
     on_gpu = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
@@ -283,7 +292,7 @@ def record(
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         trace: dict[str, Any] = json.loads(path.read_text())
-    return trace
+    return trace, ms_per_step
 
 
 def main() -> None:
@@ -303,6 +312,7 @@ def main() -> None:
         default=80,
         help="steps before; a head that learns its tokens has those of the prompts then",
     )
+    add("--timed", type=int, default=64, help="steps that are timed without the profiler")
     add("--commit", help="the plugin's commit, where there is no git repository")
     add("--out", type=Path, required=True, help="JSON; the table goes beside it")
     add("--trace", type=Path, help="keep the whole trace here, too")
@@ -313,7 +323,7 @@ def main() -> None:
     # The profiler sees kernels of its own process only.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     model = Model.find(arguments.model)
-    longest = arguments.context + 8 * (arguments.after + arguments.steps) + SLACK
+    longest = arguments.context + 8 * (arguments.after + arguments.timed + arguments.steps) + SLACK
     settings: dict[str, Any] = {
         "dtype": "float32" if ON_CPU else "bfloat16",
         "load_format": "auto" if model.trained else "dummy",
@@ -321,21 +331,21 @@ def main() -> None:
         "max_model_len": min(model.num_positions, longest),
         "max_num_seqs": arguments.batch,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        acceptance = None if arguments.system == "plain" else arguments.acceptance
-        decoding = prepare(model, arguments.system, acceptance, arguments.tuned, Path(folder))
-        settings["model"] = str(target_folder(model, Path(folder)))
-        if decoding.speculative_config is not None:
-            settings["speculative_config"] = decoding.speculative_config
-        settings |= (CPU_SETTINGS if ON_CPU else {}) | arguments.engine
-        trace = record(
-            settings,
-            model.config["vocab_size"],
-            arguments.context,
-            arguments.batch,
-            arguments.steps,
-            arguments.after,
-        )
+    acceptance = None if arguments.system == "plain" else arguments.acceptance
+    decoding = prepare(model, arguments.system, acceptance, arguments.tuned)
+    settings["model"] = str(target_folder(model))
+    if decoding.speculative_config is not None:
+        settings["speculative_config"] = decoding.speculative_config
+    settings |= (CPU_SETTINGS if ON_CPU else {}) | arguments.engine
+    trace, ms_per_step = record(
+        settings,
+        model.config["vocab_size"],
+        arguments.context,
+        arguments.batch,
+        arguments.steps,
+        arguments.after,
+        arguments.timed,
+    )
     if arguments.trace:
         arguments.trace.write_text(json.dumps(trace))
     report = {
@@ -347,6 +357,7 @@ def main() -> None:
         "after_steps": arguments.after,
         "environment": machine,
         **analyse(read_trace(trace)),
+        "ms_per_step_unrecorded": round(ms_per_step, 4),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -176,7 +176,10 @@ def write_glide_draft(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
-    """An EAGLE-3 head of the target's width with random weights; 1.5 GB for a target of 32B."""
+    """An EAGLE-3 head of the target's width with random weights; 1.5 GB for a target of 32B.
+
+    One that is there already, of the same sizes, is kept.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -188,7 +191,9 @@ def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
         "draft_vocab_size": draft_vocab_size,
         "tie_word_embeddings": False,
     }
-    _write_config(folder, {key: value for key, value in config.items() if key != "use_sliding_window"} | eagle3)
+    head_config = {key: value for key, value in config.items() if key != "use_sliding_window"} | eagle3
+    if _has_config(folder, head_config):
+        return folder
 
     dtype = getattr(torch, config["torch_dtype"])
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
@@ -220,8 +225,10 @@ def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
     # Draft token i is target token i + d2t[i]: spread over the target's vocabulary.
     step = config["vocab_size"] // draft_vocab_size
     weights["d2t"] = torch.arange(draft_vocab_size) * (step - 1)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors")
-    return folder
+    # Last, as it says that the weights are there.
+    return _write_config(folder, head_config)
 
 
 def write_frequent_tokens(path: Path, size: int, vocab_size: int) -> Path:
@@ -230,7 +237,14 @@ def write_frequent_tokens(path: Path, size: int, vocab_size: int) -> Path:
     return path
 
 
+def _has_config(folder: Path, config: dict[str, Any]) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and json.loads(path.read_text()) == config
+
+
 def _write_config(folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # An engine of another process may be reading it.
+    if not _has_config(folder, config):
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder

@@ -16,7 +16,6 @@ than the model's positions, or whose KV cache does not fit, are recorded as skip
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,23 +63,22 @@ def main() -> None:
     failures = []
     # An engine that would start in vain is not started.
     start_seconds = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.models:
-            model = Model.find(name)
-            for system in arguments.systems:
-                if time.time() + start_seconds >= plan.deadline:
-                    continue
-                try:
-                    took = run(plan, model, system, arguments.tuned, Path(folder))
-                    start_seconds = max(start_seconds, took)
-                except NotMeasurable as reason:
-                    print(f"{model.name} {system}: {reason}")
-                    if isinstance(reason, EngineFailed):
-                        failures.append(system)
-        if arguments.cross_check:
-            system, context, batch = arguments.cross_check
-            model = Model.find(arguments.models[0])
-            check(plan, model, system, arguments.tuned, int(context), int(batch), Path(folder))
+    for name in arguments.models:
+        model = Model.find(name)
+        for system in arguments.systems:
+            if time.time() + start_seconds >= plan.deadline:
+                continue
+            try:
+                took = run(plan, model, system, arguments.tuned)
+                start_seconds = max(start_seconds, took)
+            except NotMeasurable as reason:
+                print(f"{model.name} {system}: {reason}")
+                if isinstance(reason, EngineFailed):
+                    failures.append(system)
+    if arguments.cross_check:
+        system, context, batch = arguments.cross_check
+        model = Model.find(arguments.models[0])
+        check(plan, model, system, arguments.tuned, int(context), int(batch))
     if time.time() + start_seconds >= plan.deadline:
         print("The time is up; the same command goes on where this one stopped.")
     sys.exit(f"failed: {', '.join(failures)}" if failures else 0)

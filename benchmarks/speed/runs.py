@@ -51,14 +51,14 @@ class Plan:
     machine: dict[str, str]
 
 
-def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, folder: Path) -> float:
+def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> float:
     """Measures the cells of one engine that are still to be measured. Returns how long it took to start.
 
     Raises:
         NotMeasurable: the system cannot decode the model.
         EngineFailed: it can, and did not.
     """
-    decoding = prepare(model, system, plan.acceptances[0], tuned, folder)
+    decoding = prepare(model, system, plan.acceptances[0], tuned)
     base = record_of(plan, model, decoding)
     known = set() if plan.again else {identity(record) for record in read([plan.out])}
     cells: list[dict[str, Any]] = [
@@ -89,7 +89,7 @@ def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, fol
         "out": str(plan.out.resolve()),
         "trained": model.trained and str(model.trained),
         "vocab_size": model.config["vocab_size"],
-        "llm": engine_settings(plan, model, decoding, folder),
+        "llm": engine_settings(plan, model, decoding),
     }
     name = f"{model.name}-{system}"
     print(f"{name}: {len(measurable)} cells", flush=True)
@@ -114,20 +114,18 @@ def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, fol
     return max((record["start_seconds"] for record in measured), default=0.0)
 
 
-def check(
-    plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, context: int, batch: int, folder: Path
-) -> None:
+def check(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, context: int, batch: int) -> None:
     """Runs vLLM's own benchmarks on a cell that has been measured, at the first acceptance.
 
     Raises:
         NotMeasurable: the cell has not been measured.
     """
-    decoding = prepare(model, check_system(system), plan.acceptances[0], tuned, folder)
+    decoding = prepare(model, check_system(system), plan.acceptances[0], tuned)
     base = record_of(plan, model, decoding) | cell_of(decoding.acceptance, 0.0, context, batch)
     measured = {identity(record): record for record in read([plan.out])}.get(identity(base))
     if measured is None or "skipped" in measured:
         raise NotMeasurable(f"{model.name} {system} has not been measured at context {context} and batch {batch}")
-    settings = engine_settings(plan, model, decoding, folder)
+    settings = engine_settings(plan, model, decoding)
     for result in cross_check.run(settings, measured, process_environment(), plan.out.with_suffix(".logs")):
         append(plan.out, base | {"kind": "cross_check"} | result)
         print(f"  {json.dumps(result)}", flush=True)
@@ -155,7 +153,7 @@ def positions_for(plan: Plan, context: int) -> int:
     return context + most_tokens(plan.tokens)
 
 
-def engine_settings(plan: Plan, model: Model, decoding: Decoding, folder: Path) -> dict[str, Any]:
+def engine_settings(plan: Plan, model: Model, decoding: Decoding) -> dict[str, Any]:
     """Arguments of vLLM's LLM: vLLM's defaults, but no more requests and positions than are measured."""
     needed = [positions_for(plan, context) for context in plan.contexts]
     longest = max(length for length in needed if length <= model.num_positions)
@@ -163,7 +161,7 @@ def engine_settings(plan: Plan, model: Model, decoding: Decoding, folder: Path) 
     max_model_len = min(model.num_positions, 1 << (longest + SLACK - 1).bit_length())
     dtype = "float32" if ON_CPU else "bfloat16"
     settings: dict[str, Any] = {
-        "model": str(target_folder(model, folder)),
+        "model": str(target_folder(model)),
         "dtype": dtype,
         "load_format": "auto" if model.trained else "dummy",
         "skip_tokenizer_init": True,

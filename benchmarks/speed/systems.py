@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import PAIR
+from filelock import FileLock
+
+from benchmarks import PAIR, ROOT
 from benchmarks.shapes import SHAPES, write_eagle3_head, write_frequent_tokens, write_glide_draft, write_target
 
 SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "unquantised", "magicdec", "tuned")
@@ -28,6 +30,8 @@ _PLUGIN_SYSTEM = re.compile(r"tuned|unquantised|default(@[1-9]\d*)?|cross[1-9]\d
 OTHERS_TOKENS = 5
 # More than a batch ever has.
 MOST_REQUESTS = 1024
+# Of models without weights. The same ones every time, since vLLM finds what it has compiled by a model's path.
+FOLDER = ROOT / ".data" / "shapes"
 
 # Options of the plugin's speculative configuration; `frequent_tokens` is how many. A tile of FlashAttention 3 holds 25
 # rows of 40 heads to 8 KV heads, or 32 of 32 to 8, the root's included: more nodes read the prefix once more. Random
@@ -105,10 +109,8 @@ class Decoding:
     options: dict[str, Any]
 
 
-def prepare(
-    model: Model, system: str, acceptance: float | None, tuned: dict[str, Any] | None, folder: Path
-) -> Decoding:
-    """Writes what the system needs into `folder`, where it is not there yet.
+def prepare(model: Model, system: str, acceptance: float | None, tuned: dict[str, Any] | None) -> Decoding:
+    """Writes what the system needs into `FOLDER`, where it is not there yet.
 
     Raises:
         NotMeasurable: the system cannot decode this model.
@@ -122,23 +124,34 @@ def prepare(
     else:
         acceptance = None
     if (size := options.get("frequent_tokens")) is not None:
-        path = folder / f"{model.name}-frequent-{size}.json"
-        speculative_config["frequent_tokens"] = str(write_frequent_tokens(path, size, model.config["vocab_size"]))
+        path = FOLDER / f"{model.name}-frequent-{size}.json"
+        with _writing():
+            speculative_config["frequent_tokens"] = str(write_frequent_tokens(path, size, model.config["vocab_size"]))
     if system == "eagle3":
-        head = folder / f"{model.name}-eagle3"
-        if not head.exists():
+        head = FOLDER / f"{model.name}-eagle3"
+        with _writing():
             write_eagle3_head(head, model.config)
         speculative_config |= {"model": str(head), "draft_load_config": {"load_format": "safetensors"}}
     elif is_plugin_system(system) and not system.startswith("magicdec"):
-        draft = model.trained / "draft" if model.trained else folder / f"{model.name}-glide"
+        draft = model.trained / "draft" if model.trained else FOLDER / f"{model.name}-glide"
         if model.trained is None:
-            write_glide_draft(draft, model.config)
+            with _writing():
+                write_glide_draft(draft, model.config)
         speculative_config["model"] = str(draft)
     return Decoding(system, acceptance, speculative_config, options)
 
 
-def target_folder(model: Model, folder: Path) -> Path:
-    return model.trained / "target" if model.trained else write_target(folder / f"{model.name}-target", model.config)
+def target_folder(model: Model) -> Path:
+    if model.trained:
+        return model.trained / "target"
+    with _writing():
+        return write_target(FOLDER / f"{model.name}-target", model.config)
+
+
+def _writing() -> FileLock:
+    """Benchmarks on several GPUs share the folder."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    return FileLock(FOLDER / ".lock")
 
 
 def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[str, Any]:
