@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import SpeculativeConfig
 
 from benchmarks.shapes import SHAPES
 from tests.unit.test_cost import cost_of
@@ -29,6 +30,7 @@ from vllm_longspec.scheduling.step_times import (
     times_of,
 )
 from vllm_longspec.tree.shape import TreeShape
+from vllm_longspec.tree.synthetic_rates import accepted_by_nodes
 
 SHAPE = TreeShape(DEFAULT_LEVELS)
 MAX_BATCH_SIZE = 256
@@ -112,11 +114,11 @@ def test_a_step_costs_what_it_takes(model, gpu, context):
 def test_the_number_is_the_best_or_nearly(model, gpu, quality):
     """Of a draft of known quality, for each batch and context; never one that is slower than plain decoding."""
     cost, constants = measured(model, gpu, choices := choices_of(4))
-    most = choices[1][0]
     for batch_size in (1, 2, 3, 8, 16, 40, 64, 128, 256):
         for context in (1024, 65536):
             tokens = batch_size * context
-            chooser = NodesByCost(choices, cost, lambda: tokens, SHAPE, accepted=quality * typical_acceptance(most))  # noqa: B023
+            accepted = {number: min(number, quality * typical_acceptance(number)) for number in choices[1]}
+            chooser = NodesByCost(choices, cost, lambda: tokens, SHAPE, accepted)  # noqa: B023
 
             def speed(number: int) -> float:
                 accepted = min(number, quality * typical_acceptance(number))
@@ -190,7 +192,7 @@ def test_the_constants_choose_the_best_number_of_what_was_recorded(cell, quality
     recorded = RECORDED[cell]
     choices = [[], *[sorted(recorded, reverse=True)] * batch_size]
     constants = cost_of("qwq-32b", draft_vocab_size=32768, is_quantised=True)
-    accepted = quality * typical_acceptance(max(recorded))
+    accepted = {number: min(number, quality * typical_acceptance(number)) for number in recorded}
     number = NodesByCost(choices, constants, lambda: batch_size * context, SHAPE, accepted)[batch_size]
 
     def speed(number: int) -> float:
@@ -199,15 +201,25 @@ def test_the_constants_choose_the_best_number_of_what_was_recorded(cell, quality
     assert speed(number) >= 0.98 * max(map(speed, recorded))
 
 
-def test_set_acceptance_is_the_drafts_quality_and_not_learnt_from():
+def test_set_acceptance_takes_the_cheapest_nodes_that_it_needs_and_is_not_learnt_from():
     constants = cost_of("qwq-32b")
     choices = choices_of()
-    poor, rich = (NodesByCost(choices, constants, lambda: 64 * 2048, SHAPE, accepted) for accepted in (0.2, 4.0))
+
+    def chooser(length: float) -> NodesByCost:
+        rates = SpeculativeConfig._resolve_synthetic_acceptance_rates(5, None, length)
+        config: Any = SimpleNamespace(rejection_sample_method="synthetic", synthetic_acceptance_rates=rates)
+        accepted = accepted_by_nodes(config, SHAPE, choices[1])
+        return NodesByCost(choices, constants, lambda: 64 * 2048, SHAPE, accepted)
+
+    poor, rich = chooser(1.05), chooser(5.0)
     assert poor[64] == 0 < rich[64]
+    # A path of five nodes and another one are listed; with 24 no more are accepted.
+    assert rich[1] == 7 and rich.acceptance[7] == rich.acceptance[24] == pytest.approx(4.0)
+    # The path's first two nodes, and its first.
+    assert rich.acceptance[3] == pytest.approx(2.0) and rich.acceptance[1] == pytest.approx(1.0)
     for _ in range(500):
         rich.observe(rich[64], 0)
     assert rich[64] > 0
-    assert rich.acceptance[24] == pytest.approx(4.0) and rich.acceptance[1] == 1
 
 
 def test_without_feedback_it_is_what_an_adaptive_one_begins_with():
@@ -285,6 +297,7 @@ def test_start_up_says_what_was_chosen_and_by_what(monkeypatch, is_timed):
     said: list[str] = []
     monkeypatch.setattr(scheduling, "logger", SimpleNamespace(info_once=lambda text, *given: said.append(text % given)))
     speculative_config = config(24, None, SHAPE)
+    speculative_config.rejection_sample_method = "synthetic" if is_timed else "standard"
     if is_timed:
         attach_times(speculative_config, Gpu().times(cost_of("qwq-32b"), choices_of()))
     scheduler: Any = object.__new__(scheduling.TreeScheduler)
@@ -293,4 +306,5 @@ def test_start_up_says_what_was_chosen_and_by_what(monkeypatch, is_timed):
     scheduler._log_choice(NodesByCost(choices_of(), cost_of("qwq-32b"), lambda: 0, SHAPE))
     (line,) = said
     assert line.startswith("Steps on GPU: plain decoding " if is_timed else "Costs of steps are those of an H200. ")
-    assert "4096 tokens of context: 24 up to " in line and line.endswith(", 0 above")
+    said_of = "the set" if is_timed else "a typical"
+    assert f"at {said_of} acceptance and 4096 tokens of context: 24 up to " in line and line.endswith(", 0 above")

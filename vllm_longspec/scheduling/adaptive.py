@@ -18,7 +18,7 @@ and few levels as much as many. A K that would not pay if all of its nodes were 
 costs much more than the best is tried less often. All is computed from counts, not from clocks, so runs are repeatable.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from vllm_longspec.tree.shape import TreeShape
@@ -102,7 +102,7 @@ class NodesByCost:
         cost: (requests, nodes per request, cached tokens of all) -> cost of a step in steps of plain decoding.
         num_cached_tokens: returns the cached tokens of all decoding requests.
         shape: the tree, and the levels that are drafted for a number of nodes.
-        accepted: tokens that the largest number of nodes is accepted for; by default those of a typical draft.
+        accepted: tokens that a step accepts of each number of nodes; by default those of a typical draft.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class NodesByCost:
         cost: Callable[[int, int, int], float],
         num_cached_tokens: Callable[[], int],
         shape: TreeShape,
-        accepted: float | None = None,
+        accepted: Mapping[int, float] | None = None,
     ):
         self.choices = [sorted(numbers) for numbers in choices]
         self.cost = cost
@@ -121,9 +121,9 @@ class NodesByCost:
         self.typical = {num_nodes: typical_acceptance(num_nodes) for num_nodes in numbers}
         self.is_chain = shape.max_width == 1
         self.paths = _PathLengths(max([TYPICAL_LEVELS, *self.levels.values()]))
-        typical = self._typical_acceptance()
-        quality = accepted / typical[numbers[-1]] if accepted is not None and numbers else 1.0
-        self.acceptance = {0: 0.0, **{number: min(number, quality * typical[number]) for number in numbers}}
+        if accepted is None:
+            accepted = {number: min(number, typical) for number, typical in self._typical_acceptance().items()}
+        self.acceptance = {0: 0.0, **accepted}
 
     def __getitem__(self, batch_size: int) -> int:
         choices = self.choices[batch_size]
@@ -131,7 +131,7 @@ class NodesByCost:
         return self.best(batch_size, self.num_cached_tokens()) if len(choices) > 1 else choices[0]
 
     def best(self, batch_size: int, num_tokens: int) -> int:
-        """The K of a batch with so many cached tokens, of a draft that is accepted as a typical one."""
+        """The K of a batch with so many cached tokens, of a draft that is accepted as given or as typical."""
         return max(
             self.choices[batch_size],
             key=lambda number: (1 + self.acceptance[number]) / self.cost(batch_size, number, num_tokens),

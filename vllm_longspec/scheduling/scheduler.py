@@ -29,7 +29,7 @@ from vllm_longspec.scheduling.metrics import TreeDecodingStats
 from vllm_longspec.scheduling.schedule import BATCH_ROWS, nodes_by_batch_size, within_rows
 from vllm_longspec.scheduling.step_times import describe_numbers, describe_times, times_of
 from vllm_longspec.tree.state import NO_TOKEN
-from vllm_longspec.tree.synthetic_rates import set_acceptance
+from vllm_longspec.tree.synthetic_rates import accepted_by_nodes
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig
@@ -87,7 +87,7 @@ class TreeSchedulerMixin(_Base):
                     cost,
                     self._num_cached_tokens,
                     options.tree_shape,
-                    set_acceptance(speculative_config),
+                    accepted_by_nodes(speculative_config, options.tree_shape, set().union(*choices[1:])),
                 )
             )
             # vLLM only ever reads entry `batch_size`.
@@ -107,15 +107,18 @@ class TreeSchedulerMixin(_Base):
 
     def _log_choice(self, chosen: NodesByCost) -> None:
         """Says once what steps cost and how many nodes follow from that."""
-        options, times = options_of(self.vllm_config.speculative_config), times_of(self.vllm_config.speculative_config)
-        assert options is not None
+        config = self.vllm_config.speculative_config
+        options, times = options_of(config), times_of(config)
+        assert options is not None and config is not None
+        is_synthetic = config.rejection_sample_method == "synthetic"
         context = min(LOGGED_CONTEXT, self.max_model_len // 2)
         numbers = [chosen.best(size, size * context) for size in range(1, len(chosen.choices))]
         logger.info_once(
-            "%s. Nodes by batch size at a typical acceptance and %d tokens of context: %s",
+            "%s. Nodes by batch size at %s acceptance and %d tokens of context: %s",
             "Costs of steps are those of an H200"
             if times is None
             else f"Steps on {times.device}: {describe_times(times, options.tree_shape.num_levels)}",
+            "the set" if is_synthetic else "a typical",
             context,
             describe_numbers([0, *numbers]),
         )

@@ -4,7 +4,7 @@
 vLLM has a rate for each draft token, whose depth is its index in the list. In a tree only the depth counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_longspec.tree.shape import TreeShape
@@ -35,12 +35,25 @@ def rates_by_depth(options: Mapping[str, Any], shape: TreeShape) -> dict[str, An
     return {"synthetic_acceptance_rates": rates + [0.0] * (num_nodes - depth), "synthetic_acceptance_length": None}
 
 
-def set_acceptance(config: "SpeculativeConfig") -> float | None:
-    """Accepted tokens of a step that verifies all levels; None if not synthetic."""
+def accepted_by_nodes(
+    config: "SpeculativeConfig", shape: TreeShape, numbers: Collection[int]
+) -> dict[int, float] | None:
+    """Accepted tokens of a step by the number of nodes that it verifies, for each of `numbers`; None if not synthetic.
+
+    More nodes than it takes to list the accepted path (`vllm_longspec/tree/synthetic.py`) accept no more.
+    """
     if config.rejection_sample_method != "synthetic":
         return None
-    assert config.synthetic_acceptance_rates is not None
-    return sum(config.synthetic_acceptance_rates)
+    rates = config.synthetic_acceptance_rates
+    assert rates is not None
+
+    def accepted(num_nodes: int) -> float:
+        levels = shape.for_best(num_nodes).levels
+        # The path is listed after another node of the first level, where there is one.
+        num_listed = num_nodes - (levels[0] > 1)
+        return sum(rates[: min(len(levels), num_listed)])
+
+    return {number: accepted(number) for number in numbers if number > 0}
 
 
 def conditional_rates(config: "SpeculativeConfig", max_depth: int) -> list[float] | None:
