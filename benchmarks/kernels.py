@@ -492,9 +492,8 @@ def learn() -> Iterator[Row]:
 
     vocab_size, hidden = QWQ_32B["vocab_size"], QWQ_32B["hidden_size"]
     size = min(LEARNED_TOKENS, vocab_size // 2)
-    shard = SimpleNamespace(org_vocab_start_index=0, num_org_elements=vocab_size)
     rows = torch.randn(vocab_size, hidden, device=DEVICE, dtype=DTYPE)
-    head: Any = SimpleNamespace(weight=rows, shard_indices=shard, tp_size=1)
+    head: Any = SimpleNamespace(weight=rows, tp_size=1)
     counts = torch.randint(0, 1 << 40, (vocab_size,), device=DEVICE)
     token_ids = torch.arange(size, device=DEVICE)
     # Random words share features as words do: some 5 each, among 26 ** 3 runs of letters.

@@ -66,12 +66,13 @@ def rows_of_all_ranks(
     token_ids: torch.Tensor,  # int64 [num_tokens], the same on all ranks
 ) -> torch.Tensor:  # [num_tokens, hidden_size]
     """The rows of these tokens; with tensor parallelism all ranks call it together, and never in a CUDA graph."""
+    if head.tp_size == 1:
+        return head.weight[token_ids]
     shard = head.shard_indices
     rows = token_ids - shard.org_vocab_start_index
     is_here = (rows >= 0) & (rows < shard.num_org_elements)
     # Each row is on one rank, and zeros on the others.
-    weight = head.weight[rows.where(is_here, 0)].where(is_here.unsqueeze(1), 0)
-    return tensor_model_parallel_all_reduce(weight) if head.tp_size > 1 else weight
+    return tensor_model_parallel_all_reduce(head.weight[rows.where(is_here, 0)].where(is_here.unsqueeze(1), 0))
 
 
 def write_rows(
