@@ -58,7 +58,8 @@ def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> 
         NotMeasurable: the system cannot decode the model.
         EngineFailed: it can, and did not.
     """
-    decoding = prepare(model, system, plan.acceptances[0], tuned)
+    # How many nodes are verified follows what an engine starts with: as many as all acceptances can be had of.
+    decoding = prepare(model, system, max(plan.acceptances), tuned)
     base = record_of(plan, model, decoding)
     known = set() if plan.again else {identity(record) for record in read([plan.out])}
     cells: list[dict[str, Any]] = [
@@ -115,12 +116,12 @@ def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> 
 
 
 def check(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, context: int, batch: int) -> None:
-    """Runs vLLM's own benchmarks on a cell that has been measured, at the first acceptance.
+    """Runs vLLM's own benchmarks on a cell that has been measured, at the largest acceptance.
 
     Raises:
         NotMeasurable: the cell has not been measured.
     """
-    decoding = prepare(model, check_system(system), plan.acceptances[0], tuned)
+    decoding = prepare(model, check_system(system), max(plan.acceptances), tuned)
     base = record_of(plan, model, decoding) | cell_of(decoding.acceptance, 0.0, context, batch)
     measured = {identity(record): record for record in read([plan.out])}.get(identity(base))
     if measured is None or "skipped" in measured:
