@@ -213,10 +213,10 @@ def test_set_acceptance_takes_the_cheapest_nodes_that_it_needs_and_is_not_learnt
 
     poor, rich = chooser(1.05), chooser(5.0)
     assert poor[64] == 0 < rich[64]
-    # A path of five nodes and another one are listed; with 24 no more are accepted.
+    # A path of five nodes is listed; with 24 no more are accepted.
     assert rich[1] == 7 and rich.acceptance[7] == rich.acceptance[24] == pytest.approx(4.0)
-    # The path's first two nodes, and its first.
-    assert rich.acceptance[3] == pytest.approx(2.0) and rich.acceptance[1] == pytest.approx(1.0)
+    # A path of as many nodes as there are.
+    assert rich.acceptance[3] == pytest.approx(3.0) and rich.acceptance[1] == pytest.approx(1.0)
     for _ in range(500):
         rich.observe(rich[64], 0)
     assert rich[64] > 0

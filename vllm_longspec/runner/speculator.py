@@ -265,7 +265,7 @@ class TreeSpeculator(DraftModelSpeculator):
         max_depth = shape.max_depth
         is_synthetic = self.speculative_config.rejection_sample_method == "synthetic"
         if is_synthetic:
-            log_probs = list_a_path_early(log_probs, parents, shape.levels)
+            log_probs = list_a_path_early(log_probs, parents, shape.levels, num_nodes)
         if self.trust is not None:
             copied, scores = self._copy(requests, self.trust)
             if is_synthetic:

@@ -40,20 +40,13 @@ def accepted_by_nodes(
 ) -> dict[int, float] | None:
     """Accepted tokens of a step by the number of nodes that it verifies, for each of `numbers`; None if not synthetic.
 
-    More nodes than it takes to list the accepted path (`vllm_longspec/tree/synthetic.py`) accept no more.
+    The accepted path is listed early (`vllm_longspec/tree/synthetic.py`), so more nodes than levels accept no more.
     """
     if config.rejection_sample_method != "synthetic":
         return None
     rates = config.synthetic_acceptance_rates
     assert rates is not None
-
-    def accepted(num_nodes: int) -> float:
-        levels = shape.for_best(num_nodes).levels
-        # The path is listed after another node of the first level, where there is one.
-        num_listed = num_nodes - (levels[0] > 1)
-        return sum(rates[: min(len(levels), num_listed)])
-
-    return {number: accepted(number) for number in numbers if number > 0}
+    return {number: sum(rates[: shape.num_levels(number)]) for number in numbers if number > 0}
 
 
 def conditional_rates(config: "SpeculativeConfig", max_depth: int) -> list[float] | None:
