@@ -280,6 +280,7 @@ LORA = {"enable_lora": True, "max_num_batched_tokens": 16384}
         ({"hf_overrides": schemes(4)}, {"hf_overrides": schemes(8)}),
         ({}, {"linear_backend": "marlin"}),
         ({}, {"couple_noise": False}),
+        ({}, {"use_fp64_gumbel": True}),
         ({}, {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}),
         (LORA | {"max_lora_rank": 8}, LORA | {"max_lora_rank": 64}),
     ],

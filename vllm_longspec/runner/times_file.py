@@ -75,7 +75,7 @@ def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:
             "plans": options.tree_shape.plans,
             "frequent_tokens": options.frequent_tokens,
             "copy_length": options.copy_length,
-            "couple_noise": options.couple_noise,
+            "noise": [options.couple_noise, model.use_fp64_gumbel],
             "rejection_sample_method": config.rejection_sample_method,
             "part": str(options.partial_attention),
             "quantization": config.quantization,
