@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from benchmarks.server import ENVIRONMENT, ON_CPU
 from benchmarks.speed import cross_check
 from benchmarks.speed.engine import most_tokens
 from benchmarks.speed.records import Record, append, identity, read
-from benchmarks.speed.systems import Decoding, Model, NotMeasurable, check_system, prepare, target_folder
+from benchmarks.speed.systems import (
+    Decoding,
+    Model,
+    NotMeasurable,
+    check_system,
+    is_plugin_system,
+    prepare,
+    target_folder,
+)
 
 # vLLM may run past the last token by a tree and a step.
 SLACK = 512
@@ -52,12 +61,27 @@ class Plan:
 
 
 def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> float:
-    """Measures the cells of one engine that are still to be measured. Returns how long it took to start.
+    """Measures the cells of a system that are still to be measured. Returns how long an engine took to start.
+
+    This plugin's scheduler chooses the number of nodes by the acceptance that its engine starts with, so each has an
+    engine of its own. Others have one for all, which is told of each.
 
     Raises:
         NotMeasurable: the system cannot decode the model.
         EngineFailed: it can, and did not.
     """
+    plans = [plan]
+    if is_plugin_system(system) and model.trained is None:
+        plans = [replace(plan, acceptances=[acceptance]) for acceptance in plan.acceptances]
+    took = 0.0
+    for each in plans:
+        # An engine that would start in vain is not started.
+        if time.time() + took < plan.deadline:
+            took = max(took, _run_engine(each, model, system, tuned))
+    return took
+
+
+def _run_engine(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> float:
     decoding = prepare(model, system, plan.acceptances[0], tuned)
     base = record_of(plan, model, decoding)
     known = set() if plan.again else {identity(record) for record in read([plan.out])}
@@ -92,6 +116,8 @@ def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> 
         "llm": engine_settings(plan, model, decoding),
     }
     name = f"{model.name}-{system}"
+    if len(plan.acceptances) == 1 and decoding.acceptance is not None:
+        name += f"-{decoding.acceptance:g}"
     print(f"{name}: {len(measurable)} cells", flush=True)
     measured_before = len(read([plan.out]))
     log = plan.out.with_suffix(".logs") / f"{name}.log"

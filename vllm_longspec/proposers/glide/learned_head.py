@@ -188,7 +188,8 @@ def choose_exchange(
     vocab_size = counts.shape[0]
     # Pairs of a count and a token in an integer: no two are equal, so that all ranks sort them alike. Counts of a
     # billion occurrences, which long cached prompts make, would not fit.
-    ranks = counts.clamp(max=MAX_RANK // vocab_size - 1) * vocab_size + torch.arange(vocab_size - 1, -1, -1, device=counts.device)
+    counts = counts.clamp(max=MAX_RANK // vocab_size - 1)
+    ranks = counts * vocab_size + torch.arange(vocab_size - 1, -1, -1, device=counts.device)
     inside = ranks[token_ids]
     outside = ranks.index_fill_(0, token_ids, -1)
     least, slots = inside[num_pinned:].topk(num_exchanged, largest=False)
