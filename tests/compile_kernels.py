@@ -319,7 +319,7 @@ def compile_level_kernel(levels: tuple[int, ...]) -> None:
         choices = torch.zeros(2 * trees.shape.width(depth - 1), width, dtype=torch.int64)
         for token_ids in (None, torch.zeros(10, dtype=torch.int64)):
             trees.add_level(depth, choices, choices.float(), token_ids)
-    list_a_path_early(trees.log_probs, trees.parents, levels)
+    list_a_path_early(trees.log_probs, trees.parents, levels, levels[0] > 1)
 
 
 def compile_magicdec_kernels(part: PartialAttention, block_size: int, max_model_len: int) -> None:

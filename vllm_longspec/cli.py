@@ -59,10 +59,11 @@ def add_cli_args(
     )
     group.add_argument(
         "--speculative-frequent-tokens",
+        type=_file_or_false,
         metavar="FILE",
         help="The tokens that a GLIDE draft may draw, as --speculative-config '{\"frequent_tokens\": FILE}'; see "
-        f"vllm-longspec frequent-tokens --help. {AUTO} learns them from what is served, {AUTO}:N with room for N. A "
-        "smaller head drafts faster; the output does not change.",
+        f"vllm-longspec frequent-tokens --help. {AUTO} learns them from what is served, {AUTO}:N with room for N; "
+        "false drafts all tokens. A smaller head drafts faster; the output does not change.",
     )
     group.add_argument(
         "--speculative-copy-length",
@@ -80,6 +81,10 @@ def _level(value: str) -> int | str:
         return value if value == AUTO else int(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is neither a number of nodes nor {AUTO}") from None
+
+
+def _file_or_false(value: str) -> str | bool:
+    return False if value.lower() == "false" else value
 
 
 def from_cli_args(original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:

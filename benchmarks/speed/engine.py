@@ -262,7 +262,7 @@ def peak_memory(worker: Any) -> int:
 
 
 def set_acceptance(worker: Any, length: float) -> None:
-    """Synthetic acceptance of `length` tokens a step from now on, as if the engine had been started with it."""
+    """Synthetic acceptance of `length` tokens a step from now on; what the scheduler chose by it does not follow."""
     import torch
     from vllm.config import SpeculativeConfig
     from vllm.v1.spec_decode.utils import unconditional_to_conditional_rates

@@ -515,6 +515,9 @@ def test_frequent_tokens(tmp_path, target, draft):
     assert options_in(config).frequent_tokens == str(shipped)
     config = create(target, speculative_config={"model": str(shipped.parent), "frequent_tokens": False})
     assert options_in(config).frequent_tokens is None
+    command = ["--speculative-model", str(shipped.parent)]
+    assert file_of(*command) == str(shipped)
+    assert file_of(*command, "--speculative-frequent-tokens", "false") is None
 
 
 def test_frequent_tokens_that_are_learned(tmp_path, target, draft):

@@ -127,6 +127,15 @@ def test_exchanges_end_when_the_head_has_the_most_counted():
     assert tokens.equal(token_ids[slots])
 
 
+def test_counts_of_any_size_keep_their_order():
+    """A token that is counted more than others stays, however often: some prompts are cached and long."""
+    counts = torch.arange(151936, device=DEVICE)
+    counts[:4] = torch.tensor([2**46, 2**50, 2**62, 2**63 - 1])
+    slots, tokens = choose_exchange(counts, torch.arange(64, device=DEVICE), 0, 64)
+    after = torch.arange(64, device=DEVICE).index_copy_(0, slots, tokens).tolist()
+    assert {0, 1, 2, 3, *range(151936 - 60, 151936)} == set(after)
+
+
 class Head:
     """The part of a draft that learns."""
 

@@ -204,10 +204,13 @@ def test_the_constants_choose_the_best_number_of_what_was_recorded(cell, quality
 def test_set_acceptance_takes_the_cheapest_nodes_that_it_needs_and_is_not_learnt_from():
     constants = cost_of("qwq-32b")
     choices = choices_of()
+    most = choices[1][0]
 
     def chooser(length: float) -> NodesByCost:
         rates = SpeculativeConfig._resolve_synthetic_acceptance_rates(5, None, length)
-        config: Any = SimpleNamespace(rejection_sample_method="synthetic", synthetic_acceptance_rates=rates)
+        config: Any = SimpleNamespace(
+            rejection_sample_method="synthetic", synthetic_acceptance_rates=rates, num_speculative_tokens=most
+        )
         accepted = accepted_by_nodes(config, SHAPE, choices[1])
         return NodesByCost(choices, constants, lambda: 64 * 2048, SHAPE, accepted)
 
@@ -217,6 +220,9 @@ def test_set_acceptance_takes_the_cheapest_nodes_that_it_needs_and_is_not_learnt
     assert rich[1] == 7 and rich.acceptance[7] == rich.acceptance[24] == pytest.approx(4.0)
     # The path's first two nodes, and its first.
     assert rich.acceptance[3] == pytest.approx(2.0) and rich.acceptance[1] == pytest.approx(1.0)
+    # The largest number accepts what was asked for.
+    most = 3
+    assert chooser(5.0).acceptance[3] == pytest.approx(3.0)
     for _ in range(500):
         rich.observe(rich[64], 0)
     assert rich[64] > 0
@@ -274,6 +280,9 @@ def test_times_are_read_as_they_were_written():
         lambda found: found["verify"].update({"seven": [[1, 1.0]]}),
         lambda found: found.update(verify=None),
         lambda found: found["draft"].update({"7": [1, 2]}),
+        lambda found: found["draft"].update({"7": [[math.inf, 1.0]]}),
+        lambda found: found["draft"].update({"7": [[1, 10**400]]}),
+        lambda found: found.update(draft={}, verify={"0": [[1, 1.0]]}, read={"0": [[1, 0.0]]}),
     ],
 )
 def test_other_times_are_refused(change):

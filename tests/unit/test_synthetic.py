@@ -13,7 +13,7 @@ from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.state import NO_TOKEN, TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early, walk_synthetically
-from vllm_longspec.tree.synthetic_rates import conditional_rates, rates_by_depth
+from vllm_longspec.tree.synthetic_rates import conditional_rates, lists_another_node, rates_by_depth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = TreeShape((2, 4, 4))
@@ -74,13 +74,14 @@ def draft(levels, num_reqs, seed):
 
 @pytest.mark.parametrize(
     ("levels", "num_nodes"),
-    [((4, 16, 16, 16, 16), 68), ((4, 16, 16, 16, 16), 6), ((2, 4, 4), 5), ((1, 1, 1), 3), ((1, 1, 1), 2), ((3,), 2)],
+    [((4, 16, 16, 16, 16), 68), ((4, 16, 16, 16, 16), 6), ((2, 4, 4), 5), ((1, 1, 1), 3), ((3,), 2), ((3, 2, 1), 3)],
 )
 def test_every_list_starts_with_a_deep_path(levels, num_nodes):
     num_reqs, max_depth = 4, len(levels)
     log_probs, parents = draft(levels, num_reqs, seed=num_nodes)
     tree = TreeState.allocate(num_reqs, num_nodes, DEVICE)
-    listed = list_a_path_early(log_probs.to(DEVICE), parents.to(DEVICE), levels)
+    hole = lists_another_node(levels, num_nodes, num_nodes)
+    listed = list_a_path_early(log_probs.to(DEVICE), parents.to(DEVICE), levels, hole)
     tokens = torch.arange(sum(levels), device=DEVICE).repeat(num_reqs, 1)
     order_tree(
         tokens,
@@ -93,8 +94,8 @@ def test_every_list_starts_with_a_deep_path(levels, num_nodes):
         tree.ancestor_masks,
         max_depth,
     )
-    # A node before the path's, where level 1 has two: what is accepted has to move.
-    hole = int(levels[0] > 1)
+    # A node before the path's, where level 1 has two and the list has room: what is accepted has to move.
+    assert hole == (levels[0] > 1 and num_nodes > max_depth)
     depths = [0] * (1 + hole) + list(range(1, max_depth + 1))
     if hole:
         depths[1] = 1

@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timing of CUDA graphs at start-up, without a GPU: vLLM's own preparation of inputs, graphs whose time is known."""
 
+import copy
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorBatchDescriptor
 
+from benchmarks import PAIR
+from tests.quantised_models import COMPRESSED_TENSORS
 from tests.unit.test_graphs import CAPTURE_SIZES, FIXED, config
 from vllm_longspec import patches, plugin
 from vllm_longspec.options import LongSpecOptions, attach_options
 from vllm_longspec.runner import times_file, timing
 from vllm_longspec.runner.graphs import DraftGraphs
 from vllm_longspec.runner.speculator import TreeSpeculator
-from vllm_longspec.runner.times_file import TimesFile
+from vllm_longspec.runner.times_file import TimesFile, what_times_depend_on
 from vllm_longspec.runner.timing import CONTEXT, REPLAYS, WARM_UP, StepTimer, time_of
 from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule, nodes_by_batch_size
 from vllm_longspec.scheduling.step_times import StepTimes, times_of
@@ -256,6 +262,53 @@ def test_a_file_for_each_key(tmp_path):
     assert read is not None and read.to_json() == TIMES.to_json()
     assert other.read() is None
     assert one.path.parent == tmp_path / "longspec" and len(list(one.path.parent.iterdir())) == 1
+
+
+def schemes(num_bits: int) -> dict[str, Any]:
+    """Weights of compressed-tensors, which is one method of vLLM for all of its schemes."""
+    weights = {"num_bits": num_bits, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quantization_config": COMPRESSED_TENSORS | {"format": "pack-quantized", "config_groups": groups}}
+
+
+LORA = {"enable_lora": True, "max_num_batched_tokens": 16384}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"hf_overrides": schemes(4)}, {"hf_overrides": schemes(8)}),
+        ({}, {"linear_backend": "marlin"}),
+        ({}, {"couple_noise": False}),
+        ({}, {"use_fp64_gumbel": True}),
+        ({}, {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}),
+        (LORA | {"max_lora_rank": 8}, LORA | {"max_lora_rank": 64}),
+    ],
+)
+def test_engines_whose_steps_differ_do_not_share_times(one, other):
+    def config_of(**settings: Any) -> VllmConfig:
+        given = {name: settings.pop(name) for name in list(settings) if name not in EngineArgs.__dataclass_fields__}
+        speculative_config = {"model": str(PAIR / "draft"), "copy_length": 0, **given}
+        arguments = EngineArgs(
+            str(PAIR / "target"),
+            skip_tokenizer_init=True,
+            speculative_config=speculative_config,
+            # vLLM writes to the overrides.
+            **copy.deepcopy(settings),
+        )
+        return arguments.create_engine_config()
+
+    def path(vllm_config: VllmConfig) -> Path:
+        return TimesFile(what_times_depend_on(vllm_config)).path
+
+    found = config_of(**one)
+    assert path(found) == path(config_of(**one)) != path(config_of(**other))
+    # vLLM sets both for a single rank.
+    parallel, before = found.parallel_config, path(found)
+    for name in ("disable_custom_all_reduce", "enable_expert_parallel"):
+        setattr(parallel, name, not getattr(parallel, name))
+        assert path(found) != before
+        setattr(parallel, name, not getattr(parallel, name))
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"key": 1}', "cut", "other"])

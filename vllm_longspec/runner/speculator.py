@@ -42,7 +42,7 @@ from vllm_longspec.tree.order import order_tree
 from vllm_longspec.tree.packing import pack_nodes
 from vllm_longspec.tree.state import TreeState
 from vllm_longspec.tree.synthetic import list_a_path_early
-from vllm_longspec.tree.synthetic_rates import conditional_rates
+from vllm_longspec.tree.synthetic_rates import conditional_rates, lists_another_node
 
 # A child of vLLM's logger, so that vLLM's logging configuration applies.
 logger = init_logger(f"vllm.{__name__}")
@@ -265,7 +265,8 @@ class TreeSpeculator(DraftModelSpeculator):
         max_depth = shape.max_depth
         is_synthetic = self.speculative_config.rejection_sample_method == "synthetic"
         if is_synthetic:
-            log_probs = list_a_path_early(log_probs, parents, shape.levels)
+            with_another = lists_another_node(shape.levels, num_nodes, self.num_speculative_steps)
+            log_probs = list_a_path_early(log_probs, parents, shape.levels, with_another)
         if self.trust is not None:
             copied, scores = self._copy(requests, self.trust)
             if is_synthetic:

@@ -45,7 +45,12 @@ def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:
         "format": FORMAT,
         "versions": [__version__, VLLM_VERSION, torch.__version__],
         "device": current_platform.get_device_name(),
-        "ranks": parallel.tensor_parallel_size,
+        "ranks": [
+            parallel.tensor_parallel_size,
+            parallel.enable_expert_parallel,
+            parallel.disable_custom_all_reduce,
+        ],
+        "kernels": vllm_config.kernel_config.compute_hash(),
         "target": {
             "architectures": model.architectures,
             "sizes": [*layer_sizes(target), target.num_hidden_layers, model.get_vocab_size()],
@@ -53,8 +58,13 @@ def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:
                 getattr(target, name, None) for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
             ],
             "dtype": str(model.dtype),
-            "quantization": model.quantization,
-            "lora": vllm_config.lora_config is not None,
+            # A method has several schemes, such as 4 and 8 bits of compressed-tensors.
+            "quantization": [
+                model.quantization,
+                str(model.model_arch_config.quantization_config),
+                str(model.quantization_config),
+            ],
+            "lora": vllm_config.lora_config and vllm_config.lora_config.compute_hash(),
             "attention": str(vllm_config.attention_config.backend),
             "cache": [vllm_config.cache_config.cache_dtype, vllm_config.cache_config.block_size],
             "max_model_len": model.max_model_len,
@@ -65,6 +75,8 @@ def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:
             "plans": options.tree_shape.plans,
             "frequent_tokens": options.frequent_tokens,
             "copy_length": options.copy_length,
+            "noise": [options.couple_noise, model.use_fp64_gumbel],
+            "rejection_sample_method": config.rejection_sample_method,
             "part": str(options.partial_attention),
             "quantization": config.quantization,
             "enforce_eager": config.enforce_eager,

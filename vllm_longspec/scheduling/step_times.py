@@ -59,10 +59,11 @@ class StepTimes:
             found = json.loads(text)
             tables = {name: _read_times(found[name]) for name in ("verify", "draft", "read")}
             times = cls(str(found["device"]), **tables)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"these are no times of steps: {error!r}") from None
         if (
             0 not in times.verify
+            or not times.draft
             or times.verify.keys() != {0, *times.draft}
             or times.read.keys() != times.verify.keys()
         ):

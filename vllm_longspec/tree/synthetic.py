@@ -18,11 +18,12 @@ def list_a_path_early(
     log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted] cumulative, at most 0; nodes level by level
     parents: torch.Tensor,  # int32 [num_reqs, num_drafted] index of each node's parent, -1 for the root
     levels: tuple[int, ...],  # nodes per level
+    with_another: bool,  # whether another node is listed before the path
 ) -> torch.Tensor:  # float32 [num_reqs, num_drafted]
-    """Log-probabilities by which the path to the first node of the last level comes right after one other node.
+    """Log-probabilities by which the path to the first node of the last level comes first, or right after another node.
 
-    That node (of level 1, where it has another one) leaves a gap: otherwise the accepted path would already be in place
-    and compaction would move nothing. Both tensors must be contiguous.
+    That node, of level 1, leaves a gap: otherwise the accepted path would already be in place and compaction would move
+    nothing. Both tensors must be contiguous.
     """
     num_reqs, num_drafted = log_probs.shape
     listed = torch.empty_like(log_probs)
@@ -33,7 +34,7 @@ def list_a_path_early(
         num_drafted,
         num_drafted - levels[-1],
         len(levels),
-        HAS_HOLE=levels[0] > 1,
+        HAS_HOLE=with_another,
         BLOCK=triton.next_power_of_2(num_drafted),
     )
     return listed

@@ -4,7 +4,7 @@
 vLLM has a rate for each draft token, whose depth is its index in the list. In a tree only the depth counts.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_longspec.tree.shape import TreeShape
@@ -40,7 +40,7 @@ def accepted_by_nodes(
 ) -> dict[int, float] | None:
     """Accepted tokens of a step by the number of nodes that it verifies, for each of `numbers`; None if not synthetic.
 
-    More nodes than it takes to list the accepted path (`vllm_longspec/tree/synthetic.py`) accept no more.
+    The accepted path is listed early (`vllm_longspec/tree/synthetic.py`), so more nodes than hold it accept no more.
     """
     if config.rejection_sample_method != "synthetic":
         return None
@@ -49,11 +49,19 @@ def accepted_by_nodes(
 
     def accepted(num_nodes: int) -> float:
         levels = shape.for_best(num_nodes).levels
-        # The path is listed after another node of the first level, where there is one.
-        num_listed = num_nodes - (levels[0] > 1)
+        num_listed = num_nodes - lists_another_node(levels, num_nodes, config.num_speculative_tokens)
         return sum(rates[: min(len(levels), num_listed)])
 
     return {number: accepted(number) for number in numbers if number > 0}
+
+
+def lists_another_node(levels: Sequence[int], num_nodes: int, most_nodes: int) -> bool:
+    """Whether another node of level 1 is listed before the accepted path, among `num_nodes` of a tree of `levels`.
+
+    Not where the largest number of nodes has no room for both: it accepts what was asked for. Fewer nodes, where they
+    are chosen, accept less, as the few most probable nodes of a tree are no path.
+    """
+    return levels[0] > 1 and not (num_nodes == most_nodes and num_nodes <= len(levels))
 
 
 def conditional_rates(config: "SpeculativeConfig", max_depth: int) -> list[float] | None:

@@ -39,6 +39,8 @@ MIN_EXCHANGES = 4
 URGENT_INTERVAL = 4
 # Exchanges for prompts that are due at most. What a longer prompt still has to add comes in later.
 MAX_URGENT = 4
+# Of a token in an exchange (int64).
+MAX_RANK = torch.iinfo(torch.int64).max
 # Tokens of a program; one size, so that no prompt triggers compilation.
 TOKEN_BLOCK = 128
 
@@ -184,7 +186,9 @@ def choose_exchange(
     Returns slots and their tokens, each int64 [num_exchanged].
     """
     vocab_size = counts.shape[0]
-    # Pairs of a count and a token in an integer: no two are equal, so that all ranks sort them alike.
+    # Pairs of a count and a token in an integer: no two are equal, so that all ranks sort them alike. Counts of a
+    # billion occurrences, which long cached prompts make, would not fit.
+    counts = counts.clamp(max=MAX_RANK // vocab_size - 1)
     ranks = counts * vocab_size + torch.arange(vocab_size - 1, -1, -1, device=counts.device)
     inside = ranks[token_ids]
     outside = ranks.index_fill_(0, token_ids, -1)
