@@ -126,8 +126,8 @@ def _tokens_of(tokenizer: Any, paths: Iterable[Path]) -> Iterator[int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the target, or a folder with its tokenizer")
-    parser.add_argument("--size", type=int, default=32768, help="tokens to keep")
-    parser.add_argument("--out", type=Path, default=Path(FILE_NAME))
+    parser.add_argument("--size", type=int, default=32768, help="tokens to keep (32768)")
+    parser.add_argument("--out", type=Path, default=Path(FILE_NAME), help=f"the file that is written ({FILE_NAME})")
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help="files of what the target usually writes")
 
 

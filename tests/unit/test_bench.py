@@ -332,6 +332,15 @@ def test_settings_of_a_run_that_measured_nothing_may_change(server, prompts, tmp
     assert json.loads((out / "run.json").read_text())["settings"]["output_len"] == 8
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"settings": 3}'])
+def test_a_folder_of_something_else_is_no_run(tmp_path, content):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "any.json").touch()
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.json is not of a run: give another folder"):
+        Store(tmp_path, {}, resume=True)
+
+
 def test_cells_do_not_share_a_file(tmp_path):
     store = Store(tmp_path / "out", {}, resume=False)
     [method] = read_methods(["magicdec"], [], [], None)
@@ -360,6 +369,7 @@ def test_what_is_wrong_is_said_before_anything_starts(server, prompts, tmp_path,
         (("--methods", "a,b"), "--url measures one server"),
         (("--methods", "org/model"), "--methods org/model: a name has letters, digits"),
         (("--request-rate", "0"), "--request-rate must be more than 0"),
+        (("--request-rate", "nan"), "--request-rate must be more than 0, got nan"),
         (("--output-len", "256"), "--output-len 256 leaves no room for a prompt in a window of 256"),
         (("--workload", "aime24", "--no-chat-template", "--workload-data", str(tmp_path)), "aime24.jsonl; save the"),
         (("--workload", "aime24"), "has no chat template: give one by --chat-template"),
