@@ -140,7 +140,8 @@ def prompts(tmp_path):
 
 def bench(server, prompts, out, *options):
     url = server if isinstance(server, str) else server.url
-    given = ["--url", url, "--methods", "mine", "--workload", str(prompts), "--output-len", "16", "--out", str(out)]
+    given = ["--url", url, "--workload", str(prompts), "--output-len", "16", "--out", str(out)]
+    given += [] if "--methods" in options else ["--methods", "mine"]
     commands.main(["bench", *given, *options])
 
 
@@ -365,6 +366,8 @@ def test_what_is_wrong_is_said_before_anything_starts(server, prompts, tmp_path,
             "--workload nothing: there is neither such a file nor such a workload; there is gov",
         ),
         (("--workload", f"{prompts},{prompts}"), "--workload has own.jsonl twice"),
+        (("--workload", str(prompts)), "--workload has own.jsonl twice"),
+        (("--methods", "a", "--methods", "b"), "--url measures one server"),
         (("--draft", "D"), "--draft is of servers that this command starts: leave it out with --url"),
         (("--methods", "a,b"), "--url measures one server"),
         (("--methods", "org/model"), "--methods org/model: a name has letters, digits"),
@@ -379,6 +382,17 @@ def test_what_is_wrong_is_said_before_anything_starts(server, prompts, tmp_path,
     out.mkdir()
     (out / "thesis.tex").touch()
     assert "has something that is no run" in error_of(capsys, server, prompts, out)
+
+
+def test_a_file_without_prompts_is_named(server, tmp_path, capsys):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    assert "empty.jsonl has no prompts: give a file" in error_of(capsys, server, empty, tmp_path / "out")
+
+
+def test_an_address_is_one(prompts, tmp_path, capsys):
+    message = error_of(capsys, "127.0.0.1:8000", prompts, tmp_path / "out")
+    assert message.endswith("--url 127.0.0.1:8000 is no address of a server: give http://HOST:PORT")
 
 
 def test_a_dead_server_is_one_line(prompts, tmp_path, capsys):

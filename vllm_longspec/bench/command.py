@@ -51,11 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--methods",
         type=_names,
+        action="extend",
         metavar="NAME,...",
         help=f"of {', '.join(METHODS)}; without it vanilla and tree, or magicdec if there is no --draft. "
         "With --url any name",
     )
-    model.add_argument("--peers", type=_names, default=[], metavar="NAME,...", help=f"of {', '.join(PEERS)}")
+    model.add_argument(
+        "--peers", type=_names, action="extend", default=[], metavar="NAME,...", help=f"of {', '.join(PEERS)}"
+    )
     model.add_argument(
         "--method",
         action="append",
@@ -77,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--workload",
         type=_names,
+        action="extend",
         required=True,
         metavar="NAME,...",
         help=f"of {', '.join(WORKLOADS)}, or files of prompts: JSON lines with messages, prompt or input_ids",
@@ -286,6 +290,8 @@ def _running_target(arguments: argparse.Namespace) -> Target:
     Raises:
         ServerError: it does not answer, or is not vLLM.
     """
+    if not arguments.url.startswith(("http://", "https://")):
+        raise ServerError(f"--url {arguments.url} is no address of a server: give http://HOST:PORT")
     models = f"{arguments.url.rstrip('/')}/v1/models"
     request = Request(models)
     # As vLLM's request function does.
