@@ -6,6 +6,7 @@ Both raise ValueErrors of one line with the way out. OSErrors, which name the fi
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -58,3 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         # Those of libraries have several lines.
         sys.exit(f"vllm-longspec {arguments.command}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print(f"vllm-longspec {arguments.command}: stopped", file=sys.stderr)
+        # As shells say it of a program that Ctrl-C has ended.
+        sys.exit(128 + signal.SIGINT)

@@ -121,13 +121,14 @@ def _tokens_of(tokenizer: Any, paths: Iterable[Path]) -> Iterator[int]:
         with path.open(errors="replace") as lines:
             # Tokens may span lines, and files may be too large to be encoded at once.
             while chunk := "".join(islice(lines, 1000)):
-                yield from tokenizer.encode(chunk, add_special_tokens=False)
+                # Not verbose: the model that would not take so many tokens at once never sees them.
+                yield from tokenizer.encode(chunk, add_special_tokens=False, verbose=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the target, or a folder with its tokenizer")
-    parser.add_argument("--size", type=int, default=32768, help="tokens to keep")
-    parser.add_argument("--out", type=Path, default=Path(FILE_NAME))
+    parser.add_argument("--size", type=int, default=32768, help="tokens to keep (32768)")
+    parser.add_argument("--out", type=Path, default=Path(FILE_NAME), help=f"the file that is written ({FILE_NAME})")
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help="files of what the target usually writes")
 
 
@@ -139,6 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     counts = Counter(_tokens_of(tokenizer, arguments.texts))
+    if not counts:
+        raise ValueError("the texts have no tokens: give files of what the target usually writes")
     kept = most_frequent(counts, arguments.size)
     # Without the end-of-sequence token no tree could contain the end of a text.
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in kept:

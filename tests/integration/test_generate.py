@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from vllm_longspec import commands
 from vllm_longspec.training.data import prepare
 from vllm_longspec.training.generate import (
     MANIFEST,
+    Generator,
+    Settings,
     check_prompts,
+    open_folder,
     parse_prompt,
     read_prompts,
     seed_of,
@@ -96,6 +100,51 @@ def test_a_full_disk_is_named_with_the_way_out(tmp_path):
         write_atomically(tmp_path / "a.jsonl", "text")
     assert "--resume" in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def settings_of(*prompts: str) -> Settings:
+    return Settings("t", None, {path: f"digest of {path}" for path in prompts}, 1, 8, None, None, None, 0, {}, None)
+
+
+def test_a_run_goes_on_with_the_same_prompts_in_the_same_order(tmp_path):
+    """Answers are told by the number of their prompt."""
+    (tmp_path / MANIFEST).write_text(json.dumps({"settings": vars(settings_of("a", "b"))}))
+    (tmp_path / "answers-000000.jsonl").write_text('{"id": "0.0"}\n{"id": "3.0"}\n')
+    assert open_folder(tmp_path, settings_of("a", "b"), resume=True) == {"0.0", "3.0"}
+    for others in (("b", "a"), ("a",)):
+        with pytest.raises(ValueError, match=r"--resume with prompts .*: give the same, or another folder"):
+            open_folder(tmp_path, settings_of(*others), resume=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "an app"}', '{"settings": 3}'])
+def test_a_manifest_of_something_else_is_no_run(tmp_path, content):
+    (tmp_path / MANIFEST).write_text(content)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"manifest.json is not of a run: give another folder"):
+            open_folder(tmp_path, settings_of("a"), resume)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"input_ids": [1]}'])
+def test_a_damaged_shard_is_named_with_the_line(tmp_path, line):
+    (tmp_path / MANIFEST).write_text(json.dumps({"settings": vars(settings_of("a"))}))
+    (tmp_path / "answers-000000.jsonl").write_text(f'{{"id": "0.0"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"answers-000000.jsonl line 2 is no answer of a run: move the file away"):
+        open_folder(tmp_path, settings_of("a"), resume=True)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    ended: list[bool] = []
+    generator: Any = Generator.__new__(Generator)
+    generator.arguments, generator.settings, generator.finished = SimpleNamespace(out=tmp_path), settings_of("a"), []
+    generator.engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: ended.append(True)))
+    monkeypatch.setattr(Generator, "_write_manifest", lambda *_, **__: None)
+    monkeypatch.setattr(Generator, "_generate", stopped)
+    with pytest.raises(ValueError, match=r"^stopped; finished answers are in .*: go on with --resume$"):
+        generator.run([], 1, set())
+    assert ended
 
 
 def command_error(*arguments: str) -> str:
@@ -217,6 +266,8 @@ def test_refused_before_the_engine_starts(tmp_path):
     command = ["--target", str(PAIR / "target"), "--prompts", str(prompts), "--out", str(tmp_path / "data")]
     for more, message in (
         ([], "has no chat template: give prompt or input_ids instead"),
+        (["--prompts", str(prompts)], "prompts.jsonl twice: leave one out, --samples 2 gives two answers"),
+        (["--prompts", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (["--samples", "0"], "--samples must be 1 or more, got 0"),
         (["--temperature", "-1"], "--temperature -1.0: temperature must be non-negative"),
         (["--top-p", "2"], "--top-p 2.0: top_p must be in (0, 1]"),

@@ -140,7 +140,8 @@ def prompts(tmp_path):
 
 def bench(server, prompts, out, *options):
     url = server if isinstance(server, str) else server.url
-    given = ["--url", url, "--methods", "mine", "--workload", str(prompts), "--output-len", "16", "--out", str(out)]
+    given = ["--url", url, "--workload", str(prompts), "--output-len", "16", "--out", str(out)]
+    given += [] if "--methods" in options else ["--methods", "mine"]
     commands.main(["bench", *given, *options])
 
 
@@ -332,6 +333,15 @@ def test_settings_of_a_run_that_measured_nothing_may_change(server, prompts, tmp
     assert json.loads((out / "run.json").read_text())["settings"]["output_len"] == 8
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"settings": 3}'])
+def test_a_folder_of_something_else_is_no_run(tmp_path, content):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "any.json").touch()
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.json is not of a run: give another folder"):
+        Store(tmp_path, {}, resume=True)
+
+
 def test_cells_do_not_share_a_file(tmp_path):
     store = Store(tmp_path / "out", {}, resume=False)
     [method] = read_methods(["magicdec"], [], [], None)
@@ -356,10 +366,13 @@ def test_what_is_wrong_is_said_before_anything_starts(server, prompts, tmp_path,
             "--workload nothing: there is neither such a file nor such a workload; there is gov",
         ),
         (("--workload", f"{prompts},{prompts}"), "--workload has own.jsonl twice"),
+        (("--workload", str(prompts)), "--workload has own.jsonl twice"),
+        (("--methods", "a", "--methods", "b"), "--url measures one server"),
         (("--draft", "D"), "--draft is of servers that this command starts: leave it out with --url"),
         (("--methods", "a,b"), "--url measures one server"),
         (("--methods", "org/model"), "--methods org/model: a name has letters, digits"),
         (("--request-rate", "0"), "--request-rate must be more than 0"),
+        (("--request-rate", "nan"), "--request-rate must be more than 0, got nan"),
         (("--output-len", "256"), "--output-len 256 leaves no room for a prompt in a window of 256"),
         (("--workload", "aime24", "--no-chat-template", "--workload-data", str(tmp_path)), "aime24.jsonl; save the"),
         (("--workload", "aime24"), "has no chat template: give one by --chat-template"),
@@ -369,6 +382,17 @@ def test_what_is_wrong_is_said_before_anything_starts(server, prompts, tmp_path,
     out.mkdir()
     (out / "thesis.tex").touch()
     assert "has something that is no run" in error_of(capsys, server, prompts, out)
+
+
+def test_a_file_without_prompts_is_named(server, tmp_path, capsys):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    assert "empty.jsonl has no prompts: give a file" in error_of(capsys, server, empty, tmp_path / "out")
+
+
+def test_an_address_is_one(prompts, tmp_path, capsys):
+    message = error_of(capsys, "127.0.0.1:8000", prompts, tmp_path / "out")
+    assert message.endswith("--url 127.0.0.1:8000 is no address of a server: give http://HOST:PORT")
 
 
 def test_a_dead_server_is_one_line(prompts, tmp_path, capsys):

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from vllm_longspec.bench.server import ServerError, exit_on_signals, run_server
+from vllm_longspec.bench.server import ServerError, exit_on_signals, run_server, what_went_wrong
 
 # Serves /health after it has started a child that leaves its process group.
 MODULE = """
@@ -79,6 +79,21 @@ def test_the_log_says_why_a_server_does_not_start(start, tmp_path):
     lines = str(error.value).splitlines()
     assert lines[:2] == ["ValueError: no such model", "RuntimeError: the engine failed"]
     assert lines[-1] == f"vllm serve exited with 3. The whole log is {tmp_path}/logs/x.log."
+
+
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        (["  Value error, no such draft [type=value_error, input_value=1]"], "Value error, no such draft"),
+        (["foo", "  Unexpected keyword argument [type=unexpected]", "  more"], "foo Unexpected keyword argument"),
+        (["  Value error, no such draft.", "Please", "try", "another"], "Value error, no such draft. Please try"),
+    ],
+)
+def test_what_validation_says_is_on_the_lines_after_it(tmp_path, details, said):
+    log = tmp_path / "x.log"
+    error = "pydantic_core._pydantic_core.ValidationError: 1 validation error for SpeculativeConfig"
+    log.write_text("\n".join(["Traceback", f"(APIServer pid=1) {error}", *(f"(APIServer pid=1) {d}" for d in details)]))
+    assert what_went_wrong(log) == f"{error} {said}"
 
 
 def test_a_server_that_hangs_is_stopped(start):

@@ -312,7 +312,19 @@ def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypa
     texts = [[(seed * index) % 97 + 3 for index in range(80)] for seed in (3, 5, 7)]
     data = write_data(tmp_path / "data.jsonl", texts, 20)
     argv = ["evaluate", "--target", TARGET, "--draft", DRAFT, "--data", str(data), "--contexts", "80", "--engine"]
-    argv += ["--tokens", "30", "--copy-length", "4", "--tree-shape", "2", "2", "--out", str(tmp_path / "out.json")]
+    argv += [
+        "--revision",
+        "v1",
+        "--tokens",
+        "30",
+        "--copy-length",
+        "4",
+        "--tree-shape",
+        "2",
+        "2",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
     jobs: list[tuple[dict, list]] = []
 
     def run_engine(settings, runs):
@@ -330,6 +342,7 @@ def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypa
     assert "differ" in capsys.readouterr().out
     ((settings, (run,)),) = jobs
     assert settings["speculative_config"]["num_speculative_tokens_per_batch_size"] == [[1, 1, 4]]
+    assert settings["revision"] == "v1"
     assert settings["speculative_config"]["copy_length"] == 4 and settings["max_num_seqs"] == 1
     assert [prompt[:20] for prompt in run["prompts"]] == [text[:20] for text in texts for _ in range(2)]
     assert run["max_tokens"] == [30, 26] * 3 and run["sampling"]["temperature"] == 0
@@ -356,6 +369,12 @@ def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypa
         (["--tolerance", "3"], "--tolerance must be between 0 and 1"),
         (["--plot", "plot.doc"], "must end with .svg or .png"),
         (["--tokens", "1"], "--tokens is 1: give more"),
+        (["--out", "{tmp}/nowhere/out.json"], "nowhere/out.json cannot be a file: give one in a folder that exists"),
+        (["--out", "{tmp}"], "cannot be a file"),
+        (["--plot", "{tmp}/nowhere/plot.svg"], "--plot {tmp}/nowhere/plot.svg cannot be a file"),
+        (["--engine-args", '{{"gpus": 2}}'], "--engine-args has 'gpus', which is no engine argument of vLLM's"),
+        (["--engine-args", '{{"model": "a"}}'], "--engine-args has 'model': give --target instead"),
+        (["--engine-args", '{{"speculative_config": null}}'], "a speculative_config that is no JSON object"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path, options, message):
@@ -367,4 +386,4 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path, options, mess
     given[options[0]] = options[1].format(**places)
     with pytest.raises(SystemExit) as stopped:
         commands.main(["evaluate", *itertools.chain(*given.items())])
-    assert message in str(stopped.value.code) and "\n" not in str(stopped.value.code)
+    assert message.replace("{tmp}", str(tmp_path)) in str(stopped.value.code) and "\n" not in str(stopped.value.code)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from vllm_longspec.commands import main
 from vllm_longspec.frequent_tokens import most_frequent, read_frequent_tokens
 
 TARGET = Path(__file__).parents[2] / "benchmarks" / "pair" / "target"
@@ -64,3 +65,19 @@ def test_any_order_is_kept(tmp_path):
     path = tmp_path / "tokens.json"
     path.write_text(json.dumps([5, 1, 3]))
     assert read_frequent_tokens(path, 64) == [5, 1, 3]
+
+
+def test_the_command_counts_and_refuses_texts_without_tokens(tmp_path):
+    text, empty, out = tmp_path / "text.py", tmp_path / "empty.py", tmp_path / "tokens.json"
+    text.write_text("def f(x): return x + 1; " * 2000)
+    empty.touch()
+    command = ["frequent-tokens", "--model", str(TARGET), "--size", "4", "--out", str(out)]
+    with pytest.raises(SystemExit, match="the texts have no tokens: give files of what the target usually writes"):
+        main([*command, str(empty)])
+    assert not out.exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_longspec", *command, str(empty), str(text)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and len(read_frequent_tokens(out, 4096)) == 4
+    # More tokens at once than the model would take are no mistake.
+    assert "sequence length" not in done.stderr

@@ -531,6 +531,9 @@ def test_a_gpu_trains_as_a_cpu_does(tmp_path, target, data, settings):
         (["loss.kll=1"], [], "unknown key loss.kll in the configuration: did you mean kl?"),
         (["stages=[{steps: 1, lr: 1}]"], [], "unknown key stages[0].lr"),
         (["stages=[{steps: 1, epochs: 1}]"], [], "one of epochs, steps, tokens and minutes, not epochs and steps"),
+        (["stages=[{epochs: .inf}]"], [], "stages[0]: epochs is a finite number, not inf"),
+        (["stages=[{minutes: .nan}]"], [], "stages[0]: minutes is more than 0, not nan"),
+        (["clip=nan"], [], "clip is more than 0, not nan"),
         (["seed=many"], [], "seed is 'many', but takes int"),
         (["device=gpu"], [], "device is one of auto, cpu, cuda, not 'gpu'"),
         (["teacher_device=cuda:x"], [], "teacher_device is one of auto, cpu, cuda, cuda:N, not 'cuda:x'"),
@@ -547,6 +550,37 @@ def test_settings_that_are_wrong(tmp_path, target, data, settings, options, mess
         command(target, data, tmp_path / "run", *settings, options=options)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run" / checkpoints.FOLDER).exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_weights_of_others_are_not_replaced(tmp_path, data, name):
+    """Not even those of the target, where it is given as --out as well."""
+    target = write_target(tmp_path / "target", "llama")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(SystemExit, match=r"--out .*target has (model.safetensors|config.json), which is not of a run"):
+        command(target, data, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).touch()
+    with pytest.raises(SystemExit, match=f"--out .*out has {name}, which is not of a run: give another folder"):
+        command(target, data, out, options=["--resume"])
+
+
+def test_ctrl_c_says_where_the_run_goes_on(tmp_path, target, data, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "fit", stopped)
+    with pytest.raises(SystemExit, match="vllm-longspec train: stopped; no checkpoint is there yet"):
+        command(target, data, tmp_path / "run")
+
+
+def test_data_may_be_given_one_by_one(tmp_path, target, data, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"input_ids": [5] * 60, "loss_mask": [1] * 60}) + "\n")
+    command(target, data, tmp_path / "run", options=["--data", str(other), "--plan"])
+    assert "data: 41 samples" in capsys.readouterr().out
 
 
 def test_the_plan_starts_nothing(tmp_path, target, data, capsys):

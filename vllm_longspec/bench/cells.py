@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vllm_longspec.bench.methods import Method
 from vllm_longspec.bench.prompts import Chosen, Prompt
-from vllm_longspec.training.generate import write_atomically
+from vllm_longspec.training.generate import read_settings, write_atomically
 
 _MANIFEST = "run.json"
 _CELLS = "cells"
@@ -130,7 +130,7 @@ class Store:
         if not resume:
             raise ValueError(f"--out {folder} has a run: go on with it by --resume, or give another folder")
         # As they are read back.
-        wanted, found = json.loads(json.dumps(settings)), json.loads(manifest.read_text())["settings"]
+        wanted, found = json.loads(json.dumps(settings)), read_settings(manifest)
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise ValueError(

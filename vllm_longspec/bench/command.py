@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -31,7 +31,7 @@ from vllm_longspec.bench.prompts import Chosen, Renderer, choose, choose_own
 from vllm_longspec.bench.report import Report, read_baseline
 from vllm_longspec.bench.server import Server, ServerError, exit_on_signals, run_server
 from vllm_longspec.bench.workloads import WORKLOADS
-from vllm_longspec.training.generate import json_object
+from vllm_longspec.training.generate import check_engine_arguments, json_object
 from vllm_longspec.version import __version__
 
 DEFAULT_OUTPUT_LEN = 1024
@@ -51,11 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--methods",
         type=_names,
+        action="extend",
         metavar="NAME,...",
         help=f"of {', '.join(METHODS)}; without it vanilla and tree, or magicdec if there is no --draft. "
         "With --url any name",
     )
-    model.add_argument("--peers", type=_names, default=[], metavar="NAME,...", help=f"of {', '.join(PEERS)}")
+    model.add_argument(
+        "--peers", type=_names, action="extend", default=[], metavar="NAME,...", help=f"of {', '.join(PEERS)}"
+    )
     model.add_argument(
         "--method",
         action="append",
@@ -77,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--workload",
         type=_names,
+        action="extend",
         required=True,
         metavar="NAME,...",
         help=f"of {', '.join(WORKLOADS)}, or files of prompts: JSON lines with messages, prompt or input_ids",
@@ -182,7 +186,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
     if arguments.warmups < 0:
         raise ValueError(f"--warmups must not be negative, got {arguments.warmups}")
-    if arguments.request_rate is not None and arguments.request_rate <= 0:
+    if arguments.request_rate is not None and not arguments.request_rate > 0:
         raise ValueError(
             f"--request-rate must be more than 0, got {arguments.request_rate:g}: leave it out for --batch"
         )
@@ -245,14 +249,7 @@ def engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: one is unknown, or has an option of its own.
     """
-    from vllm.engine.arg_utils import EngineArgs
-
-    known = {field.name for field in fields(EngineArgs)}
-    for name in arguments.engine:
-        if name in _OWN:
-            raise ValueError(f"--engine has {name!r}: give {_OWN[name]} instead")
-        if name not in known:
-            raise ValueError(f"--engine has {name!r}, which is no engine argument of vLLM's: leave it out")
+    check_engine_arguments("--engine", arguments.engine, _OWN)
     # Each prompt is computed anew, also where it came before at another temperature: a cached one has no time to the
     # first token.
     return {"max_model_len": arguments.max_model_len, "enable_prefix_caching": False, **arguments.engine}
@@ -293,6 +290,8 @@ def _running_target(arguments: argparse.Namespace) -> Target:
     Raises:
         ServerError: it does not answer, or is not vLLM.
     """
+    if not arguments.url.startswith(("http://", "https://")):
+        raise ServerError(f"--url {arguments.url} is no address of a server: give http://HOST:PORT")
     models = f"{arguments.url.rstrip('/')}/v1/models"
     request = Request(models)
     # As vLLM's request function does.

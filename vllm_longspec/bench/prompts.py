@@ -196,7 +196,8 @@ def choose_own(path: Path, renderer: Renderer, vocab_size: int, max_prompts: int
     Raises:
         ValueError: a line is no prompt, or none is short enough.
     """
-    generate.check_prompts(path, vocab_size)
+    if generate.check_prompts(path, vocab_size).number == 0:
+        raise ValueError(f"--workload {path} has no prompts: give a file with at least one line")
     prompts = list(generate.read_prompts([path]))
     random.Random(seed).shuffle(prompts)
     chosen = Chosen(str(path))

@@ -32,6 +32,9 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the process that started this server has ended")
 os.execv(sys.argv[2], sys.argv[2:])
 """
+# Pydantic says what is wrong on the lines after this one; the last of them ends with how it says that to programs.
+_VALIDATION = re.compile(r"\d+ validation errors? for \S+$")
+_DETAILS, _MOST_DETAILS = " [type=", 3
 # What vLLM puts before a line of its log; all of it may be missing.
 _PREFIX = re.compile(r"(?:\(\w+(?: pid=\d+)?\) )?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[[^]]+\] )?")
 
@@ -149,8 +152,24 @@ def what_went_wrong(log: Path) -> str:
     """
     lines = log.read_text(errors="replace").splitlines()
     logged = [(match["level"], line[match.end() :].strip()) for line in lines if (match := _PREFIX.match(line))]
-    errors = [text for level, text in logged if level in (None, "ERROR", "CRITICAL") and "Error: " in text]
+    errors = [
+        _with_details(text, [following for _, following in logged[place + 1 : place + 1 + _MOST_DETAILS]])
+        for place, (level, text) in enumerate(logged)
+        if level in (None, "ERROR", "CRITICAL") and "Error: " in text
+    ]
     return "\n".join(list(dict.fromkeys(errors))[:5] or lines[-10:])
+
+
+def _with_details(error: str, following: Sequence[str]) -> str:
+    """An error, with the first of the lines that follow it in the log if they say what is wrong."""
+    if not _VALIDATION.search(error):
+        return error
+    for line in following:
+        text, has_ended, _ = f" {line}".partition(_DETAILS)
+        error += text
+        if has_ended:
+            break
+    return error
 
 
 def _wait_until_ready(server: Server, timeout: float) -> float:

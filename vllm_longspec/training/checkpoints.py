@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FOLDER = "checkpoints"
+# Files of the draft in the run's own folder, in the order in which they are put there.
+EXPORTED = ("model.safetensors", "config.json")
 _STATE = Path("trainer") / "state.pt"
 _NAME = re.compile(r"step-(\d+)")
 
@@ -82,7 +84,7 @@ def export(run: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], 
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         write_draft(temporary, config, weights, dtype)
-        for name in ("model.safetensors", "config.json"):
+        for name in EXPORTED:
             _flush(temporary / name)
             (temporary / name).replace(run / name)
         _flush(run)

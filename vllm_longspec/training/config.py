@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -47,6 +48,9 @@ class Stage:
                 f"a stage has one of epochs, steps, tokens and minutes, not {' and '.join(given) or 'none'}"
             )
         _positive(self, *given, "learning_rate", "max_length")
+        for name in (*given, "learning_rate"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is a finite number, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the stage from 0 to below 1, not {self.warmup}")
         if self.anchor_positions < 0:
@@ -319,7 +323,8 @@ def _plain(value: Any) -> Any:
 
 def _positive(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        # Not of NaN either.
+        if not getattr(config, name) > 0:
             raise ValueError(f"{name} is more than 0, not {getattr(config, name)}")
 
 

@@ -32,7 +32,7 @@ from vllm_longspec.training.data import TokenStore
 from vllm_longspec.training.data import prepare as store_texts
 from vllm_longspec.training.draft import TargetVocabulary, check_draft, load_draft
 from vllm_longspec.training.engine import run_engine
-from vllm_longspec.training.generate import MANIFEST, json_object
+from vllm_longspec.training.generate import MANIFEST, check_engine_arguments, json_object
 from vllm_longspec.training.layer import rope_type_of
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor, Steps
 from vllm_longspec.training.sampling import Sampling
@@ -51,6 +51,7 @@ _SURPRISE_DEVIATIONS, _SURPRISE = 4.0, 0.02
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--target", required=True, help="the target that the draft is for: folder or name")
+    add("--revision", help="branch, tag or commit of the target's repository")
     add("--draft", required=True, help="the draft: folder or name")
     add("--data", type=Path, required=True, help="JSONL with input_ids and loss_mask, or a folder of it: the answers")
     add(
@@ -169,7 +170,15 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
         raise ValueError(f"--tolerance must be between 0 and 1, such as 0.03, got {arguments.tolerance}")
     if arguments.plot and arguments.plot.suffix not in (".svg", ".png"):
         raise ValueError(f"--plot {arguments.plot} must end with .svg or .png")
-    shared = load_shared(arguments.target)
+    for name in ("out", "plot"):
+        # They are written when everything has been measured.
+        path = getattr(arguments, name)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"--{name} {path} cannot be a file: give one in a folder that exists")
+    check_engine_arguments("--engine-args", arguments.engine_args, {"model": "--target", "revision": "--revision"})
+    if not isinstance(arguments.engine_args.get("speculative_config", {}), dict):
+        raise ValueError("--engine-args has a speculative_config that is no JSON object: leave it out")
+    shared = load_shared(arguments.target, arguments.revision)
     config = shared.config
     checkpoint = check_draft(arguments.draft, arguments.target, config)
     manifest = _read_manifest(arguments.data)
@@ -308,6 +317,7 @@ def engine_settings(evaluation: Evaluation, longest: int) -> dict[str, Any]:
     arguments, drafting = evaluation.arguments, evaluation.drafting
     settings = {
         "model": arguments.target,
+        "revision": arguments.revision,
         "dtype": arguments.dtype or ("float32" if arguments.device == "cpu" else "auto"),
         "max_model_len": longest + drafting.num_nodes + 2,
         # One request at a time, as the walk: what is learned of copies then is learned in the same order.

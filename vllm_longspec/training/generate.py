@@ -100,10 +100,12 @@ class Counts:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="the model that answers: a folder or repository")
     parser.add_argument("--revision", help="of its repository")
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", action="extend", required=True, metavar="FILE", help="JSON lines"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the shards go")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt (1)")
     parser.add_argument(
         "--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help=f"of an answer ({DEFAULT_MAX_TOKENS})"
     )
@@ -141,6 +143,9 @@ def run(arguments: argparse.Namespace) -> None:
     for name, least in (("samples", 1), ("max_tokens", 1), ("shard_size", 1)):
         if (value := getattr(arguments, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    for path in arguments.prompts:
+        if arguments.prompts.count(path) > 1:
+            raise ValueError(f"--prompts has {path} twice: leave one out, --samples 2 gives two answers to each prompt")
     engine = engine_arguments(arguments)
     _check_sampling(arguments)
     # Answers of a target that has no drafts would be of no use; `train` would refuse it only when all are there.
@@ -195,21 +200,27 @@ def engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: one is unknown, or has an option of its own.
     """
-    from vllm.engine.arg_utils import EngineArgs
-
-    own = {"model": "--target", "revision": "--revision", "seed": "--seed"}
-    known = {field.name for field in fields(EngineArgs)}
-    for name in arguments.engine:
-        if name in own:
-            raise ValueError(f"--engine has {name!r}: give {own[name]} instead")
-        if name not in known:
-            raise ValueError(f"--engine has {name!r}, which is no engine argument of vLLM's: leave it out")
+    check_engine_arguments(
+        "--engine", arguments.engine, {"model": "--target", "revision": "--revision", "seed": "--seed"}
+    )
     engine = {"model": arguments.target, "revision": arguments.revision, **arguments.engine}
     if arguments.draft is not None:
         if engine.get("speculative_config") is not None:
             raise ValueError("--draft and the speculative_config of --engine are mutually exclusive: leave one out")
         engine["speculative_config"] = {"model": arguments.draft}
     return engine
+
+
+def check_engine_arguments(option: str, given: Iterable[str], own: Mapping[str, str]) -> None:
+    """Raises ValueError for a name that is no engine argument of vLLM's, or has an option of its own, as `own` says."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in fields(EngineArgs)}
+    for name in given:
+        if name in own:
+            raise ValueError(f"{option} has {name!r}: give {own[name]} instead")
+        if name not in known:
+            raise ValueError(f"{option} has {name!r}, which is no engine argument of vLLM's: leave it out")
 
 
 def _check_sampling(arguments: argparse.Namespace) -> None:
@@ -346,12 +357,15 @@ def open_folder(folder: Path, settings: Settings, resume: bool) -> set[str]:
             raise ValueError(f"--out {folder} has {shards[0].name}, which is not of a run: give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         return set()
+    found = read_settings(manifest)
     if not resume:
         raise ValueError(f"--out {folder} has a run: go on with it by --resume, or give another folder")
     # As they are read back.
-    wanted, found = json.loads(json.dumps(asdict(settings))), json.loads(manifest.read_text())["settings"]
+    wanted = json.loads(json.dumps(asdict(settings)))
     for name, value in wanted.items():
-        if found.get(name) != value:
+        # Answers are told by the numbers of their prompts, which follow from the order of the files.
+        is_same = found.get(name) == value and (name != "prompts" or list(found[name]) == list(value))
+        if not is_same:
             raise ValueError(
                 f"--resume with {name} {json.dumps(value)}, but the run in {folder} has {json.dumps(found.get(name))}: "
                 "give the same, or another folder"
@@ -360,9 +374,24 @@ def open_folder(folder: Path, settings: Settings, resume: bool) -> set[str]:
     for unfinished in folder.glob(f"*{_UNFINISHED}"):
         unfinished.unlink()
     for shard in shards:
-        with shard.open() as lines:
-            done.update(json.loads(line)["id"] for line in lines)
+        with shard.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    done.add(json.loads(line)["id"])
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(
+                        f"{shard} line {number} is no answer of a run: move the file away, and --resume generates its "
+                        "answers anew"
+                    ) from None
     return done
+
+
+def read_settings(manifest: Path) -> dict[str, Any]:
+    """The settings of a run, of its manifest. Raises ValueError for any other file."""
+    try:
+        return dict(json.loads(manifest.read_text())["settings"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{manifest} is not of a run: give another folder") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -456,6 +485,8 @@ class Generator:
             finally:
                 self._write_shard()
             self._write_manifest(finished=True)
+        except KeyboardInterrupt:
+            raise ValueError(f"stopped; finished answers are in {self.arguments.out}: go on with --resume") from None
         finally:
             self.engine.engine_core.shutdown()
         for line in self.counts.describe():

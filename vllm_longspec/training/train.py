@@ -37,7 +37,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.08}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="the model to train a draft for: folder or name")
     parser.add_argument("--revision", help="branch, tag or commit of the target's repository")
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="files of JSON lines, or folders of them")
+    parser.add_argument(
+        "--data", nargs="+", action="extend", metavar="PATH", help="files of JSON lines, or folders of them"
+    )
     parser.add_argument("--out", required=True, help="folder of the run, which gets the draft")
     parser.add_argument("--teacher", help="hf: the target in Transformers; vllm: in vLLM, as it is served")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML; options here come before it")
@@ -136,6 +138,10 @@ def train(config: TrainConfig, resume: bool = False, accelerator: Any = None) ->
         last = checkpoints.newest(folder)
         kept = "no checkpoint is there yet" if last is None else f"--resume goes on from {last}"
         raise TeacherError(f"{error}; {kept}") from error
+    except KeyboardInterrupt:
+        last = checkpoints.newest(folder)
+        kept = "no checkpoint is there yet" if last is None else f"--resume goes on from {last}"
+        raise ValueError(f"stopped; {kept}") from None
     finally:
         teacher.close()
         if is_own:
@@ -272,6 +278,10 @@ def _compared(config: TrainConfig, shared: SharedTarget) -> list[Sample]:
 
 def _check_folder(config: TrainConfig, folder: Path, checkpoint: Path | None, resume: bool) -> None:
     if checkpoint is None:
+        # What a run writes at its end would replace another draft's weights, or those of a target.
+        others = [] if (folder / CONFIG).exists() else [n for n in checkpoints.EXPORTED if (folder / n).exists()]
+        if others:
+            raise ValueError(f"--out {folder} has {others[0]}, which is not of a run: give another folder")
         return
     if not resume:
         raise ValueError(f"--out {folder} has checkpoints of a run: give --resume to go on, or another folder")
