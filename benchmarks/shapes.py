@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_longspec.targets.families import FAMILIES
 
+CONFIG = "config.json"
 EAGLE3_VOCAB_SIZE = 32000
 # The tensors of vLLM's dummy weights are uniform up to this.
 DUMMY_RANGE = 1e-3
@@ -180,9 +181,6 @@ def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
 
     One that is there already, of the same sizes, is kept.
     """
-    import torch
-    from safetensors.torch import save_file
-
     draft_vocab_size = min(EAGLE3_VOCAB_SIZE, config["vocab_size"] // 2)
     eagle3 = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -192,8 +190,11 @@ def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
         "tie_word_embeddings": False,
     }
     head_config = {key: value for key, value in config.items() if key != "use_sliding_window"} | eagle3
-    if _has_config(folder, head_config):
+    if _has(folder / CONFIG, _as_json(head_config)):
         return folder
+
+    import torch
+    from safetensors.torch import save_file
 
     dtype = getattr(torch, config["torch_dtype"])
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
@@ -233,18 +234,25 @@ def write_eagle3_head(folder: Path, config: dict[str, Any]) -> Path:
 
 def write_frequent_tokens(path: Path, size: int, vocab_size: int) -> Path:
     """So many random tokens, for timing: what they are does not change the cost of a step."""
-    path.write_text(json.dumps(random.Random(0).sample(range(vocab_size), size)))
+    _write(path, json.dumps(random.Random(0).sample(range(vocab_size), size)))
     return path
-
-
-def _has_config(folder: Path, config: dict[str, Any]) -> bool:
-    path = folder / "config.json"
-    return path.is_file() and json.loads(path.read_text()) == config
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    # An engine of another process may be reading it.
-    if not _has_config(folder, config):
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write(folder / CONFIG, _as_json(config))
     return folder
+
+
+def _as_json(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _has(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
+
+
+def _write(path: Path, text: str) -> None:
+    """Leaves a file as it is that has the text: an engine of another process may be reading it."""
+    if not _has(path, text):
+        path.write_text(text)

@@ -16,6 +16,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,18 +126,17 @@ def prepare(model: Model, system: str, acceptance: float | None, tuned: dict[str
         acceptance = None
     if (size := options.get("frequent_tokens")) is not None:
         path = FOLDER / f"{model.name}-frequent-{size}.json"
-        with _writing():
-            speculative_config["frequent_tokens"] = str(write_frequent_tokens(path, size, model.config["vocab_size"]))
+        speculative_config["frequent_tokens"] = str(
+            _written(write_frequent_tokens, path, size, model.config["vocab_size"])
+        )
     if system == "eagle3":
-        head = FOLDER / f"{model.name}-eagle3"
-        with _writing():
-            write_eagle3_head(head, model.config)
+        head = _written(write_eagle3_head, FOLDER / f"{model.name}-eagle3", model.config)
         speculative_config |= {"model": str(head), "draft_load_config": {"load_format": "safetensors"}}
     elif is_plugin_system(system) and not system.startswith("magicdec"):
-        draft = model.trained / "draft" if model.trained else FOLDER / f"{model.name}-glide"
-        if model.trained is None:
-            with _writing():
-                write_glide_draft(draft, model.config)
+        if model.trained:
+            draft = model.trained / "draft"
+        else:
+            draft = _written(write_glide_draft, FOLDER / f"{model.name}-glide", model.config)
         speculative_config["model"] = str(draft)
     return Decoding(system, acceptance, speculative_config, options)
 
@@ -144,14 +144,14 @@ def prepare(model: Model, system: str, acceptance: float | None, tuned: dict[str
 def target_folder(model: Model) -> Path:
     if model.trained:
         return model.trained / "target"
-    with _writing():
-        return write_target(FOLDER / f"{model.name}-target", model.config)
+    return _written(write_target, FOLDER / f"{model.name}-target", model.config)
 
 
-def _writing() -> FileLock:
-    """Benchmarks on several GPUs share the folder."""
+def _written(write: Callable[..., Path], path: Path, *given: Any) -> Path:
+    """What `write` makes of the arguments, in `FOLDER`, which benchmarks on several GPUs share."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    return FileLock(FOLDER / ".lock")
+    with FileLock(FOLDER / ".lock"):
+        return write(path, *given)
 
 
 def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[str, Any]:

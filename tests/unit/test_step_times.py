@@ -13,7 +13,7 @@ from vllm.config import SpeculativeConfig
 from benchmarks.shapes import SHAPES
 from tests.unit.test_cost import cost_of
 from tests.unit.test_schedule import config
-from vllm_longspec.options import DEFAULT_LEVELS
+from vllm_longspec.options import DEFAULT_LEVELS, LongSpecOptions, attach_options
 from vllm_longspec.proposers.glide.cost import GlideCost
 from vllm_longspec.scheduling import scheduler as scheduling
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification, NodesByCost, typical_acceptance
@@ -302,11 +302,16 @@ def test_what_start_up_says():
 
 
 @pytest.mark.parametrize("is_timed", [True, False])
-def test_start_up_says_what_was_chosen_and_by_what(monkeypatch, is_timed):
+@pytest.mark.parametrize(
+    ("method", "adaptive", "said_of"),
+    [("synthetic", False, "the set"), ("synthetic", True, "a typical"), ("standard", False, "a typical")],
+)
+def test_start_up_says_what_was_chosen_and_by_what(monkeypatch, is_timed, method, adaptive, said_of):
     said: list[str] = []
     monkeypatch.setattr(scheduling, "logger", SimpleNamespace(info_once=lambda text, *given: said.append(text % given)))
-    speculative_config = config(24, None, SHAPE)
-    speculative_config.rejection_sample_method = "synthetic" if is_timed else "standard"
+    speculative_config = config(24, None)
+    attach_options(speculative_config, LongSpecOptions("glide", SHAPE, adaptive_verification=adaptive))
+    speculative_config.rejection_sample_method = method
     if is_timed:
         attach_times(speculative_config, Gpu().times(cost_of("qwq-32b"), choices_of()))
     scheduler: Any = object.__new__(scheduling.TreeScheduler)
@@ -315,5 +320,4 @@ def test_start_up_says_what_was_chosen_and_by_what(monkeypatch, is_timed):
     scheduler._log_choice(NodesByCost(choices_of(), cost_of("qwq-32b"), lambda: 0, SHAPE))
     (line,) = said
     assert line.startswith("Steps on GPU: plain decoding " if is_timed else "Costs of steps are those of an H200. ")
-    said_of = "the set" if is_timed else "a typical"
     assert f"at {said_of} acceptance and 4096 tokens of context: 24 up to " in line and line.endswith(", 0 above")

@@ -74,7 +74,15 @@ def draft(levels, num_reqs, seed):
 
 @pytest.mark.parametrize(
     ("levels", "num_nodes"),
-    [((4, 16, 16, 16, 16), 68), ((4, 16, 16, 16, 16), 6), ((2, 4, 4), 5), ((1, 1, 1), 3), ((3,), 2), ((3, 2, 1), 3)],
+    [
+        ((4, 16, 16, 16, 16), 68),
+        ((4, 16, 16, 16, 16), 6),
+        ((2, 4, 4), 5),
+        ((1, 1, 1), 3),
+        ((1, 1, 1), 2),
+        ((3,), 2),
+        ((3, 2, 1), 3),
+    ],
 )
 def test_every_list_starts_with_a_deep_path(levels, num_nodes):
     num_reqs, max_depth = 4, len(levels)

@@ -110,7 +110,8 @@ class TreeSchedulerMixin(_Base):
         config = self.vllm_config.speculative_config
         options, times = options_of(config), times_of(config)
         assert options is not None and config is not None
-        is_synthetic = config.rejection_sample_method == "synthetic"
+        # With adaptive verification a typical one is begun with, whatever is set.
+        is_set = config.rejection_sample_method == "synthetic" and not options.adaptive_verification
         context = min(LOGGED_CONTEXT, self.max_model_len // 2)
         numbers = [chosen.best(size, size * context) for size in range(1, len(chosen.choices))]
         logger.info_once(
@@ -118,7 +119,7 @@ class TreeSchedulerMixin(_Base):
             "Costs of steps are those of an H200"
             if times is None
             else f"Steps on {times.device}: {describe_times(times, options.tree_shape.num_levels)}",
-            "the set" if is_synthetic else "a typical",
+            "the set" if is_set else "a typical",
             context,
             describe_numbers([0, *numbers]),
         )

@@ -135,13 +135,9 @@ def train(config: TrainConfig, resume: bool = False, accelerator: Any = None) ->
             data=store.digest,
         )
     except TeacherError as error:
-        last = checkpoints.newest(folder)
-        kept = "no checkpoint is there yet" if last is None else f"--resume goes on from {last}"
-        raise TeacherError(f"{error}; {kept}") from error
+        raise TeacherError(f"{error}; {_how_to_go_on(folder)}") from error
     except KeyboardInterrupt:
-        last = checkpoints.newest(folder)
-        kept = "no checkpoint is there yet" if last is None else f"--resume goes on from {last}"
-        raise ValueError(f"stopped; {kept}") from None
+        raise ValueError(f"stopped; {_how_to_go_on(folder)}") from None
     finally:
         teacher.close()
         if is_own:
@@ -274,6 +270,11 @@ def _compared(config: TrainConfig, shared: SharedTarget) -> list[Sample]:
         ids = ids[:_COMPARED_TOKENS]
         samples.append(Sample(ids, torch.arange(len(ids)) > 0, anchored(len(ids), 0)))
     return samples
+
+
+def _how_to_go_on(folder: Path) -> str:
+    last = checkpoints.newest(folder)
+    return "no checkpoint is there yet" if last is None else f"--resume goes on from {last}"
 
 
 def _check_folder(config: TrainConfig, folder: Path, checkpoint: Path | None, resume: bool) -> None:
