@@ -29,13 +29,20 @@ def main() -> None:
     job = json.load(sys.stdin)
     started = time.monotonic()
     engine = Engine(job["llm"], job["tokens"])
+    try:
+        measure_cells(engine, job, round(time.monotonic() - started, 1))
+    finally:
+        engine.close()
+
+
+def measure_cells(engine: "Engine", job: dict[str, Any], start_seconds: float) -> None:
     speculative_config = engine.vllm_config.speculative_config
     record: Record = job["record"] | {
         "max_model_len": engine.vllm_config.model_config.max_model_len,
         "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
         "kv_cache_tokens": engine.num_blocks * engine.block_size,
         "draft_quantization": speculative_config and speculative_config.quantization,
-        "start_seconds": round(time.monotonic() - started, 1),
+        "start_seconds": start_seconds,
         "draft_memory": engine.llm.collective_rpc(draft_memory)[0],
     }
     prompts = TrainedPrompts(Path(job["trained"])) if job["trained"] else RandomPrompts(job["vocab_size"])
@@ -103,6 +110,14 @@ class Engine:
         cache = self.vllm_config.cache_config
         assert cache.num_gpu_blocks is not None
         self.num_blocks, self.block_size = cache.num_gpu_blocks, cache.block_size
+
+    def close(self) -> None:
+        """Ends the engine's processes.
+
+        vLLM does so when the interpreter ends, but `multiprocessing` may wait for them before that: which of the two
+        comes first depends on what was imported first.
+        """
+        self.llm.llm_engine.engine_core.shutdown()
 
     def lacking_blocks(self, context: int, batch: int) -> int:
         """How many blocks the KV cache would need in addition, 0 if it is large enough."""

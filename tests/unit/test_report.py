@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables and plots of measured speed, from results written by hand."""
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks.speed import engine as speed_engine
 from benchmarks.speed.engine import summary
 from benchmarks.speed.records import append, identity, read
 from benchmarks.speed.report import compare, plot, report
@@ -184,3 +187,20 @@ def test_summary_of_rounds():
     assert numbers["tokens_per_step"] * numbers["ms_per_token"] == pytest.approx(numbers["ms_per_step"], rel=1e-3)
     # Of different work, the mean.
     assert summary(plain, batch=4, tokens=100, same_work=False)["ms_per_token"] == pytest.approx(11.2e3 / 300, abs=1e-3)
+
+
+def test_an_engine_is_closed_whatever_happens(monkeypatch):
+    """`multiprocessing` waits for engines at exit, so one that was left open would keep the benchmark from ending."""
+    closed = []
+    fake = SimpleNamespace(close=lambda: closed.append(True))
+
+    def fail(engine: object, *_: object) -> None:
+        assert engine is fake and not closed
+        raise RuntimeError("a cell failed")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"llm": {}, "tokens": 8}'))
+    monkeypatch.setattr(speed_engine, "Engine", lambda *_: fake)
+    monkeypatch.setattr(speed_engine, "measure_cells", fail)
+    with pytest.raises(RuntimeError, match="a cell failed"):
+        speed_engine.main()
+    assert closed == [True]
