@@ -356,9 +356,9 @@ def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):
 
 SCHEDULE = [(1, 8, 4)]
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
-DEFAULT_SCHEDULE = [(1, 16, 10), (17, 32, 7), (33, 64, 3), (65, 128, 1), (129, 256, 0)]
+DEFAULT_SCHEDULE = [(1, 16, 10), (17, 32, 7), (33, 42, 5), (43, 64, 3), (65, 128, 1), (129, 256, 0)]
 # Where nothing says what a step costs.
-CHEAP_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 32, 3), (33, 64, 1), (65, 128, 0)]
+CHEAP_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 21, 5), (22, 32, 3), (33, 64, 1), (65, 128, 0)]
 
 
 @pytest.mark.parametrize(
@@ -415,6 +415,7 @@ AUTO_PLANS = {
     7: 7,
     6: 5,
     5: 3,
+    4: 3,
     3: 3,
     1: 1,
 }

@@ -90,7 +90,7 @@ def test_no_graph_is_captured_that_no_batch_would_run(shape):
     """vLLM captures every number of nodes for batches of every size."""
     vllm_config = config(24, 256, default_schedule(68, 5), True, shape)
     target = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 25)
-    largest = {1: 256, 2: 64, 4: 32, 8: 16, 16: 8, 25: 4}
+    largest = {1: 256, 2: 64, 4: 32, 6: 21, 8: 16, 16: 8, 25: 4}
     sizes: dict[int, list[int]] = {}
     for desc in target._capture_descs[CUDAGraphMode.FULL]:
         assert desc.uniform_token_count is not None and desc.num_reqs is not None
@@ -118,7 +118,7 @@ def test_less_than_an_eighth_of_a_graph_is_padding():
         # Of few rows a request vLLM itself has a size for every eight rows.
         assert graph.num_reqs - batch_size < max(graph.num_reqs / 8, 8 / (1 + number))
         assert batch_size > 8 or number == 0 or graph.num_reqs == batch_size
-    assert len(target._capture_descs[CUDAGraphMode.FULL]) < 120
+    assert len(target._capture_descs[CUDAGraphMode.FULL]) < 136
 
 
 def test_a_batch_that_became_smaller_has_the_graphs_of_what_it_drafted():

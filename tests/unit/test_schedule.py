@@ -12,6 +12,7 @@ from vllm_longspec.options import AUTO_LEVELS, LongSpecOptions, attach_options
 from vllm_longspec.scheduling.schedule import (
     BATCH_ROWS,
     LEVEL_CHOICES,
+    MOST_ROWS,
     PREFIX_TILE,
     default_schedule,
     nodes_by_batch_size,
@@ -67,7 +68,19 @@ def test_a_tree_of_a_single_request_fills_a_tile():
     assert default_schedule(68, 5)[0] == (1, 4, 24)
     assert default_schedule(68, 4)[0] == (1, 4, 31)
     assert default_schedule(68, 1)[0] == (1, 1, 68)
-    assert default_schedule(4, 5)[0] == (1, 16, 4)
+    assert default_schedule(4, 5)[0] == (1, 21, 4)
+
+
+def test_between_eight_and_four_rows_of_a_request_there_are_six():
+    assert default_schedule(68, 5, MOST_ROWS) == [
+        (1, 8, 24),
+        (9, 16, 15),
+        (17, 32, 7),
+        (33, 42, 5),
+        (43, 64, 3),
+        (65, 128, 1),
+        (129, 256, 0),
+    ]
 
 
 def test_without_a_schedule_every_batch_verifies_all_nodes():
@@ -103,7 +116,7 @@ def test_levels_are_chosen_with_the_nodes(queries_per_kv_head):
 
 def test_the_plans_of_a_tile():
     """The number of CUDA graphs grows with them."""
-    plans = {24: 8, 23: 5, 22: 12, 21: 3, 15: 8, 14: 5, 13: 12, 12: 3, 7: 7, 6: 5, 5: 3, 3: 3, 1: 1}
+    plans = {24: 8, 23: 5, 22: 12, 21: 3, 15: 8, 14: 5, 13: 12, 12: 3, 7: 7, 6: 5, 5: 3, 4: 3, 3: 3, 1: 1}
     assert dict(auto_shape(5).plans) == plans
 
 

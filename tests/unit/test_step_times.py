@@ -216,8 +216,10 @@ def test_set_acceptance_takes_the_cheapest_nodes_that_it_needs_and_is_not_learnt
 
     poor, rich = chooser(1.05), chooser(5.0)
     assert poor[64] == 0 < rich[64]
-    # A path of five nodes and another one are listed; with 24 no more are accepted.
-    assert rich[1] == 7 and rich.acceptance[7] == rich.acceptance[24] == pytest.approx(4.0)
+    # A path of four nodes and another one are listed; with 24 no more are accepted.
+    assert rich[1] == 5 and rich.acceptance[5] == rich.acceptance[24] == pytest.approx(4.0)
+    # A path of five nodes and another one.
+    assert chooser(5.9)[1] == 7 and chooser(5.9).acceptance[7] == pytest.approx(4.9)
     # The path's first two nodes, and its first.
     assert rich.acceptance[3] == pytest.approx(2.0) and rich.acceptance[1] == pytest.approx(1.0)
     # The largest number accepts what was asked for.
@@ -262,7 +264,7 @@ def test_which_costs_an_engine_has():
 def test_times_are_read_as_they_were_written():
     times = Gpu().times(cost_of("qwq-32b"), choices_of())
     assert StepTimes.from_json(times.to_json()) == times
-    assert times.numbers() == [1, 3, 7, 15, 24]
+    assert times.numbers() == [1, 3, 5, 7, 15, 24]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_every_number_is_timed_with_the_graphs_that_batches_run():
     runner: Any = Runner()
     times = timer_of(runner).times()
     assert times is not None and times.device == "GPU"
-    assert times.numbers() == [1, 3, 7, 15, 24]
+    assert times.numbers() == [1, 3, 5, 7, 15, 24]
     assert times.verify.keys() == times.read.keys() == {0, *times.draft}
     for number, points in times.verify.items():
         largest = max(size for size, numbers in enumerate(runner.choices) if size and number in numbers)

@@ -22,6 +22,9 @@ BATCH_ROWS = 128
 # The most rows of a batch where the number is chosen by what a step costs. On an H200 so many cost 1.5 to 1.6 steps of
 # plain decoding, which pays for a draft that is often accepted; a GPU that reads more slowly has more of them to spare.
 MOST_ROWS = 2 * BATCH_ROWS
+# Rows of a request are halved from one range of batch sizes to the next. From 8 to 4 there is a step in between, the root
+# and a path of five levels: with large batches a row costs most, and a draft that is often accepted is worth such a path.
+PATH_ROWS = 6
 # Numbers of levels to choose from where the levels are not given, in the order in which they get their nodes.
 LEVEL_CHOICES = (8, 5, 12, 3)
 
@@ -31,19 +34,20 @@ def default_schedule(
 ) -> list[tuple[int, int, int]]:
     """Ranges of batch sizes with their number of nodes, at most `num_nodes`, as vLLM takes them: (first, last, nodes).
 
-    A batch has at most `batch_rows` rows. One larger than the last range takes the last range's number.
+    A batch has at most `batch_rows` rows, a power of two. One larger than the last range takes the last range's number.
     """
     per_request = min(num_nodes, max(1, PREFIX_TILE // queries_per_kv_head - 1))
+    # All sizes of a range have the number of the last one, so that few CUDA graphs are captured.
+    rows = sorted({PATH_ROWS, *(batch_rows >> power for power in range(batch_rows.bit_length() - 1))}, reverse=True)
     schedule: list[tuple[int, int, int]] = []
-    first, last, nodes = 1, 1, per_request
-    while nodes > 0:
-        # All sizes of a range have the number of the last one, so that few CUDA graphs are captured.
-        nodes = min(per_request, batch_rows // last - 1)
+    first = 1
+    for rows_of_request in rows:
+        last, nodes = batch_rows // rows_of_request, min(per_request, rows_of_request - 1)
         if schedule and schedule[-1][2] == nodes:
             first = schedule.pop()[0]
         schedule.append((first, last, nodes))
-        first, last = last + 1, 2 * last
-    return schedule
+        first = last + 1
+    return [*schedule, (first, 2 * last, 0)]
 
 
 def numbers_of(schedule: Sequence[Sequence[int]], num_nodes: int) -> list[int]:
