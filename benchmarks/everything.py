@@ -84,8 +84,8 @@ def chains(out: Path, data: Path, commit: str | None, minutes: float | None = No
         prompts = ",".join(str(pair / f"code-{length}k.jsonl") for length in (8, 16))
         arguments = (
             f"bench --target {pair / 'target'} --draft {pair / 'draft'} --workload {prompts} --temperatures 0,1 "
-            f"--methods vanilla,seq,tree,magicdec --peers ngram --batch {batch} --output-len 256 --ignore-eos "
-            f"--warmups 1 --out {out / name}"
+            f"--methods vanilla,seq,tree,magicdec --peers ngram,eagle3={pair / 'eagle3'} --batch {batch} "
+            f"--output-len 256 --ignore-eos --warmups 1 --out {out / name}"
         )
         return Step(name, ["-m", "vllm_longspec", *shlex.split(arguments)])
 
@@ -95,6 +95,7 @@ def chains(out: Path, data: Path, commit: str | None, minutes: float | None = No
     real_size = [
         step("realsize-target", "training.realsize", f"{train} target"),
         step("realsize-draft", "training.realsize", f"{train} draft"),
+        step("eagle3", "training.eagle3", recipes),
         bench(1),
         bench(4),
         speed("realsize", pair, AS_IT_COMES, "--contexts 2048,8192,16064 --batches 1 --temperatures 0,1"),
@@ -105,7 +106,6 @@ def chains(out: Path, data: Path, commit: str | None, minutes: float | None = No
             "--contexts 16064 --batches 1 --temperatures 0,1",
         ),
         step("recipes", "training.recipes", f"{recipes} --recipes longspec longspec@8192 default@8192"),
-        step("eagle3", "training.eagle3", recipes),
         step("served", "training.served", f"--pair {pair} --drafts {drafts} {labelled} --out {out / 'served.json'}"),
     ]
     self_drafting = [

@@ -25,7 +25,7 @@ PLOT = ROOT / "docs" / "gains.svg"
 # What is between these lines is written by `--write`.
 BEGIN, END = "<!-- of python -m benchmarks.gains -->", "<!-- end -->"
 # As the README names them, in the order of its columns; other methods follow under their own names.
-TITLES = {"ngram": "n-gram", "magicdec": "MagicDec", "seq": "GLIDE chain", "tree": "GLIDE tree"}
+TITLES = {"ngram": "n-gram", "eagle3": "EAGLE-3", "magicdec": "MagicDec", "seq": "GLIDE chain", "tree": "GLIDE tree"}
 _NONE = "–"  # noqa: RUF001
 
 

@@ -38,6 +38,10 @@ from vllm_longspec.training.batches import Cursor
 
 # Steps before the clock: kernels are compiled, then a step is timed.
 _WARM_UP, _TIMED = 8, 12
+# Of a toy on a CPU, where nothing is compiled and a step takes seconds.
+_SMOKE_WARM_UP, _SMOKE_TIMED = 1, 1
+# Of the target; with fewer the package has no choice of layers that differ.
+_FEWEST_LAYERS = 7
 
 
 class HiddenStates:
@@ -109,8 +113,12 @@ class CpuTrainer(Trainer):
         torch.accelerator.synchronize = lambda *_: None
 
 
-def settings(args: argparse.Namespace, batch_tokens: int) -> Namespace:
-    """The package's own, as its command line resolves them."""
+def settings(args: argparse.Namespace, batch_tokens: int, num_layers: int) -> Namespace:
+    """The package's own, as its command line resolves them.
+
+    Args:
+        num_layers: of the target
+    """
     given: dict[str, Any] = {
         "verifier_name_or_path": str(args.pair / "target"),
         "save_path": str(args.pair / "eagle3-run"),
@@ -120,8 +128,13 @@ def settings(args: argparse.Namespace, batch_tokens: int) -> Namespace:
         # Values of a step are read from the device when it is logged.
         "log_freq": 1 << 30,
     }
+    if args.device == "cpu":
+        # FlexAttention has no backward pass there, and the fused losses are kernels of Triton's.
+        given |= {"draft_attn_impl": "eager", "loss_implementation": "eager"}
     if args.layers:
         given["target_layer_ids"] = args.layers
+    elif num_layers < _FEWEST_LAYERS:
+        given["target_layer_ids"] = [0, num_layers // 2, num_layers]
     for setting in args.set:
         name, _, value = setting.partition("=")
         given[name] = yaml.safe_load(value)
@@ -173,10 +186,10 @@ def main() -> None:
     plan = SMOKE if args.smoke else FULL
     on_cpu = args.device == "cpu"
 
-    chosen = settings(args, plan.batch_tokens)
+    target_config = json.loads((args.pair / "target" / "config.json").read_text())
+    chosen = settings(args, plan.batch_tokens, target_config["num_hidden_layers"])
     set_seed(chosen.seed)
     model_class = SpeculatorModel.registry[chosen.speculator_type]
-    target_config = json.loads((args.pair / "target" / "config.json").read_text())
     model = build_draft_model(chosen, model_class, None, None, target_config["vocab_size"])
     train_call_kwargs, _ = model_class.get_trainer_kwargs(**vars(chosen))
     dtype = getattr(torch, chosen.hidden_states_dtype)
@@ -198,12 +211,13 @@ def main() -> None:
     num_steps = args.steps
     if num_steps is None:
         first = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
-        trained(_WARM_UP, args.seed + 1).train_epoch(0)
+        warm_up, timed = (_SMOKE_WARM_UP, _SMOKE_TIMED) if args.smoke else (_WARM_UP, _TIMED)
+        trained(warm_up, args.seed + 1).train_epoch(0)
         _wait(args.device)
         started = time.perf_counter()
-        trained(_TIMED, args.seed + 2).train_epoch(0)
+        trained(timed, args.seed + 2).train_epoch(0)
         _wait(args.device)
-        seconds_per_step = (time.perf_counter() - started) / _TIMED
+        seconds_per_step = (time.perf_counter() - started) / timed
         num_steps = max(1, round((args.seconds or plan.draft_seconds) / seconds_per_step))
         print(f"{seconds_per_step:.3f} s a step, so {num_steps} steps", flush=True)
         model.load_state_dict(first)

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 -m benchmarks.training.realsize --only target --target-seconds 120 ...
 
 Writes target/, draft/, prompts.jsonl and metrics.json into the output folder, laid out as `benchmarks/pair`, for
-`benchmarks.speed` to measure, and code-8k.jsonl and code-16k.jsonl for `vllm-longspec bench`. Needs the folder that
+`benchmarks.speed` to measure, and code-1k.jsonl to code-16k.jsonl for `vllm-longspec bench`. Needs the folder that
 `prepare_data.py` wrote and no network. What is there already is not trained again, so target and draft may be trained
 by two calls; the target on several GPUs.
 """
@@ -77,7 +77,7 @@ SMOKE = replace(
 # A prompt ends in a file of which it has at least so many tokens, or an eighth of its own length if that is less.
 TOKENS_OF_LAST_FILE = 1024
 # Files of prompts for `vllm-longspec bench`, and how many tokens before a prompt's end they have.
-BENCH_PROMPTS = {"code-8k": 8192, "code-16k": 16064}
+BENCH_PROMPTS = {"code-1k": 1024, "code-8k": 8192, "code-16k": 16064}
 NUM_BENCH_PROMPTS = 8
 
 

@@ -465,12 +465,20 @@ def test_suffix_decoding_runs_on_the_older_runner(monkeypatch):
         ([], [], ["x=[]"], "give NAME=JSON"),
         ([], [], ["a/b={}"], "letters, digits"),
         ([], [], [], "--methods names none"),
+        ([], ["eagle3=nowhere/run/head"], [], "--peers eagle3=nowhere/run/head: there is no nowhere/run/head; give"),
     ],
 )
 def test_methods_that_cannot_be_are_refused(names, peers, others, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_methods(names, peers, others, None)
     assert "\n" not in str(error.value)
+
+
+def test_a_draft_that_is_not_there_is_said_before_others_are_measured(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"--draft {tmp_path}/draft: there is no {tmp_path}/draft; give")):
+        read_methods(["vanilla", "tree"], [], [], f"{tmp_path}/draft")
+    (tmp_path / "draft").mkdir()
+    assert len(read_methods(["vanilla", "tree"], ["eagle3=someone/head"], [], f"{tmp_path}/draft")) == 3
 
 
 def test_engine_arguments_are_options_of_vllm_serve():

@@ -307,6 +307,35 @@ def test_the_command_writes_table_json_and_plot(tmp_path, capsys, monkeypatch):
     assert captured.err.splitlines()[-1] == "--plot needs matplotlib: pip install 'vllm-longspec[report]'"
 
 
+def test_without_data_the_held_out_samples_of_the_run_are_evaluated(tmp_path, capsys):
+    """Of a run's draft and of its checkpoints; a draft that is of no run needs answers."""
+    texts = [[(seed * index) % 97 + 3 for index in range(60)] for seed in (3, 5, 7, 11)]
+    data = write_data(tmp_path / "data.jsonl", texts, 20)
+    (tmp_path / "manifest.json").write_text(json.dumps({"sampling": {"temperature": 0.5}}))
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000001"
+    for folder in (run, checkpoint):
+        folder.mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (folder / file).symlink_to(PAIR / "draft" / file)
+    settings = {"target": TARGET, "data": [str(data)], "out": "elsewhere", "held_out": {"samples": 1}}
+    (run / "run.yaml").write_text(json.dumps(settings))
+    for folder in (run, checkpoint):
+        out = tmp_path / "out.json"
+        argv = ["evaluate", "--target", TARGET, "--contexts", "60", "--tokens", "20", "--out", str(out)]
+        commands.main([*argv, "--draft", str(folder)])
+        (result,) = json.loads(out.read_text())["results"]
+        # One sample of four, its 40 tokens in two parts, drawn as the manifest beside the data says
+        assert result["contexts"][0]["parts"] == 2 and result["temperature"] == 0.5
+    for draft, held_out, message in (
+        (DRAFT, {}, f"--draft {DRAFT} has no run.yaml of a run of vllm-longspec train"),
+        (str(run), {"samples": 0}, "has held out no samples: give answers as --data"),
+    ):
+        (run / "run.yaml").write_text(json.dumps(settings | {"held_out": held_out}))
+        with pytest.raises(SystemExit, match=message):
+            commands.main([*argv, "--draft", draft])
+
+
 def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypatch):
     """All that the command does with an engine but the engine itself, which `tests/integration` runs."""
     texts = [[(seed * index) % 97 + 3 for index in range(80)] for seed in (3, 5, 7)]

@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 VANILLA = "vanilla"
@@ -81,6 +82,7 @@ def _method(name: str, draft: str | None, gamma: int) -> Method:
         raise ValueError(f"--methods {name}: there is {', '.join(METHODS)}; --peers has vLLM's own: {peers}")
     if draft is None:
         raise ValueError(f"--methods {name} needs a GLIDE draft: give --draft, or leave {name} out")
+    _check_folder("--draft", draft, draft)
     if name == "seq":
         return Method(name, {"model": draft, "gamma": gamma})
     return Method(name, {"model": draft})
@@ -93,6 +95,7 @@ def _peer(text: str, num_tokens: int) -> Method:
         if not model:
             what = "head" if name == "eagle3" else "model"
             raise ValueError(f"--peers {name} needs its {what}: give {name}={what.upper()}")
+        _check_folder("--peers", text, model)
         return Method(name, {"method": "eagle3" if name == "eagle3" else "draft_model", "model": model, **tokens})
     if name not in ("ngram", "suffix"):
         raise ValueError(f"--peers {name}: there is {', '.join(PEERS)}; --method NAME=JSON names any other")
@@ -121,6 +124,16 @@ def _other(text: str) -> Method:
         raise ValueError(f"--method {VANILLA} is decoding without speculation: give another name")
     check_name("--method", name)
     return Method(name, config)
+
+
+def _check_folder(option: str, text: str, model: str) -> None:
+    """Raises ValueError for the path of a model that is not there: its server starts when others have been measured.
+
+    What may be the name of a repository is left to the server.
+    """
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if is_path and not Path(model).exists():
+        raise ValueError(f"{option} {text}: there is no {model}; give a folder, or a name on the Hugging Face hub")
 
 
 def check_name(option: str, name: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from vllm_longspec.options import DEFAULT_LEVELS
 from vllm_longspec.training.losses import LossWeights
 
+# In a run's folder.
+RUN_FILE = "run.yaml"
 AUTO = "auto"
 TEACHERS = ("hf", "vllm")
 INITIALISATIONS = ("normal", "last_layer")

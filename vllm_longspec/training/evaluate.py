@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-longspec evaluate`: what a draft's steps accept, predicted from stored answers and checked in a real engine.
 
-    vllm-longspec evaluate --target T --draft draft/ --data data/ --contexts 2k,8k,32k,128k [--engine]
+    vllm-longspec evaluate --target T --draft draft/ [--data data/] --contexts 2k,8k,32k,128k [--engine]
+
+Without --data the answers are those that the run of the draft has held out.
 
 The walk grows the plugin's tree at a root of a stored answer, follows the answer down the tree, and goes on from where
 it leaves it, as serving does (`vllm_longspec/training/walk.py`). So the figures are tokens a step of the engine, for
@@ -26,7 +28,9 @@ from vllm_longspec.options import DEFAULT_COPY_LENGTH, DEFAULT_LEVELS, parse_cop
 from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint, find_file
 from vllm_longspec.scheduling.schedule import default_schedule
 from vllm_longspec.targets.families import layer_sizes, size_of
+from vllm_longspec.training import checkpoints
 from vllm_longspec.training.acceptance import Sum, compare, describe, number, plot, summary
+from vllm_longspec.training.config import RUN_FILE, load
 from vllm_longspec.training.continuations import Bucket, Part, choose, parse_contexts, parts_of
 from vllm_longspec.training.data import TokenStore
 from vllm_longspec.training.data import prepare as store_texts
@@ -36,6 +40,7 @@ from vllm_longspec.training.generate import MANIFEST, check_engine_arguments, js
 from vllm_longspec.training.layer import rope_type_of
 from vllm_longspec.training.predict import Drafting, Likelihood, Predictor, Steps
 from vllm_longspec.training.sampling import Sampling
+from vllm_longspec.training.split import prepare_data
 from vllm_longspec.training.target import SharedTarget, load_shared, load_tokenizer
 from vllm_longspec.training.teachers import Sample
 from vllm_longspec.training.teachers.hf import HfTeacher
@@ -53,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", required=True, help="the target that the draft is for: folder or name")
     add("--revision", help="branch, tag or commit of the target's repository")
     add("--draft", required=True, help="the draft: folder or name")
-    add("--data", type=Path, required=True, help="JSONL with input_ids and loss_mask, or a folder of it: the answers")
+    add(
+        "--data",
+        type=Path,
+        help="JSONL with input_ids and loss_mask, or a folder of it: the answers (those that the draft's run held out)",
+    )
     add(
         "--contexts",
         metavar="N,N",
@@ -181,7 +190,6 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     shared = load_shared(arguments.target, arguments.revision)
     config = shared.config
     checkpoint = check_draft(arguments.draft, arguments.target, config)
-    manifest = _read_manifest(arguments.data)
     drafting, frequent_tokens = _drafting(arguments, config)
     # A whole tree has places in the cache after the last root.
     longest = config.max_position_embeddings - drafting.num_nodes - 1
@@ -192,13 +200,18 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
             f"{arguments.target}: leave it out"
         )
     folder = TemporaryDirectory()
-    texts = store_texts(
-        [str(arguments.data)],
-        Path(folder.name),
-        lambda: load_tokenizer(shared),
-        shared.vocab_size,
-        config.max_position_embeddings,
-    )
+    if arguments.data is None:
+        texts, data = _held_out(arguments.draft, shared)
+    else:
+        data = arguments.data
+        texts = store_texts(
+            [str(data)],
+            Path(folder.name),
+            lambda: load_tokenizer(shared),
+            shared.vocab_size,
+            config.max_position_embeddings,
+        )
+    manifest = _read_manifest(data)
     parts = (
         part
         for number in range(len(texts))
@@ -209,7 +222,7 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     used = {part.bucket for part in chosen}
     empty = [bucket.name for index, bucket in enumerate(buckets) if index not in used]
     reason = (
-        f"no answers of {drafting.reach + 2} tokens or more with such contexts in {arguments.data}, whose "
+        f"no answers of {drafting.reach + 2} tokens or more with such contexts in {data}, whose "
         f"longest text has {max(texts.lengths)} tokens"
     )
     if empty and (arguments.contexts or not used):
@@ -223,6 +236,23 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
     return Evaluation(
         arguments, shared, checkpoint, manifest, samplings, drafting, frequent_tokens, buckets, texts, chosen, folder
     )
+
+
+def _held_out(draft: str, shared: SharedTarget) -> tuple[TokenStore, Path]:
+    """The samples that the run of a draft has held out, and the file or folder that they come from."""
+    run = Path(draft)
+    if run.absolute().parent.name == checkpoints.FOLDER:
+        run = run.absolute().parents[1]
+    if not (run / RUN_FILE).is_file():
+        raise ValueError(
+            f"--draft {draft} has no {RUN_FILE} of a run of vllm-longspec train, whose held-out samples would be "
+            "evaluated: give answers as --data"
+        )
+    config = load(run / RUN_FILE, {"out": str(run)}, [])
+    _, held_out = prepare_data(config, shared)
+    if not len(held_out):
+        raise ValueError(f"the run of {run} has held out no samples: give answers as --data")
+    return held_out, Path((config.held_out.data or config.data)[0])
 
 
 def _drafting(arguments: argparse.Namespace, config: Any) -> tuple[Drafting, str | None]:

@@ -17,7 +17,7 @@ import torch
 
 from vllm_longspec.training import checkpoints
 from vllm_longspec.training.batches import Plan, anchored, generator_of, without_short_stage
-from vllm_longspec.training.config import AUTO, TrainConfig, build, differing, load
+from vllm_longspec.training.config import AUTO, RUN_FILE, TrainConfig, build, differing, load
 from vllm_longspec.training.data import TokenStore
 from vllm_longspec.training.initialise import initialise, initialise_from_last_layer
 from vllm_longspec.training.layer import GlideLayer
@@ -27,7 +27,6 @@ from vllm_longspec.training.split import prepare_data
 from vllm_longspec.training.target import SharedTarget, check_served, load_shared
 from vllm_longspec.training.teachers import Lesson, Sample, Teacher, TeacherError
 
-CONFIG = "run.yaml"
 # Of tokens that teachers are compared at.
 _COMPARED_TOKENS = 512
 # Differences of two right computations, relative to the size of what is compared, by dtype.
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in ("target", "revision", "data", "out", "teacher")}
-    saved = Path(arguments.out) / CONFIG
+    saved = Path(arguments.out) / RUN_FILE
     is_bare = arguments.config is None and arguments.target is None and arguments.data is None
     # A run that is resumed has its configuration.
     path = saved if arguments.resume and is_bare and saved.exists() else arguments.config
@@ -280,7 +279,7 @@ def _how_to_go_on(folder: Path) -> str:
 def _check_folder(config: TrainConfig, folder: Path, checkpoint: Path | None, resume: bool) -> None:
     if checkpoint is None:
         # What a run writes at its end would replace another draft's weights, or those of a target.
-        others = [] if (folder / CONFIG).exists() else [n for n in checkpoints.EXPORTED if (folder / n).exists()]
+        others = [] if (folder / RUN_FILE).exists() else [n for n in checkpoints.EXPORTED if (folder / n).exists()]
         if others:
             raise ValueError(f"--out {folder} has {others[0]}, which is not of a run: give another folder")
         return
@@ -313,23 +312,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        return yaml.safe_load((folder / CONFIG).read_text())
+        return yaml.safe_load((folder / RUN_FILE).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{folder / CONFIG} cannot be read ({' '.join(str(error).split())}): give another --out"
+            f"{folder / RUN_FILE} cannot be read ({' '.join(str(error).split())}): give another --out"
         ) from None
 
 
 def _write_config(config: TrainConfig, folder: Path) -> None:
     import yaml
 
-    temporary = folder / f".{CONFIG}"
+    temporary = folder / f".{RUN_FILE}"
     try:
         temporary.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
-        temporary.replace(folder / CONFIG)
+        temporary.replace(folder / RUN_FILE)
     except OSError as error:
         raise ValueError(
-            f"{folder / CONFIG} cannot be written ({error.strerror}): make room, or give another --out"
+            f"{folder / RUN_FILE} cannot be written ({error.strerror}): make room, or give another --out"
         ) from None
 
 
