@@ -18,6 +18,7 @@ from vllm_longspec.options import (
     LongSpecOptions,
     attach_options,
     count_verified_nodes,
+    most_tokens,
     options_of,
     parse_copy_length,
     parse_cross_attention_budget,
@@ -132,11 +133,10 @@ def configure(
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
     # Only CUDA graphs are timed.
     measures = "step_costs" in known and parse_step_costs(own, MEASURE) == MEASURE and current_platform.is_cuda()
-    asked_for = given.get("num_speculative_tokens")
     is_given = own.get("tree_shape") is not None or own.get("gamma") is not None
-    if set(setup.default_levels or ()) == {1} and not is_given and isinstance(asked_for, int) and asked_for > 0:
-        # What drafts a chain drafts as many tokens as vLLM's own option says.
-        own["gamma"] = asked_for
+    if set(setup.default_levels or ()) == {1} and not is_given:
+        # What drafts a chain drafts as many tokens as vLLM's own options say.
+        own["gamma"] = most_tokens(given)
     tree_shape = parse_tree_shape(own, draft_vocab_size, setup.default_levels or DEFAULT_LEVELS)
     num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     options = dict(given)
