@@ -51,6 +51,14 @@ KERNEL_TESTS = [
     "sample",
     "draft_inputs",
     "block_scores",
+    "partial_tables",
+    "window",
+    "quantised_rows",
+    "learned_head",
+    "narrow_levels",
+    "synthetic",
+    "draw",
+    "properties",
 ]
 # The last one where there are two GPUs; elsewhere it skips itself.
 ENGINE_TESTS = ["cuda_graphs", "kv_connectors", "lora", "lossless", "magicdec", "quantised", "sleep_mode"]

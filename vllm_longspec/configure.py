@@ -18,6 +18,7 @@ from vllm_longspec.options import (
     LongSpecOptions,
     attach_options,
     count_verified_nodes,
+    most_tokens,
     options_of,
     parse_copy_length,
     parse_cross_attention_budget,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import argparse
 
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import LoadConfig, ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 # (flag, key of the speculative configuration, field of EngineArgs), in vLLM's order
@@ -132,11 +133,10 @@ def configure(
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
     # Only CUDA graphs are timed.
     measures = "step_costs" in known and parse_step_costs(own, MEASURE) == MEASURE and current_platform.is_cuda()
-    asked_for = given.get("num_speculative_tokens")
     is_given = own.get("tree_shape") is not None or own.get("gamma") is not None
-    if set(setup.default_levels or ()) == {1} and not is_given and isinstance(asked_for, int) and asked_for > 0:
-        # What drafts a chain drafts as many tokens as vLLM's own option says.
-        own["gamma"] = asked_for
+    if set(setup.default_levels or ()) == {1} and not is_given:
+        # What drafts a chain drafts as many tokens as vLLM's own options say.
+        own["gamma"] = most_tokens(given)
     tree_shape = parse_tree_shape(own, draft_vocab_size, setup.default_levels or DEFAULT_LEVELS)
     num_nodes = count_verified_nodes(given.get("num_speculative_tokens"), tree_shape)
     options = dict(given)
@@ -244,6 +244,11 @@ def _use_adaptive_verification(
 
 # The setup of the draft whose SpeculativeConfig is being built, for `compose_draft_hf_overrides`.
 _current: ContextVar[DraftSetup | None] = ContextVar("longspec_current_setup", default=None)
+# Of the engine configuration that is being built with adapters: the number of tokens of its SpeculativeConfig. vLLM
+# asks for room for this many in every request of the largest batch, because some runners give each of their logits an
+# adapter. Here the schedule and the token budget bound the rows, and adapters of the head are refused. Default batches
+# on any device would be too large for a tree.
+_withheld: ContextVar[list[tuple["SpeculativeConfig", int]] | None] = ContextVar("longspec_withheld", default=None)
 
 
 @contextmanager
@@ -284,7 +289,17 @@ def create_speculative_config(
         # Candidates have the target's positions, so that what the draft's own config says must not limit the engine.
         config.draft_model_config.max_model_len = target_model_config.max_model_len
     attach_options(config, speculation.options)
+    if self.enable_lora and (withheld := _withheld.get()) is not None:
+        withheld.append((config, config.num_speculative_tokens))
+        config.num_speculative_tokens = 0
     return config
+
+
+def create_load_config(original: "Callable[..., LoadConfig]", self: "EngineArgs") -> "LoadConfig":
+    """Called after that comparison, and before anything else reads the number."""
+    for config, num_speculative_tokens in _withheld.get() or ():
+        config.num_speculative_tokens = num_speculative_tokens
+    return original(self)
 
 
 def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Callable[..., PretrainedConfig]":
@@ -298,9 +313,11 @@ def create_engine_config(
     original: "Callable[..., VllmConfig]", self: "EngineArgs", *args: Any, **kwargs: Any
 ) -> "VllmConfig":
     given_backend = self.attention_backend
+    token = _withheld.set([])
     try:
         vllm_config = original(self, *args, **kwargs)
     finally:
+        _withheld.reset(token)
         # `create_speculative_config` chose a backend for this engine; `self` may be used again, with another draft.
         self.attention_backend = given_backend
     if (options := options_of(vllm_config.speculative_config)) is not None:

@@ -178,6 +178,9 @@ def parse_partial_attention(options: Mapping[str, Any], max_model_len: int) -> P
         selection = default.selection
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}: leave it out")
+    if sinks + budget >= max_model_len:
+        # Every request is attended as a whole, which leaves no block to choose.
+        selection = default.selection
     return PartialAttention(min(sinks, max_model_len), min(budget, max_model_len), selection)
 
 
@@ -196,6 +199,18 @@ def parse_cross_attention_budget(options: Mapping[str, Any], max_model_len: int)
             "the draft attends, or leave it out to attend all"
         )
     return PartialAttention(min(PartialAttention.sinks, max_model_len), min(budget, max_model_len))
+
+
+def most_tokens(options: Mapping[str, Any]) -> int | None:
+    """The most tokens that vLLM's own options ask for; None if they leave it open, or are refused later.
+
+    A schedule by batch size must have been checked.
+    """
+    number = _read_int(options.get("num_speculative_tokens"))
+    if number is None:
+        schedule = options.get("num_speculative_tokens_per_batch_size") or ()
+        number = max((int(nodes) for _, _, nodes in schedule), default=None)
+    return number if _is_positive_int(number) else None
 
 
 def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:

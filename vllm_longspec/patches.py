@@ -45,6 +45,8 @@ def apply() -> None:
     _replace(EngineArgs, "add_cli_args", cli.add_cli_args)
     _replace(EngineArgs, "from_cli_args", cli.from_cli_args)
     _replace(EngineArgs, "create_speculative_config", configure.create_speculative_config)
+    # With adapters vLLM refuses batches that are too large for the whole tree in every request.
+    _replace(EngineArgs, "create_load_config", configure.create_load_config)
     _replace(SpeculativeConfig, "compose_draft_hf_overrides", configure.compose_draft_hf_overrides)
     _replace(EngineArgs, "create_engine_config", configure.create_engine_config)
     # vLLM refuses min_p and logit_bias with any draft. Sampling every node of the tree makes both exact.

@@ -183,6 +183,8 @@ def test_adapters(tmp_path, graphs):
     adapters = [str(write_adapter(tmp_path / f"adapter{seed}", target, seed)) for seed in (1, 2)]
     prompts = source_code(LENGTHS)
     settings = {"model": str(target), "async_scheduling": True, "lora_target_modules": MODULES}
+    # Fewer than the nodes of a tree for each of as many requests as there may be.
+    settings |= {"max_num_seqs": 8, "max_num_batched_tokens": 40}
     if graphs:
         settings |= {"enforce_eager": False, **GRAPHS}
     (plain, _) = run_alone(play, settings, adapters, prompts)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine import Request, Result, generate, request
+from tests.integration.test_magicdec import magicdec
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 GREEDY = {"temperature": 0.0}
@@ -99,17 +100,18 @@ def mixed_batch() -> dict[str, Request]:
 
 
 def test_every_kind_of_request_in_one_batch():
-    """All at once; then those with a history or a grammar, scheduled asynchronously and preempted."""
+    """All at once, also where the target drafts for itself; then those with a history or a grammar, scheduled
+    asynchronously and preempted."""
     batch = mixed_batch()
     plain = generate(PAIR / "target", [list(batch.values())], **SETTINGS)
     expected = outputs_of(plain, batch)
     for name, sampling in HISTORY.items():
         if "thinking_token_budget" in sampling:
             assert_end_is_forced(expected[name]["tokens"][0], sampling["thinking_token_budget"])
-    settings = SETTINGS | {
-        "speculative_config": {"model": str(PAIR / "draft"), "tree_shape": [2, 4]},
-        "per_request_spec_decode_metrics": "summary",
-    }
+    counted = SETTINGS | {"per_request_spec_decode_metrics": "summary"}
+    itself = counted | magicdec(sinks=16, budget=16)
+    check(batch, expected, generate(PAIR / "target", [list(batch.values())], **itself, async_scheduling=True))
+    settings = counted | {"speculative_config": {"model": str(PAIR / "draft"), "tree_shape": [2, 4]}}
     check(batch, expected, generate(PAIR / "target", [list(batch.values())], **settings, async_scheduling=False))
 
     few = {name: batch[name] for name in ("n", "all penalties", "everything", *GRAMMARS)}

@@ -189,6 +189,20 @@ def test_a_draft_does_not_limit_the_context(tmp_path, target, draft, drafts_leng
     assert config.speculative_config.draft_model_config.max_model_len == length
 
 
+@pytest.mark.parametrize("batch", [{}, {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}])
+def test_adapters_need_no_room_for_a_tree_in_every_request(target, draft, batch):
+    """The default batches of vLLM, on this device and on an H200, of which each request may take a tree of 68 nodes."""
+    config = create(target, spec_model=draft, enable_lora=True, **batch)
+    scheduler = config.scheduler_config
+    assert scheduler.max_num_batched_tokens < 69 * scheduler.max_num_seqs
+    assert config.num_speculative_tokens == config.speculative_config.num_speculative_tokens == 68
+    assert options_in(config).tree_shape.num_nodes == 68
+    # What others draft still needs it.
+    with pytest.raises(ValueError, match="Consider increasing max_num_batched_tokens"):
+        ngram = {"method": "ngram", "num_speculative_tokens": 68}
+        create(target, speculative_config=ngram, enable_lora=True, **batch)
+
+
 def test_the_same_arguments_can_be_used_again(target, draft):
     engine_args = EngineArgs(
         model=target, skip_tokenizer_init=True, spec_model=draft, spec_tokens=5, speculative_config={"gamma": 8}

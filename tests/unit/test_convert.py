@@ -128,6 +128,16 @@ def without_values(weights: dict[str, Any]) -> None:
     weights["mlp.up_proj.weight"] = weights["mlp.up_proj.weight"].to("meta")
 
 
+def diverged(weights: dict[str, Any]) -> None:
+    weights["mlp.up_proj.weight"] = weights["mlp.up_proj.weight"].clone()
+    weights["mlp.up_proj.weight"][3, 5] = float("nan")
+
+
+def overflown(weights: dict[str, Any]) -> None:
+    weights["input_layernorm.weight"] = weights["input_layernorm.weight"].clone()
+    weights["input_layernorm.weight"][0] = float("inf")
+
+
 def sparse(weights: dict[str, Any]) -> None:
     weights["mlp.up_proj.weight"] = weights["mlp.up_proj.weight"].to_sparse()
 
@@ -170,6 +180,8 @@ def code(weights: dict[str, Any]) -> None:
         (quantised, "has mlp.up_proj.weight as a tensor of qint8"),
         (all_integers, "as a tensor of int8, but a draft has dense tensors of float16, bfloat16, float32"),
         (all_doubles, "as a tensor of float64"),
+        (diverged, "has NaN or infinite values in mlp.up_proj.weight, with which nothing can be drafted: "),
+        (overflown, "has NaN or infinite values in input_layernorm.weight"),
         (code, "pickled code is never run"),
     ],
 )

@@ -114,6 +114,27 @@ def test_vllms_number_of_tokens_is_gamma_without_one(target):
     assert config.num_speculative_tokens == 8
 
 
+@pytest.mark.parametrize(
+    ("given", "drafted"),
+    [
+        ({"num_speculative_tokens_per_batch_size": [[1, 4, 8], [5, 16, 2]]}, 8),
+        ({"num_speculative_tokens_per_batch_size": [[1, 4, "8"]]}, 8),
+        ({"num_speculative_tokens_per_batch_size": [[1, 4, 2]]}, 2),
+        ({"num_speculative_tokens": "8"}, 8),
+        # They bound one another.
+        ({"num_speculative_tokens": 3, "num_speculative_tokens_per_batch_size": [[1, 4, 8]]}, 3),
+        ({"gamma": 3, "num_speculative_tokens_per_batch_size": [[1, 4, 8]]}, 3),
+        # Nothing to draft says nothing about how much.
+        ({"num_speculative_tokens_per_batch_size": [[1, 4, 0]]}, 4),
+    ],
+)
+def test_the_largest_number_by_batch_size_is_gamma_without_one(target, given, drafted):
+    config = engine_config(target, {"method": "magicdec", **given}).speculative_config
+    options = options_of(config)
+    assert options is not None and options.tree_shape.levels == (1,) * drafted
+    assert config.num_speculative_tokens == drafted
+
+
 def test_changes_to_the_targets_config_reach_its_draft(folder):
     """Without them this config.json is of no model that vLLM knows."""
     target = write_target(folder / "overridden", "qwen3")
@@ -146,6 +167,15 @@ def test_a_budget_that_is_too_small_for_scores_is_refused_at_once(target):
     # A longer draft needs more.
     assert "at least 288" in refused(target, {**scores, "budget": 192, "gamma": 15}, block_size=32)
     engine_config(target, {"method": "magicdec", "budget": 1}, block_size=32)
+
+
+def test_where_every_request_is_attended_as_a_whole_no_block_is_chosen(target):
+    """The default budget, which nobody gave, is not too small for a short context."""
+    for max_model_len, selection in ((64, "recent"), (1056, "recent"), (1057, "scores")):
+        given = {"method": "magicdec", "selection": "scores"}
+        options = options_of(engine_config(target, given, max_model_len=max_model_len).speculative_config)
+        assert options is not None and options.partial_attention is not None
+        assert options.partial_attention.selection == selection
 
 
 def test_where_a_draft_is_no_graph_nothing_is_drafted_and_start_up_says_so(target, monkeypatch):

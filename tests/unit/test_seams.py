@@ -224,6 +224,13 @@ READS = {
     ],
     "vllm.sampling_params.SamplingParams.verify": ["self._validate_spec_decode("],
     "vllm.config.SpeculativeConfig.__post_init__": ["compose_draft_hf_overrides("],
+    # Between the two calls the number is compared with the batch, and not read for anything else.
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config": [
+        "= self.create_speculative_config(",
+        "(speculative_config.num_speculative_tokens + 1)",
+        "load_config = self.create_load_config()",
+        "config = VllmConfig(",
+    ],
 }
 
 

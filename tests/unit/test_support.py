@@ -366,10 +366,16 @@ def test_other_connectors_are_refused_by_name():
         with pytest.raises(ValueError, match=f"the KV connector {name} is not supported with a GLIDE draft") as error:
             support.check_engine(engine(kv_transfer_config=connector(name)))
         assert all(each in refused(error) for each in supported)
+        # Nothing is offered that would be refused as well.
+        with pytest.raises(ValueError) as error:
+            support.check_engine(engine(kv_transfer_config=connector(name), num_lookahead_tokens=4))
+        assert "OffloadingConnector" in refused(error) and "Nixl" not in refused(error)
     # A module's class may have the name of one of vLLM's.
-    with pytest.raises(ValueError, match="OffloadingConnector of the module theirs is not supported") as error:
-        support.check_engine(engine(kv_transfer_config=connector("OffloadingConnector", "theirs")))
-    refused(error)
+    for num_lookahead_tokens in (0, 4):
+        transfer = connector("OffloadingConnector", "theirs")
+        with pytest.raises(ValueError, match="OffloadingConnector of the module theirs is not supported") as error:
+            support.check_engine(engine(kv_transfer_config=transfer, num_lookahead_tokens=num_lookahead_tokens))
+        assert ("Nixl" in refused(error)) == (num_lookahead_tokens == 0)
 
 
 PARALLEL: Any = SimpleNamespace(tensor_parallel_size=2)
@@ -421,9 +427,15 @@ def test_unsupported_option_is_refused_by_name(options, said):
     assert said in refused(error)
 
 
-@pytest.mark.parametrize("schedule", [[], "1:8", [(1, 4)], [(2, 4, 8)], [(1, 4, -1)], [(1, 4, 8), (3, 6, 4)]])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *([], "1:8", [(1, 4)], [(2, 4, 8)], [(1, 4, -1)], [(1, 4, 8), (3, 6, 4)]),
+        *([(1, 4, "many")], [(1, None, 8)], [(1, float("inf"), 8)], [(1, [4], 8)]),
+    ],
+)
 def test_wrong_schedule_is_refused_before_the_engine_starts(schedule):
-    with pytest.raises(ValueError, match=r"range|non-empty|must not be empty|3-item|>= 0") as error:
+    with pytest.raises(ValueError, match=r"num_speculative_tokens_per_batch_size=.* cannot be used \(.*\): ") as error:
         support.check_options({"num_speculative_tokens_per_batch_size": schedule}, PARALLEL)
     assert "\n" not in str(error.value)
 

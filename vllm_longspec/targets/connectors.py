@@ -25,19 +25,16 @@ def connector_refusal(config: "KVTransferConfig | None", num_lookahead_tokens: i
         return None
     name = f"the KV connector {config.kv_connector}"
     others = "serve without --kv-transfer-config and --kv-offloading-size, or with"
+    # The receiver of NIXL's pairs the last blocks of both sides, and the sender's last ones would be its draft's.
+    supported = _OFFLOADING if num_lookahead_tokens > 0 else _OFFLOADING + _NIXL
     if config.kv_connector_module_path:
         return (
             f"{name} of the module {config.kv_connector_module_path}",
-            f"{others} one of vLLM's own: {', '.join(_OFFLOADING + _NIXL)}",
+            f"{others} one of vLLM's own: {', '.join(supported)}",
         )
-    if config.kv_connector in _OFFLOADING:
-        return None
-    if config.kv_connector not in _NIXL:
-        return name, f"{others} one of {', '.join(_OFFLOADING + _NIXL)}"
-    if num_lookahead_tokens > 0:
-        # The receiver pairs the last blocks of both sides, and the sender's last ones would be its draft's.
-        return name, f"{others} one of {', '.join(_OFFLOADING)}"
-    if config.get_from_extra_config("bidirectional_kv_xfer", False):
+    if config.kv_connector not in supported:
+        return name, f"{others} one of {', '.join(supported)}"
+    if config.kv_connector in _NIXL and config.get_from_extra_config("bidirectional_kv_xfer", False):
         # The same, of blocks for nodes of the side that decodes.
         return f"{name} with bidirectional_kv_xfer", "leave bidirectional_kv_xfer out of kv_connector_extra_config"
     return None

@@ -61,7 +61,13 @@ def check_options(options: Mapping[str, Any], parallel_config: "ParallelConfig",
 
     # vLLM raises it too, but in the engine's process.
     if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
-        validate_and_normalize_dynamic_sd_schedule(schedule)
+        try:
+            validate_and_normalize_dynamic_sd_schedule(schedule)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"num_speculative_tokens_per_batch_size={schedule!r} cannot be used ({error}): give ranges of batch "
+                "sizes with their number of nodes, such as [[1, 4, 68], [5, 256, 0]]"
+            ) from None
     method = options.get("method")
     draft_size, target_size = options.get("draft_tensor_parallel_size"), parallel_config.tensor_parallel_size
     rejection_sample_method = options.get("rejection_sample_method")

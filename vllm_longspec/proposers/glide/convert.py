@@ -159,6 +159,11 @@ def _read_weights(path: Path) -> dict[str, Any]:
                 f"{file} has {name} as a {kind}, but a draft has dense tensors of {', '.join(_DTYPES)}: save the "
                 "trained weights themselves in one of these"
             )
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{file} has NaN or infinite values in {name}, with which nothing can be drafted: training has "
+                "diverged, take an earlier checkpoint"
+            )
     dtypes = {weight.dtype for weight in weights.values()}
     if len(dtypes) != 1:
         raise ValueError(f"{file} has weights of {', '.join(sorted(map(str, dtypes)))}: save them in one dtype")
