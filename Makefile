@@ -22,7 +22,7 @@ test: $(READY) ## Run the tests; ARGS="tests/unit -k walk" picks some
 VLLM ?= $(shell $(PYTHON) -c 'exec(open("vllm_longspec/compat/supported.py").read()); print(TESTED[-1])')
 VLLM_TESTS := $(patsubst %,tests/unit/test_%.py,seams plugin arguments support scheduler grammar interpreted_sampling bench) \
 	$(patsubst %,tests/integration/test_%.py,lossless features magicdec mixed_batches scheduling requests) \
-	$(patsubst %,tests/integration/test_%.py,kv_connectors sleep_mode) tests/e2e/test_serve.py
+	$(patsubst %,tests/integration/test_%.py,kv_connectors nixl sleep_mode) tests/e2e/test_serve.py
 
 test-vllm: $(READY) ## Run with the newest vLLM the tests of what may differ there; VLLM=0.33.1 names another
 	overlay=$$($(VENV)/bin/python .ci/overlay_vllm.py $(VLLM)) && PYTHONPATH="$$overlay" \

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disaggregated prefill through NIXL: one engine computes prompts, another fetches their blocks and decodes.
+
+Both have the draft, and the one that decodes makes of the transferred cache what plain decoding alone makes of its own.
+"""
+
+import importlib.util
+import os
+import socket
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine import running
+from tests.integration.test_lossless import GREEDY, PAIR, SAMPLINGS, generate, request, source_code, speculative
+from tests.process import run_alone
+
+LENGTHS = (64, 40, 30, 131)
+SAMPLED = [GREEDY, SAMPLINGS[0], GREEDY, SAMPLINGS[4]]
+NUM_TOKENS = 40
+HITS = "vllm:external_prefix_cache_hits"
+REQUIRED = "LONGSPEC_REQUIRE_NIXL"
+# An engine's listener is for the engines that fetch from it, so each needs a port of its own.
+PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("nixl") is None and not os.environ.get(REQUIRED), reason="needs nixl"
+)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def transfer(settings: dict[str, Any], prompts: list[list[int]], ports: list[int]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    with ExitStack() as stack:
+        engines = []
+        for port in ports:
+            os.environ[PORT] = str(port)
+            engines.append(stack.enter_context(running(settings)))
+        prefill, decode = engines
+
+        def generate(llm: Any, max_tokens: int, params: list[dict[str, Any]]) -> list[Any]:
+            samplings = [
+                SamplingParams(
+                    **sampling,
+                    max_tokens=max_tokens,
+                    ignore_eos=True,
+                    detokenize=False,
+                    extra_args={"kv_transfer_params": each},
+                )
+                for sampling, each in zip(SAMPLED, params, strict=True)
+            ]
+            return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], samplings, use_tqdm=False)
+
+        computed = generate(prefill, 1, [{"do_remote_decode": True, "do_remote_prefill": False} for _ in prompts])
+        decoded = generate(decode, NUM_TOKENS, [output.kv_transfer_params for output in computed])
+        metrics = {metric.name: metric.value for metric in decode.get_metrics() if hasattr(metric, "value")}
+    return {"tokens": [list(output.outputs[0].token_ids) for output in decoded], "metrics": metrics}
+
+
+@pytest.mark.parametrize("connector", ["NixlPullConnector", "NixlPushConnector"])
+def test_a_prompt_that_another_engine_computed(connector):
+    prompts = source_code(LENGTHS)
+    plain = generate(
+        PAIR / "target",
+        [[request(prompt, **each, max_tokens=NUM_TOKENS) for prompt, each in zip(prompts, SAMPLED, strict=True)]],
+    )
+    settings = {
+        "model": str(PAIR / "target"),
+        "async_scheduling": True,
+        "kv_transfer_config": {
+            "kv_connector": connector,
+            "kv_role": "kv_both",
+            "kv_buffer_device": "cuda" if torch.cuda.is_available() else "cpu",
+        },
+        **speculative(PAIR / "draft", [4, 8, 8]),
+    }
+    # An engine that runs in its caller's process shares what it tears down with the other.
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
+    found, _ = run_alone(transfer, settings, prompts, free_ports(2), environment=environment)
+    assert found["tokens"] == plain.tokens[0]
+    # Both engines count in one place, and only prompts are fetched.
+    assert found["metrics"][HITS] == sum(LENGTHS)
+    assert found["metrics"]["vllm:nixl_num_failed_transfers"] == 0
+    steps = found["metrics"]["vllm:spec_decode_num_drafts"]
+    assert found["metrics"]["vllm:spec_decode_num_accepted_tokens"] > steps > 1
