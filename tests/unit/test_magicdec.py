@@ -504,14 +504,15 @@ def test_the_first_steps_draft_only_where_the_model_expects_it_to_pay(batch_size
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16, 64])
 @pytest.mark.parametrize("context", [1024, 4096, 16384, 131072])
-@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.7, 0.85])
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.5, 0.7, 0.85])
 def test_it_is_never_much_slower_than_plain_decoding(batch_size, context, acceptance):
-    """From the first steps on, if what the target drafts for itself is accepted as often as it was of any text."""
+    """Whatever is accepted; from the first steps on, if it is as much as it was of any text."""
     engine = Engine(batch_size, context)
-    numbers = engine.serve(acceptance, 512)
-    for first, last in ((0, 64), (0, 256), (256, 512)):
+    numbers = engine.serve(acceptance, 2048)
+    for first, last in ((0, 64), (64, 256), (256, 512), (256, 2048)):
         throughput = engine.throughput(acceptance, numbers[first:last])
-        assert throughput >= (0.99 if acceptance >= 0.7 else 0.96)
+        # Where it was expected to pay, the first step shows that it does not.
+        assert throughput >= (0.975 if acceptance < 0.7 and last == 64 else 0.99)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])

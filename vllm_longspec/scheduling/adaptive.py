@@ -6,12 +6,12 @@ A step with K nodes emits 1 + accepted(K) tokens and costs cost(batch size, K, c
 decoding. K also says how many levels are drafted (`TreeShape.num_levels`): where the levels are chosen, each number of
 levels has numbers of nodes of its own.
 
-accepted(K) is estimated from counts that decay with every step and from a prior: what a typical draft has accepted of
-K nodes, times the draft's quality, its acceptance relative to the typical one over all K. Counts decay towards the
-prior, so a K that did badly is tried again. How many nodes a typical draft has accepted depends on K
-(`typical_acceptance`) and on the levels, by the probability that a path which has reached a depth goes on
-(`_PathLengths`), which alone says what a chain accepts. It is counted too, over all K, so that steps of one number of
-levels say what another would accept.
+accepted(K) is estimated from counts that decay with every step and from a prior: what a typical draft has accepted of K
+nodes, times the draft's quality, its acceptance relative to the typical one over all K. Counts decay towards the prior,
+so a K that did badly is tried again; after plain decoding no sooner than a trial would be. How many nodes a typical
+draft has accepted depends on K (`typical_acceptance`) and on the levels, by the probability that a path which has
+reached a depth goes on (`_PathLengths`), which alone says what a chain accepts. It is counted too, over all K, so that
+steps of one number of levels say what another would accept.
 
 Every `TRIAL_INTERVAL`-th step tries a neighbour of the best K, since on some texts few nodes accept as much as many,
 and few levels as much as many. A K that would not pay if all of its nodes were accepted is not tried, and one that
@@ -44,6 +44,8 @@ TRIAL_INTERVAL = 32
 MAX_TRIAL_TIME = 0.015
 # The same where the best K is 0: no slower than 0.99 times plain decoding, which users compare with.
 MAX_TRIAL_TIME_OF_PLAIN = 0.008
+# After so many half-lives without a count what was counted before does not matter.
+MOST_HALF_LIVES = 8
 # Levels of the trees that `typical_acceptance` was fitted to, and the probability that a path goes on at which their
 # best 24 nodes accept as much as it says.
 TYPICAL_LEVELS = 5
@@ -84,11 +86,11 @@ class _PathLengths:
         for depth in range(num_accepted):
             self.continued[depth] += 1
 
-    def means(self) -> list[float]:
-        """Mean length of a path by the number of levels, from 0 levels on."""
+    def means(self, scale: float = 1.0) -> list[float]:
+        """Mean length of a path by the number of levels, from 0 levels on; by so many times the counts."""
         means, reached, continuation = [0.0], 1.0, TYPICAL_CONTINUATION
         for paths, continued in zip(self.paths, self.continued, strict=True):
-            continuation = (PATH_PRIOR_WEIGHT * continuation + continued) / (PATH_PRIOR_WEIGHT + paths)
+            continuation = (PATH_PRIOR_WEIGHT * continuation + scale * continued) / (PATH_PRIOR_WEIGHT + scale * paths)
             reached *= continuation
             means.append(means[-1] + reached)
         return means
@@ -141,9 +143,9 @@ class NodesByCost:
         """Counts a request's step with `num_nodes` nodes, of which `num_accepted` were accepted."""
         return None
 
-    def _typical_acceptance(self) -> dict[int, float]:
-        """Accepted tokens of a typical draft whose paths are as long as counted, by number of nodes."""
-        means = self.paths.means()
+    def _typical_acceptance(self, scale: float = 1.0) -> dict[int, float]:
+        """Accepted tokens of a typical draft whose paths are as long as so many times the counts say, by nodes."""
+        means = self.paths.means(scale)
         if self.is_chain:
             # Each node is a level, so its probability to be accepted is that of the path to reach it.
             return {number: means[levels] for number, levels in self.levels.items()}
@@ -172,6 +174,7 @@ class AdaptiveVerification(NodesByCost):
         self.num_lookups = 0
         self.num_trials = 1
         self.last_trial = 0
+        self.num_rested = 0  # steps of K = 0 since the last with another K, in which nothing could be counted
 
     def __getitem__(self, batch_size: int) -> int:
         for num_nodes in self.steps:
@@ -181,16 +184,31 @@ class AdaptiveVerification(NodesByCost):
         choices = self.choices[batch_size]
         # Counting is slow for large batches, which often have a single choice.
         num_tokens = self.num_cached_tokens() if len(choices) > 1 else 0
-        acceptance = self._acceptance()
 
         def cost(num_nodes: int) -> float:
             return self.cost(batch_size, num_nodes, num_tokens)
 
+        number = self._choose(choices, cost)
+        self.num_rested = 0 if number > 0 else self.num_rested + 1
+        return number
+
+    def _choose(self, choices: Sequence[int], cost: Callable[[int], float]) -> int:
         def throughput(num_nodes: int) -> float:  # tokens per request in the time of a step of plain decoding
             return (1 + acceptance[num_nodes]) / cost(num_nodes)
 
+        acceptance = self._acceptance()
         best = max(choices, key=throughput)
         self.num_lookups += 1
+        if best > 0 and self.num_rested > 0:
+            # By the counts as they were before.
+            half_lives = min(self.num_rested / self.memory.half_life, MOST_HALF_LIVES)
+            acceptance = self._acceptance(2**half_lives)
+            if max(choices, key=throughput) == 0:
+                # Nothing but that they were forgotten speaks for it, so it is a trial.
+                if not self._may_try(best, 0, cost):
+                    return 0
+                self.last_trial = self.num_lookups
+                return best
         if self.num_lookups % TRIAL_INTERVAL == 0:
             least = throughput(best)
             return self._trial(best, [number for number in choices if (1 + number) / cost(number) > least], cost)
@@ -212,12 +230,16 @@ class AdaptiveVerification(NodesByCost):
         if not neighbours:
             return best
         number = neighbours[self.num_trials % len(neighbours)]
-        most = MAX_TRIAL_TIME if best > 0 else MAX_TRIAL_TIME_OF_PLAIN
-        if (cost(number) / cost(best) - 1) / (self.num_lookups - self.last_trial) > most:
+        if not self._may_try(number, best, cost):
             return best
         self.num_trials += 1
         self.last_trial = self.num_lookups
         return number
+
+    def _may_try(self, number: int, best: int, cost: Callable[[int], float]) -> bool:
+        """Whether trials that are so far apart take little enough time, if nothing is accepted."""
+        most = MAX_TRIAL_TIME if best > 0 else MAX_TRIAL_TIME_OF_PLAIN
+        return (cost(number) / cost(best) - 1) / (self.num_lookups - self.last_trial) <= most
 
     def _neighbours(self, best: int, choices: Sequence[int]) -> list[int]:
         """The next K of both sides, and those with as many levels; without K = 0, which has nothing to observe."""
@@ -229,16 +251,16 @@ class AdaptiveVerification(NodesByCost):
             found.update(dict.fromkeys(numbers[:1] + same[:1]))
         return list(found)
 
-    def _acceptance(self) -> dict[int, float]:
-        """Expected accepted tokens of a request's step by its number of nodes."""
-        typical = self._typical_acceptance()
+    def _acceptance(self, scale: float = 1.0) -> dict[int, float]:
+        """Expected accepted tokens of a request's step by its number of nodes, by so many times the counts."""
+        typical = self._typical_acceptance(scale)
         # Accepted tokens relative to those of a typical draft.
-        quality = (QUALITY_PRIOR_WEIGHT + sum(self.accepted.values())) / (
-            QUALITY_PRIOR_WEIGHT + sum(steps * typical[number] for number, steps in self.steps.items())
+        quality = (QUALITY_PRIOR_WEIGHT + scale * sum(self.accepted.values())) / (
+            QUALITY_PRIOR_WEIGHT + scale * sum(steps * typical[number] for number, steps in self.steps.items())
         )
         acceptance = {0: 0.0}
         for number, steps in self.steps.items():
             weight = self.memory.prior_weight
             prior = weight * min(number, quality * typical[number])
-            acceptance[number] = (prior + self.accepted[number]) / (weight + steps)
+            acceptance[number] = (prior + scale * self.accepted[number]) / (weight + scale * steps)
         return acceptance
