@@ -22,8 +22,9 @@ BATCH_ROWS = 128
 # The most rows of a batch where the number is chosen by what a step costs. On an H200 so many cost 1.5 to 1.6 steps of
 # plain decoding, which pays for a draft that is often accepted; a GPU that reads more slowly has more of them to spare.
 MOST_ROWS = 2 * BATCH_ROWS
-# Rows of a request are halved from one range of batch sizes to the next. From 8 to 4 there is a step in between, the root
-# and a path of five levels: with large batches a row costs most, and a draft that is often accepted is worth such a path.
+# Rows of a request are halved from one range of batch sizes to the next. From 8 to 4 there is a step in between, the
+# root and a path of five levels: with large batches a row costs most, and a draft that is often accepted is worth such
+# a path.
 PATH_ROWS = 6
 # Numbers of levels to choose from where the levels are not given, in the order in which they get their nodes.
 LEVEL_CHOICES = (8, 5, 12, 3)
