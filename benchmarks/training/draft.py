@@ -117,7 +117,7 @@ def train_draft(
     teacher = HfTeacher(
         shared, accelerator.device, compute_dtype(config), config.tokens_per_batch, config.compile_target
     )
-    windows = Windows(train.ids.cpu(), train.generator)
+    windows = replace(train, ids=train.ids.cpu())
     source = RandomWindows(windows, plan.draft_windows, config.tokens_per_batch, shared.config.max_position_embeddings)
     lessons: list[Lesson] = [
         Lesson(lesson.sample, lesson.keys.cpu(), lesson.values.cpu(), lesson.hidden.cpu())

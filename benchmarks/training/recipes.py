@@ -9,21 +9,25 @@
         --tokens 200000 --windows 512 --learning-rate 4e-3 --recipes default@8192 default@2048
 
 A recipe is NAME or NAME@TOKENS, the tokens of a step of the optimiser, all supervised. Recipes of as many tokens a step
-see the same windows in the same order. Weights are float32. A draft is written to OUT/draft-NAME, and a line on it to
-OUT/recipes.jsonl; `benchmarks.training.served` measures drafts in engines.
+see the same windows in the same order; of `own-answers` the target has written all but the beginnings, while the clock
+runs. Weights are float32. A draft is written to OUT/draft-NAME, and a line on it to OUT/recipes.jsonl;
+`benchmarks.training.served` measures drafts in engines, `benchmarks.training.acceptance` without.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.training.acceptance import generate
 from benchmarks.training.draft import train_draft
 from benchmarks.training.realsize import FULL, SMOKE, name_of
+from benchmarks.training.target import Target, load_target
 from benchmarks.training.text import Windows, load_ids
 from vllm_longspec.training.losses import LossWeights
 
@@ -35,7 +39,7 @@ def _loss(**weights: float) -> LossWeights:
 
 
 # Changes of the settings of `train_draft`. `default` has the tool's own but for learning rates and tokens of a step;
-# those behind it change one thing: the depths, the loss or the first weights.
+# those behind it change one thing: the depths, the loss, the first weights or the text.
 RECIPES: dict[str, dict[str, Any]] = {
     # LongSpec's: cross-entropy on the data, one number of withheld keys a batch.
     "longspec": {"depths_per_batch": 1, "depth_weights": "equal", "loss": _loss(next_token=1.0)},
@@ -50,7 +54,26 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lk": _ALL_DEPTHS | {"loss": _loss(lk=1.0)},
     "lk-hybrid": _ALL_DEPTHS | {"loss": _loss(lk_hybrid=1.0)},
     "last-layer": _ALL_DEPTHS | {"init": "last_layer"},
+    "own-answers": _ALL_DEPTHS,
 }
+# Of a window of `own-answers`, so much is the text that the target goes on with.
+_BEGINNING = 1 / 8
+
+
+@dataclass
+class OwnAnswers(Windows):
+    """Beginnings of the windows that others get, which the target has gone on with at temperature 1."""
+
+    target: Target
+    noise: torch.Generator  # on the CPU; apart from the generator of the windows, so that those stay the same
+
+    @torch.no_grad()
+    def draw(self, count: int, length: int) -> Tensor:
+        beginnings = super().draw(count, length)[:, : max(1, int(_BEGINNING * length))]
+        device = self.target.model.norm.weight.device
+        return generate(
+            self.target, beginnings.to(device), length + 1 - beginnings.shape[1], temperature=1.0, generator=self.noise
+        )
 
 
 def parse_recipe(text: str) -> tuple[str, int | None]:
@@ -112,6 +135,9 @@ def main() -> None:
     ids = load_ids(args.data / "train.npy.xz", "cpu")
     for recipe, batch_tokens in args.recipes:
         train = Windows(ids, torch.Generator().manual_seed(args.seed))
+        if recipe == "own-answers":
+            target = load_target(args.pair / "target").to(args.device)
+            train = OwnAnswers(train.ids, train.generator, target, torch.Generator().manual_seed(args.seed))
         batch_tokens = batch_tokens or plan.batch_tokens
         own = "" if batch_tokens == plan.batch_tokens else f"-{batch_tokens}"
         name = f"draft-{recipe}{own}{args.suffix}"

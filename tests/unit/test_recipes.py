@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.training import recipes
 from benchmarks.training.draft import RandomWindows
+from benchmarks.training.target import load_target
 from benchmarks.training.text import Windows
 from tests.models import write_target
 from vllm_longspec.proposers.glide.checkpoint import read_draft
@@ -50,9 +51,37 @@ def test_recipes_by_the_tokens_of_a_step(capsys):
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_own_answers_go_on_with_the_text_of_the_others(tmp_path):
+    """Windows begin as those of other recipes, and what follows are the target's draws at temperature 1."""
+    write_target(tmp_path / "pair" / "target", "qwen2", tied=True)
+    target = load_target(tmp_path / "pair" / "target")
+    ids = torch.from_numpy(np.random.default_rng(0).integers(64, size=2000))
+
+    def windows(kind, *others):
+        generator = torch.Generator().manual_seed(0)
+        return [kind(ids, generator, *others).draw(2, 64) for _ in range(3)]
+
+    texts = windows(Windows)
+    noise = torch.Generator().manual_seed(1)
+    answers = windows(recipes.OwnAnswers, target, noise)
+    # The same draws from the target's probabilities without a cache, from logits of float64.
+    noise.manual_seed(1)
+    exact = target.double()
+    for text, answer in zip(texts, answers, strict=True):
+        assert answer.shape == text.shape
+        assert torch.equal(answer[:, :8], text[:, :8])
+        with torch.no_grad():
+            hidden, _ = exact(answer[:, :-1], torch.arange(64))
+            logits = exact.head(hidden)
+        for place in range(8, 65):
+            drawn = torch.empty(2, 64).exponential_(generator=noise)
+            assert torch.equal((logits[:, place - 1] - drawn.log()).argmax(-1), answer[:, place])
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_recipes_of_as_many_tokens(tmp_path, monkeypatch):
     """Drafts stand beside each other, and not in the pair's folder."""
-    write_target(tmp_path / "pair" / "target", "llama")
+    write_target(tmp_path / "pair" / "target", "qwen2", tied=True)
     ids = np.random.default_rng(0).integers(64, size=2000).astype(np.uint16)
     for name in ("train", "held_out"):
         with lzma.open(tmp_path / f"{name}.npy.xz", "wb") as file:
@@ -60,12 +89,14 @@ def test_recipes_of_as_many_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "FULL", recipes.replace(recipes.FULL, batch_tokens=256, evaluation_windows=2))
     paths = ["--pair", str(tmp_path / "pair"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     budget = ["--tokens", "512", "--windows", "64", "--device", "cpu"]
-    names = ["longspec", "longspec@64", "default@64"]
+    names = ["longspec", "longspec@64", "default@64", "own-answers@64"]
     monkeypatch.setattr(sys, "argv", ["recipes", *paths, *budget, "--recipes", *names])
     recipes.main()
     records = [json.loads(line) for line in (tmp_path / "out" / "recipes.jsonl").read_text().splitlines()]
-    assert [record["draft"] for record in records] == ["draft-longspec", "draft-longspec-64", "draft-default-64"]
-    assert [record["steps"] for record in records] == [2, 8, 8]
+    drafts = ["draft-longspec", "draft-longspec-64", "draft-default-64", "draft-own-answers-64"]
+    assert [record["draft"] for record in records] == drafts
+    assert [record["steps"] for record in records] == [2, 8, 8, 8]
+    assert records[2]["loss"] != records[3]["loss"]
     assert {record["tokens"] for record in records} == {512}
     for record in records:
         assert read_draft(str(tmp_path / "out" / record["draft"]), expected=True)
