@@ -193,24 +193,26 @@ class AdaptiveVerification(NodesByCost):
         return number
 
     def _choose(self, choices: Sequence[int], cost: Callable[[int], float]) -> int:
-        def throughput(num_nodes: int) -> float:  # tokens per request in the time of a step of plain decoding
-            return (1 + acceptance[num_nodes]) / cost(num_nodes)
+        def throughput(number: int, acceptance: Mapping[int, float]) -> float:
+            # Tokens per request in the time of a step of plain decoding.
+            return (1 + acceptance[number]) / cost(number)
+
+        def best_of(acceptance: Mapping[int, float]) -> int:
+            return max(choices, key=lambda number: throughput(number, acceptance))
 
         acceptance = self._acceptance()
-        best = max(choices, key=throughput)
+        best = best_of(acceptance)
         self.num_lookups += 1
         if best > 0 and self.num_rested > 0:
-            # By the counts as they were before.
             half_lives = min(self.num_rested / self.memory.half_life, MOST_HALF_LIVES)
-            acceptance = self._acceptance(2**half_lives)
-            if max(choices, key=throughput) == 0:
-                # Nothing but that they were forgotten speaks for it, so it is a trial.
+            if best_of(self._acceptance(2**half_lives)) == 0:
+                # By the counts as they were before the rest it would not pay, so it is a trial.
                 if not self._may_try(best, 0, cost):
                     return 0
                 self.last_trial = self.num_lookups
                 return best
         if self.num_lookups % TRIAL_INTERVAL == 0:
-            least = throughput(best)
+            least = throughput(best, acceptance)
             return self._trial(best, [number for number in choices if (1 + number) / cost(number) > least], cost)
         return best
 
