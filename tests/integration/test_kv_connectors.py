@@ -16,6 +16,7 @@ from tests.integration.test_magicdec import magicdec
 from tests.process import run_alone
 
 LENGTHS = (64, 40, 30, 131)
+SAMPLED = [GREEDY, SAMPLINGS[0], GREEDY, SAMPLINGS[4]]
 HITS = "vllm:external_prefix_cache_hits"
 EXTRA_CONFIGS: dict[str, dict[str, Any]] = {
     "OffloadingConnector": {"offload_prompt_only": False, "cpu_bytes_to_use": 64 << 20},
@@ -35,7 +36,6 @@ def with_connector(name: str) -> dict[str, Any]:
 def play(settings: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    samplings = [GREEDY, SAMPLINGS[0], GREEDY, SAMPLINGS[4]]
     with running(settings) as llm:
 
         def generate(each: list[list[int]], max_tokens: int) -> list[list[int]]:
@@ -43,7 +43,7 @@ def play(settings: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
                 [{"prompt_token_ids": prompt} for prompt in each],
                 [
                     SamplingParams(**sampling, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-                    for sampling in samplings[: len(each)]
+                    for sampling in SAMPLED[: len(each)]
                 ],
                 use_tqdm=False,
             )

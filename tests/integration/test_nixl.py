@@ -14,13 +14,11 @@ import pytest
 import torch
 
 from tests.engine import running
-from tests.integration.test_lossless import GREEDY, PAIR, SAMPLINGS, generate, request, source_code, speculative
+from tests.integration.test_kv_connectors import HITS, LENGTHS, SAMPLED
+from tests.integration.test_lossless import PAIR, generate, request, source_code, speculative
 from tests.process import run_alone
 
-LENGTHS = (64, 40, 30, 131)
-SAMPLED = [GREEDY, SAMPLINGS[0], GREEDY, SAMPLINGS[4]]
 NUM_TOKENS = 40
-HITS = "vllm:external_prefix_cache_hits"
 REQUIRED = "LONGSPEC_REQUIRE_NIXL"
 # An engine's listener is for the engines that fetch from it, so each needs a port of its own.
 PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
@@ -48,7 +46,7 @@ def transfer(settings: dict[str, Any], prompts: list[list[int]], ports: list[int
             engines.append(stack.enter_context(running(settings)))
         prefill, decode = engines
 
-        def generate(llm: Any, max_tokens: int, params: list[dict[str, Any]]) -> list[Any]:
+        def answer(llm: Any, max_tokens: int, params: list[dict[str, Any]]) -> list[Any]:
             samplings = [
                 SamplingParams(
                     **sampling,
@@ -61,8 +59,8 @@ def transfer(settings: dict[str, Any], prompts: list[list[int]], ports: list[int
             ]
             return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], samplings, use_tqdm=False)
 
-        computed = generate(prefill, 1, [{"do_remote_decode": True, "do_remote_prefill": False} for _ in prompts])
-        decoded = generate(decode, NUM_TOKENS, [output.kv_transfer_params for output in computed])
+        computed = answer(prefill, 1, [{"do_remote_decode": True, "do_remote_prefill": False} for _ in prompts])
+        decoded = answer(decode, NUM_TOKENS, [output.kv_transfer_params for output in computed])
         metrics = {metric.name: metric.value for metric in decode.get_metrics() if hasattr(metric, "value")}
     return {"tokens": [list(output.outputs[0].token_ids) for output in decoded], "metrics": metrics}
 

@@ -114,6 +114,12 @@ def read_state(checkpoint: Path, mapped: bool = False) -> dict[str, Any]:
         raise ValueError(f"{checkpoint / _STATE} is damaged ({reason}): remove {checkpoint}, and resume") from None
 
 
+def run_of(draft: Path) -> Path:
+    """The folder of the run that a draft is the result or a checkpoint of, if it is that of a run."""
+    folder = draft.absolute().parent
+    return folder.parent if folder.name == FOLDER else draft
+
+
 def clean(run: Path) -> None:
     """Removes what a run that was killed had begun to write."""
     for folder in (run, run / FOLDER):

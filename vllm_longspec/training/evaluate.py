@@ -240,9 +240,7 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
 
 def _held_out(draft: str, shared: SharedTarget) -> tuple[TokenStore, Path]:
     """The samples that the run of a draft has held out, and the file or folder that they come from."""
-    run = Path(draft)
-    if run.absolute().parent.name == checkpoints.FOLDER:
-        run = run.absolute().parents[1]
+    run = checkpoints.run_of(Path(draft))
     if not (run / RUN_FILE).is_file():
         raise ValueError(
             f"--draft {draft} has no {RUN_FILE} of a run of vllm-longspec train, whose held-out samples would be "
