@@ -499,7 +499,7 @@ def test_the_first_steps_draft_only_where_the_model_expects_it_to_pay(batch_size
         cost = engine.cost(batch_size, 1, engine.num_tokens)
         assert sum(numbers) <= 400 * MAX_TRIAL_TIME_OF_PLAIN / (cost - 1) + 1
         assert set(numbers[: TRIAL_INTERVAL - 1]) == {0}
-        assert engine.throughput(0.0, numbers) >= 0.99
+        assert engine.throughput(0.0, numbers) >= 0.995
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16, 64])
@@ -512,7 +512,7 @@ def test_it_is_never_much_slower_than_plain_decoding(batch_size, context, accept
     for first, last in ((0, 64), (64, 256), (256, 512), (256, 2048)):
         throughput = engine.throughput(acceptance, numbers[first:last])
         # Where it was expected to pay, the first step shows that it does not.
-        assert throughput >= (0.975 if acceptance < 0.7 and last == 64 else 0.99)
+        assert throughput >= (0.975 if acceptance < 0.7 and last == 64 else 0.995)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])

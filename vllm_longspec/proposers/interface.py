@@ -230,7 +230,10 @@ class Proposer(ABC):
         return None
 
     def skip(self, requests: Requests) -> None:
-        """Updates the proposer's state in a step without nodes."""
+        """Updates the proposer's state in a step without nodes.
+
+        The block table and the noise of `requests` are those of the last step with nodes.
+        """
         return None
 
     def start(

@@ -199,12 +199,6 @@ class TreeSpeculator(DraftModelSpeculator):
         rows = None if num_drafts == num_reqs else self._to_device(np.flatnonzero(decodes_next))
         idx_mapping = self._stage(self.idx_mapping, input_batch.idx_mapping, rows)
         self._stage(self.num_sampled, num_sampled, rows)
-        if self.noise is not None:
-            # vLLM's tensors are other ones in the next step.
-            self.noise.temperature.copy_(temperature)
-            self.noise.seeds.copy_(seeds)
-        self._stage(self.block_table, self.block_tables.input_block_tables[0][:num_reqs], rows)
-
         leaves_prompt = input_batch.is_prefilling_np[decodes_next]
         if leaves_prompt.any():
             started = idx_mapping[self._to_device(np.flatnonzero(leaves_prompt))]
@@ -216,9 +210,15 @@ class TreeSpeculator(DraftModelSpeculator):
         num_nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         max_prefix_len = int(input_batch.seq_lens_cpu_upper_bound.max())
         if num_nodes == 0:
-            # No speculation in this step, but the proposer's state must be valid for the next one.
+            # No speculation in this step, but the proposer's state must be valid for the next one. What only drafts read
+            # is not staged: every kernel here is one that plain decoding does not have.
             self.proposer.skip(self._requests(num_drafts, max_prefix_len))
             return self._no_drafts(num_reqs)
+        if self.noise is not None:
+            # vLLM's tensors are other ones in the next step.
+            self.noise.temperature.copy_(temperature)
+            self.noise.seeds.copy_(seeds)
+        self._stage(self.block_table, self.block_tables.input_block_tables[0][:num_reqs], rows)
         if (graph := self.graphs.find(num_reqs, num_nodes)) is not None:
             self.idx_mapping[num_drafts : graph.num_reqs] = -1
             self.graphs.run_fullgraph(graph)

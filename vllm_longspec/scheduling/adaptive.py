@@ -42,8 +42,9 @@ PATH_PRIOR_WEIGHT = 8.0
 TRIAL_INTERVAL = 32
 # Time that trials may take on top of what the same steps with the best K take, if nothing is accepted.
 MAX_TRIAL_TIME = 0.015
-# The same where the best K is 0: no slower than 0.99 times plain decoding, which users compare with.
-MAX_TRIAL_TIME_OF_PLAIN = 0.008
+# The same where the best K is 0: no slower than 0.99 times plain decoding, which users compare with, and of which the
+# kernels around a step without nodes take about as much.
+MAX_TRIAL_TIME_OF_PLAIN = 0.004
 # After so many half-lives without a count what was counted before does not matter.
 MOST_HALF_LIVES = 8
 # Levels of the trees that `typical_acceptance` was fitted to, and the probability that a path goes on at which their
