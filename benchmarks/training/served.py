@@ -32,7 +32,9 @@ def methods_of(draft: Path, target_config: dict[str, Any], batch: int, chosen: S
     """Speculative configurations by name: a chain of as many tokens as the default tree has levels, and trees."""
     config = json.loads((draft / "config.json").read_text())
     if config.get("speculators_model_type") == "eagle3":
-        return {"chain": {"model": str(draft), "method": "eagle3", "num_speculative_tokens": CHAIN}}
+        # vLLM's default drafts the most probable tokens at any temperature, the other draws them.
+        head = {"model": str(draft), "method": "eagle3", "num_speculative_tokens": CHAIN}
+        return {"chain": head, "drawn chain": head | {"draft_sample_method": "probabilistic"}}
     group = target_config["num_attention_heads"] // target_config["num_key_value_heads"]
 
     def verified(num_nodes: int) -> list[list[int]]:

@@ -34,8 +34,10 @@ def test_a_head_is_trained_without_a_gpu(tmp_path):
     assert (record["draft"], record["steps"], record["tokens"]) == ("eagle3", 1, 2048)
     config = json.loads((tmp_path / "eagle3" / "config.json").read_text())
     assert config["speculators_model_type"] == "eagle3" and config["eagle_aux_hidden_state_layer_ids"] == [0, 3, 6]
+    chain = {"model": str(tmp_path / "eagle3"), "method": "eagle3", "num_speculative_tokens": 5}
     assert served.methods_of(tmp_path / "eagle3", {}, 4, ["tree"]) == {
-        "chain": {"model": str(tmp_path / "eagle3"), "method": "eagle3", "num_speculative_tokens": 5}
+        "chain": chain,
+        "drawn chain": chain | {"draft_sample_method": "probabilistic"},
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eagle3", "recipes.jsonl", "target", "train.npy.xz"]
 
@@ -74,10 +76,12 @@ def test_drafts_and_heads_are_served_side_by_side(pair, monkeypatch, capsys):
         0,
         [1] * 5,
         "eagle3",
+        "eagle3",
     ]
     records = json.loads((pair / "served.json").read_text())["records"]
-    assert len(records) == 3 * 2 * 2 + 1 and records[-1] == {"draft": "eagle3", "method": "chain", "error": "no head"}
-    assert {record.get("tokens_per_step") for record in records[:-1]} == {2.5}
+    assert len(records) == 3 * 2 * 2 + 2
+    assert records[-1] == {"draft": "eagle3", "method": "drawn chain", "error": "no head"}
+    assert {record.get("tokens_per_step") for record in records[:-2]} == {2.5}
     assert records[0]["accepted_at_depth"] == [1.0, 0.5, 0.0, 0.0, 0.0]
     assert "| draft-default | tree | 0 | 2.50 (2.50) | 2.50 (2.50) |" in capsys.readouterr().out
     answers = [json.loads(line) for line in (pair / "answers" / "answers.jsonl").read_text().splitlines()]

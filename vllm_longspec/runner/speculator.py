@@ -210,8 +210,8 @@ class TreeSpeculator(DraftModelSpeculator):
         num_nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         max_prefix_len = int(input_batch.seq_lens_cpu_upper_bound.max())
         if num_nodes == 0:
-            # No speculation in this step, but the proposer's state must be valid for the next one. What only drafts read
-            # is not staged: every kernel here is one that plain decoding does not have.
+            # No speculation in this step, but the proposer's state must be valid for the next one. What is read only
+            # for drafts is not staged: plain decoding has none of the kernels here.
             self.proposer.skip(self._requests(num_drafts, max_prefix_len))
             return self._no_drafts(num_reqs)
         if self.noise is not None:
