@@ -113,12 +113,14 @@ def test_every_family_is_trained_and_recognised(tmp_path, data, family, capsys):
     assert len(held_out["greedy"]) == 5 and held_out["rows"] > 0
 
 
-def test_a_run_that_is_resumed_is_the_same(tmp_path, target, data):
+@pytest.mark.parametrize(("optimizer", "steps"), [("adamw", (5, 8, 13)), ("muon", (5, 8))])
+def test_a_run_that_is_resumed_is_the_same(tmp_path, target, data, optimizer, steps):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    command(target, data, whole)
+    chosen = f"optimizer={optimizer}"
+    command(target, data, whole, chosen)
     # Checkpoints after every step, of which that of step 5 stays.
-    command(target, data, parts, "checkpoints.minutes=1e-9", "checkpoints.keep=100")
-    for step in (5, 8, 13):
+    command(target, data, parts, chosen, "checkpoints.minutes=1e-9", "checkpoints.keep=100")
+    for step in steps:
         resumed = tmp_path / f"resumed-{step}"
         shutil.copytree(parts, resumed)
         for checkpoint in (resumed / checkpoints.FOLDER).iterdir():
@@ -127,7 +129,7 @@ def test_a_run_that_is_resumed_is_the_same(tmp_path, target, data):
         # What a process that was killed may leave.
         (resumed / checkpoints.FOLDER / ".step-00000099.1").mkdir()
         (resumed / "model.safetensors").unlink()
-        command(target, data, resumed, options=["--resume"])
+        command(target, data, resumed, chosen, options=["--resume"])
         for name, weight in load_file(whole / "model.safetensors").items():
             assert torch.equal(weight, load_file(resumed / "model.safetensors")[name]), (step, name)
         expected, found = ([{**each, "tokens_per_second": 0} for each in metrics(run)] for run in (whole, resumed))
@@ -290,9 +292,10 @@ def test_a_killed_run_leaves_whole_checkpoints(tmp_path, target, data):
 
 def test_two_processes_train_what_one_does(tmp_path, target, data):
     """Each takes one of the two batches that one process takes behind each other, with whole and with split weights."""
-    one = tmp_path / "one"
+    one, one_by_muon = tmp_path / "one", tmp_path / "one-by-muon"
     stages = "stages=[{steps: 4, learning_rate: 2e-3}]"
     command(target, data, one, stages)
+    command(target, data, one_by_muon, stages, "optimizer=muon")
     values = {
         "target": str(target),
         "data": [str(data)],
@@ -303,7 +306,7 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         "report": {"steps": 2},
         "device": "cpu",
     }
-    two, split = tmp_path / "two", tmp_path / "split"
+    two, split, by_muon = tmp_path / "two", tmp_path / "split", tmp_path / "by-muon"
     script = tmp_path / "both.py"
     script.write_text(
         "from pathlib import Path\n"
@@ -313,11 +316,13 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         "from vllm_longspec.training.train import make_accelerator, train\n"
         f"two = build({ {**values, 'out': str(two)} })\n"
         f"split = build({ {**values, 'out': str(split), 'sharding': 'fsdp2'} })\n"
+        f"by_muon = build({ {**values, 'out': str(by_muon), 'optimizer': 'muon'} })\n"
         "accelerator = make_accelerator(two, Path(two.out))\n"
         # Nothing is ever due by the clock of the second rank.
         "if not accelerator.is_main_process:\n"
         "    loop.time = SimpleNamespace(monotonic=lambda: 0.0)\n"
         "train(two, accelerator=accelerator)\n"
+        "train(by_muon, accelerator=accelerator)\n"
         "train(split, accelerator=accelerator)\n"
         # Split weights and moments are read again.
         "train(split, resume=True, accelerator=accelerator)\n"
@@ -332,6 +337,10 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
             torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5, msg=f"{run} {name}")
         assert [each["step"] for each in metrics(run)] == [each["step"] for each in metrics(one)]
         assert [each["step"] for each in metrics(run, "held_out")][:3] == [2, 4, 4]
+    expected = load_file(one_by_muon / "model.safetensors")
+    for name, weight in load_file(by_muon / "model.safetensors").items():
+        # Its steps are computed in bfloat16.
+        torch.testing.assert_close(weight, expected[name], atol=2e-4, rtol=1e-3, msg=name)
     with pytest.raises(SystemExit, match="had 2 processes, but now 1: start torchrun with as many"):
         main(["train", "--out", str(two), "--resume"])
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_longspec.options import DEFAULT_LEVELS
 from vllm_longspec.training.losses import LossWeights
+from vllm_longspec.training.optimizer import ADAMW, MUON, OPTIMIZERS
 
 # In a run's folder.
 RUN_FILE = "run.yaml"
@@ -134,6 +135,7 @@ class TrainConfig:
     tokens_per_batch: int = 8192
     # Batches of each GPU in a step of the optimiser.
     accumulation: int = 1
+    optimizer: str = ADAMW
     weight_decay: float = 0.1
     clip: float = 1.0
     sharding: str = "none"
@@ -149,7 +151,13 @@ class TrainConfig:
         _one_of("teacher", self.teacher, TEACHERS)
         _one_of("init", self.init, INITIALISATIONS)
         _one_of("depth_weights", self.depth_weights, DEPTH_WEIGHTS)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("sharding", self.sharding, SHARDINGS)
+        if self.optimizer == MUON and self.sharding == "fsdp2":
+            raise ValueError(
+                "optimizer muon is not supported with sharding fsdp2, since it needs whole matrices: give sharding none "
+                "or optimizer adamw"
+            )
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         if not self.teacher_device:

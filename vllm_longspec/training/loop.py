@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of a draft: stages of AdamW steps with a cosine schedule, on one or many GPUs by accelerate.
+"""Training of a draft: stages of optimizer steps with a cosine schedule, on one or many GPUs by accelerate.
 
 Everything that a step draws follows from the seed and its number, so a run that is resumed goes on as if it had not
 been stopped. A stage that lasts a number of minutes follows the clock instead.
@@ -36,6 +36,7 @@ from vllm_longspec.training.initialise import freeze_unused
 from vllm_longspec.training.layer import GlideLayer
 from vllm_longspec.training.learner import Learner
 from vllm_longspec.training.losses import ACCEPTED, AGREED, LOSS
+from vllm_longspec.training.optimizer import DraftOptimizer
 from vllm_longspec.training.reporting import Reporter
 from vllm_longspec.training.target import SharedTarget
 from vllm_longspec.training.teachers import Lesson, Sample, Teacher
@@ -199,14 +200,7 @@ class _Fit:
             mesh = init_device_mesh(self.device.type, (accelerator.num_processes,))
             fully_shard(self.learner, mesh=mesh, reshard_after_forward=False)
         parameters = [each for each in self.learner.parameters() if each.requires_grad]
-        matrices = [each for each in parameters if each.ndim == 2]
-        others = [each for each in parameters if each.ndim != 2]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=0.0,
-            betas=(0.9, 0.95),
-            fused=self.device.type == "cuda",
-        )
+        self.optimizer = DraftOptimizer(config.optimizer, parameters, config.weight_decay)
         self.model: nn.Module = self.learner if self.is_sharded else accelerator.prepare(self.learner)
         self.step, self.stage, self.cursor = 0, 0, Cursor()
         self.clock_state: dict[str, Any] = {}
@@ -223,7 +217,7 @@ class _Fit:
                 if number > first:
                     self.stage, self.cursor, self.clock_state = number, Cursor(), {}
                     # Moments of another learning rate and other samples.
-                    self.optimiser.state.clear()
+                    self.optimizer.forget()
                 self._run_stage(config.stages[number], self.sources[number])
             self._measure()
             weights = self._weights()
@@ -305,7 +299,7 @@ class _Fit:
             total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.groups:
             group["lr"] = learning_rate(stage, done)
         if accelerator.num_processes > 1:
             total, statistics, rows_by_depth = (
@@ -317,8 +311,7 @@ class _Fit:
         value, size = figures()
         if not math.isfinite(value) or not math.isfinite(size):
             raise ValueError(self._not_finite(f"the loss is {value} and its gradient {size}", self.step + 1))
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
         self.learner.learn_acceptance(statistics, rows_by_depth)
         recent.add(value, size, statistics, rows_by_depth)
         return value
@@ -374,7 +367,7 @@ class _Fit:
         if not all(weight.isfinite().all() for weight in weights.values()):
             # The next loss would not be finite, and this checkpoint not good.
             raise ValueError(self._not_finite("weights are not finite", self.step))
-        optimiser = get_optimizer_state_dict(self.learner, self.optimiser, options=_FULL)
+        optimiser = get_optimizer_state_dict(self.learner, self.optimizer.members, options=_FULL)
         state = {
             "optimiser": optimiser,
             "step": self.step,
@@ -403,7 +396,7 @@ class _Fit:
         weights = {f"glide.{name}": weight for name, weight in state["weights"].items()}
         # The estimates of acceptance are no part of the weights.
         set_model_state_dict(self.learner, weights, options=_FULL)
-        set_optimizer_state_dict(self.learner, self.optimiser, state["optimiser"], options=_FULL)
+        set_optimizer_state_dict(self.learner, self.optimizer.members, state["optimiser"], options=_FULL)
         self.step, self.stage, self.cursor = state["step"], state["stage"], Cursor(*state["cursor"])
         self.clock_state = state["clock"]
         self.learner.acceptance.copy_(state["acceptance"])

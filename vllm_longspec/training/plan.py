@@ -14,6 +14,7 @@ from vllm_longspec.training.config import TrainConfig
 from vllm_longspec.training.forward import RECOMPUTE_ABOVE
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 from vllm_longspec.training.losses import CHUNK_BYTES
+from vllm_longspec.training.optimizer import MUON
 from vllm_longspec.training.split import prepare_data
 from vllm_longspec.training.target import check_served, load_shared
 
@@ -127,8 +128,8 @@ def _memory(config: TrainConfig, target: Any, shared: Any, tokens: int) -> list[
     draft = sum(parameter.numel() for parameter in _glide(target).parameters())
     depths = config.depths_per_batch or config.levels
     tied = 1 if shared.head is shared.embedding else 2
-    # Weights, gradient and two moments in float32.
-    trained = 16 * draft
+    # Weights, gradient and moments in float32.
+    trained = (8 + _moment_bytes(config)) * draft
     shared_bytes = 2 * tied * shared.vocab_size * hidden
     lessons = 2 * tokens * (2 * kv_heads * head_size + hidden) * config.accumulation
     # What the backward pass needs of a row: the residual stream, attention and MLP of each depth, in bfloat16. Of many
@@ -162,12 +163,17 @@ def _memory(config: TrainConfig, target: Any, shared: Any, tokens: int) -> list[
 
 def _disk(config: TrainConfig, shared: Any, tokens: int, held_out: Any) -> str:
     draft = sum(parameter.numel() for parameter in _glide(shared.config).parameters())
-    checkpoint = draft * (2 + 4 + 4 + 8)
+    checkpoint = draft * (2 + 4 + 4 + _moment_bytes(config))
     kept = (config.checkpoints.keep + 1) * checkpoint
     return (
         f"disk in {config.out}: {5 * tokens / _GIB:.2f} GiB of tokens, {kept / _GIB:.1f} GiB of checkpoints "
         f"({config.checkpoints.keep} and one that is being written)"
     )
+
+
+def _moment_bytes(config: TrainConfig) -> int:
+    """Of a weight, nearly all of which are in matrices: Muon has one moment, AdamW two."""
+    return 4 if config.optimizer == MUON else 8
 
 
 def _glide(config: Any) -> GlideLayer:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What changes a draft's weights: AdamW, or Muon for its matrices and AdamW for norms and biases.
+
+Muon takes the momentum of a matrix's gradient to the nearest orthogonal matrix, so that all of its directions learn at
+one rate (Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982, whose scale lets it
+take AdamW's learning rates and weight decay). A draft is a single layer, whose embedding and head are the target's: all
+that it has of matrices are projections, which is what Muon is for.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+ADAMW, MUON = "adamw", "muon"
+OPTIMIZERS = (ADAMW, MUON)
+_BETAS = (0.9, 0.95)
+
+
+class DraftOptimizer:
+    """One or two optimizers that take their steps together.
+
+    Args:
+        name: one of `OPTIMIZERS`
+        parameters: float32; those that are matrices decay
+        weight_decay: AdamW's, times the learning rate for each step
+    """
+
+    def __init__(self, name: str, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
+        parameters = list(parameters)
+        matrices = [each for each in parameters if each.ndim == 2]
+        others = [each for each in parameters if each.ndim != 2]
+        fused = parameters[0].device.type == "cuda"
+        # The learning rate is set before every step.
+        kept = {"params": others, "weight_decay": 0.0}
+        decaying = {"params": matrices, "weight_decay": weight_decay}
+        if name == MUON:
+            self.members: list[torch.optim.Optimizer] = [
+                torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW([kept], lr=0.0, betas=_BETAS, fused=fused),
+            ]
+        else:
+            self.members = [torch.optim.AdamW([decaying, kept], lr=0.0, betas=_BETAS, fused=fused)]
+
+    @property
+    def groups(self) -> list[dict]:
+        return [group for member in self.members for group in member.param_groups]
+
+    def step(self) -> None:
+        for member in self.members:
+            member.step()
+            member.zero_grad(set_to_none=True)
+
+    def forget(self) -> None:
+        """Drops all moments."""
+        for member in self.members:
+            member.state.clear()
