@@ -5,6 +5,8 @@ Each engine answers prompts, and then some of them again and goes on from its an
 filled. In between the prefix cache is reset, so that every block has to come from the connector.
 """
 
+import importlib.util
+import os
 from typing import Any
 
 import pytest
@@ -21,10 +23,24 @@ HITS = "vllm:external_prefix_cache_hits"
 EXTRA_CONFIGS: dict[str, dict[str, Any]] = {
     "OffloadingConnector": {"offload_prompt_only": False, "cpu_bytes_to_use": 64 << 20},
     "SimpleCPUOffloadConnector": {"cpu_bytes_to_use": 64 << 20},
+    "LMCacheConnectorV1": {},
 }
+# Chunks of a block, of answers too.
+LMCACHE = {
+    "LMCACHE_CHUNK_SIZE": "32",
+    "LMCACHE_LOCAL_CPU": "True",
+    "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.1",
+    "LMCACHE_SAVE_DECODE_CACHE": "True",
+    "LMCACHE_TRACK_USAGE": "false",
+}
+REQUIRED = "LONGSPEC_REQUIRE_LMCACHE"
 ON_A_CPU = {"spec_module_path": "tests.host_offloading", "spec_name": "HostOffloadingSpec"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_lmcache = pytest.mark.skipif(
+    importlib.util.find_spec("lmcache") is None and not os.environ.get(REQUIRED), reason="needs lmcache"
+)
+PIECEWISE = {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 
 def with_connector(name: str) -> dict[str, Any]:
@@ -36,6 +52,10 @@ def with_connector(name: str) -> dict[str, Any]:
 def play(settings: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     from vllm import SamplingParams
 
+    if settings["kv_transfer_config"]["kv_connector"] == "LMCacheConnectorV1":
+        from tests import host_lmcache
+
+        host_lmcache.install()
     with running(settings) as llm:
 
         def generate(each: list[list[int]], max_tokens: int) -> list[list[int]]:
@@ -70,18 +90,21 @@ def play(settings: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         ("OffloadingConnector", {}),
         pytest.param("OffloadingConnector", GRAPHS, marks=needs_gpu),
         pytest.param("SimpleCPUOffloadConnector", GRAPHS, marks=needs_gpu),
+        pytest.param("LMCacheConnectorV1", PIECEWISE if torch.cuda.is_available() else {}, marks=needs_lmcache),
+        # Here it takes the root's block in the step that verifies the root.
+        pytest.param("LMCacheConnectorV1", {"async_scheduling": False}, marks=needs_lmcache),
     ],
 )
 def test_blocks_that_were_saved_come_back(connector, execution):
     prompts = source_code(LENGTHS)
-    settings = {**with_connector(connector), **execution, "async_scheduling": True}
-    plain, _ = run_alone(play, settings, prompts)
+    settings = {**with_connector(connector), "async_scheduling": True, **execution}
+    plain, _ = run_alone(play, settings, prompts, environment=LMCACHE)
     first, second = plain["tokens"]
     assert second[:2] == first[:2]
     # The last block, with a token that is computed anew, may be missing.
     assert plain["metrics"][HITS] >= sum(length - 32 for length in LENGTHS) + 2 * 32
     for draft in (speculative(PAIR / "draft", [4, 8, 8]), magicdec(sinks=32, budget=64)):
-        drafted, _ = run_alone(play, settings | draft, prompts)
+        drafted, _ = run_alone(play, settings | draft, prompts, environment=LMCACHE)
         assert drafted["tokens"] == plain["tokens"]
         assert drafted["metrics"][HITS] == plain["metrics"][HITS]
         steps = drafted["metrics"]["vllm:spec_decode_num_drafts"]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 import vllm.platforms
 import vllm.triton_utils
 from transformers import MistralConfig, Phi3Config, Qwen3Config
-from vllm.config import KVTransferConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from vllm_longspec.attention.cpu import TreeCpuAttentionImpl
-from vllm_longspec.targets import support
+from vllm_longspec.targets import connectors, support
 
 
 def refused(error):
@@ -270,7 +271,8 @@ def engine(**settings):
     parallel = {"data_parallel_size": 1, "enable_eplb": False}
     cache = {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "kv_cache_dtype_skip_layers": []}
     structured_outputs = {"backend": "auto"}
-    for part in (served, model, parallel, cache, structured_outputs):
+    compilation = {"cudagraph_mode": CUDAGraphMode.PIECEWISE}
+    for part in (served, model, parallel, cache, structured_outputs, compilation):
         part.update({name: settings.pop(name) for name in part.keys() & settings.keys()})
     assert not settings
     return SimpleNamespace(
@@ -279,6 +281,7 @@ def engine(**settings):
         parallel_config=SimpleNamespace(**parallel),
         cache_config=SimpleNamespace(**cache),
         structured_outputs_config=SimpleNamespace(**structured_outputs),
+        compilation_config=SimpleNamespace(**compilation),
     )
 
 
@@ -356,9 +359,66 @@ def test_blocks_are_sent_unless_drafts_have_some_of_their_own(name):
     refused(error)
 
 
+def lmcache(monkeypatch, **settings):
+    """A package of this name in whose environment these settings are."""
+    utils: Any = ModuleType("lmcache.integration.vllm.utils")
+    utils.lmcache_get_or_create_config = lambda: SimpleNamespace(**settings)
+    for name in ("lmcache", "lmcache.integration", "lmcache.integration.vllm"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    monkeypatch.setattr(connectors, "has_lmcache_kernels", lambda: True)
+
+
+def test_lmcache_is_supported(monkeypatch):
+    for settings in ({}, {"use_layerwise": False, "save_decode_cache": True, "enable_p2p": None}):
+        lmcache(monkeypatch, **settings)
+        for num_lookahead_tokens in (0, 4):
+            transfer = connector("LMCacheConnectorV1", **{"lmcache.use_layerwise": "False"})
+            support.check_engine(engine(kv_transfer_config=transfer, num_lookahead_tokens=num_lookahead_tokens))
+    # vLLM says what is missing.
+    monkeypatch.setitem(sys.modules, "lmcache", None)
+    support.check_engine(engine(kv_transfer_config=connector("LMCacheConnectorV1")))
+
+
+@pytest.mark.parametrize(
+    "setting", ["use_layerwise", "enable_blending", "enable_async_loading", "enable_pd", "enable_p2p"]
+)
+def test_other_ways_through_lmcache_are_refused(monkeypatch, setting):
+    said = f"the KV connector LMCacheConnectorV1 with {setting} is not supported with a GLIDE draft: leave {setting} "
+    lmcache(monkeypatch)
+    for value in (True, "True", "1"):
+        with pytest.raises(ValueError, match=said) as error:
+            transfer = connector("LMCacheConnectorV1", **{f"lmcache.{setting}": value})
+            support.check_engine(engine(kv_transfer_config=transfer))
+        refused(error)
+    lmcache(monkeypatch, **{setting: True})
+    with pytest.raises(ValueError, match=said):
+        support.check_engine(engine(kv_transfer_config=connector("LMCacheConnectorV1")))
+
+
+def test_where_lmcache_restores_nothing_or_something_else_it_is_refused(monkeypatch):
+    lmcache(monkeypatch)
+    transfer = connector("LMCacheConnectorV1")
+    for mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE):
+        with pytest.raises(ValueError, match=r"with full CUDA graphs is not supported .*: serve with .*PIECEWISE"):
+            support.check_engine(engine(kv_transfer_config=transfer, cudagraph_mode=mode))
+    with pytest.raises(ValueError, match="with use_native is not supported"):
+        support.check_engine(engine(kv_transfer_config=connector("LMCacheConnectorV1", use_native=True)))
+    for role in ("kv_producer", "kv_consumer"):
+        one_way = KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role=role)
+        with pytest.raises(ValueError, match=f"with kv_role={role} is not supported"):
+            support.check_engine(engine(kv_transfer_config=one_way))
+    monkeypatch.setattr(vllm.platforms.current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(connectors, "has_lmcache_kernels", lambda: False)
+    with pytest.raises(ValueError, match=r"without its compiled extension is not supported .*: install an lmcache"):
+        support.check_engine(engine(kv_transfer_config=transfer))
+    monkeypatch.setattr(connectors, "has_lmcache_kernels", lambda: True)
+    support.check_engine(engine(kv_transfer_config=transfer))
+
+
 def test_other_connectors_are_refused_by_name():
     """All that vLLM has, so that a new one is looked into before it is supported."""
-    supported = {"OffloadingConnector", "SimpleCPUOffloadConnector"}
+    supported = {"OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheConnectorV1"}
     supported |= {"NixlConnector", "NixlPullConnector", "NixlPushConnector"}
     registered = set(KVConnectorFactory._registry)
     assert supported < registered

@@ -5,28 +5,32 @@ A connector that is not listed may save layer by layer in the forward pass, befo
 drafted tokens for computed ones.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVTransferConfig, VllmConfig
 
 _OFFLOADING = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+_LMCACHE = ("LMCacheConnectorV1",)
 _NIXL = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
+# With one of them LMCache takes another way through its code, some of it in the forward pass.
+_LMCACHE_MODES = ("use_layerwise", "enable_blending", "enable_async_loading", "enable_pd", "enable_p2p")
 
 
-def connector_refusal(config: "KVTransferConfig | None", num_lookahead_tokens: int) -> tuple[str, str] | None:
+def connector_refusal(vllm_config: "VllmConfig") -> tuple[str, str] | None:
     """What is refused of a KV connector, and the way out; None if all of it is supported.
 
     Args:
-        config: the engine's, after vLLM has added what `--kv-offloading-size` asks for.
-        num_lookahead_tokens: cache slots that drafts may write.
+        vllm_config: the engine's, after vLLM has added what `--kv-offloading-size` asks for.
     """
+    config = vllm_config.kv_transfer_config
     if config is None or config.kv_connector is None:
         return None
     name = f"the KV connector {config.kv_connector}"
     others = "serve without --kv-transfer-config and --kv-offloading-size, or with"
     # The receiver of NIXL's pairs the last blocks of both sides, and the sender's last ones would be its draft's.
-    supported = _OFFLOADING if num_lookahead_tokens > 0 else _OFFLOADING + _NIXL
+    supported = _OFFLOADING + _LMCACHE + (() if vllm_config.num_lookahead_tokens > 0 else _NIXL)
     if config.kv_connector_module_path:
         return (
             f"{name} of the module {config.kv_connector_module_path}",
@@ -37,4 +41,49 @@ def connector_refusal(config: "KVTransferConfig | None", num_lookahead_tokens: i
     if config.kv_connector in _NIXL and config.get_from_extra_config("bidirectional_kv_xfer", False):
         # The same, of blocks for nodes of the side that decodes.
         return f"{name} with bidirectional_kv_xfer", "leave bidirectional_kv_xfer out of kv_connector_extra_config"
+    if config.kv_connector in _LMCACHE:
+        return _lmcache_refusal(name, config, vllm_config)
     return None
+
+
+def _lmcache_refusal(name: str, config: "KVTransferConfig", vllm_config: "VllmConfig") -> tuple[str, str] | None:
+    from vllm.platforms import current_platform
+
+    if config.get_from_extra_config("use_native", False):
+        return f"{name} with use_native", "leave use_native out of kv_connector_extra_config"
+    if config.kv_role != "kv_both":
+        return f"{name} with kv_role={config.kv_role}", "serve with kv_role kv_both"
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.has_full_cudagraphs():
+        # vLLM calls it outside of a forward context then, and it loads nothing of what was found.
+        way_out = """serve with --compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""
+        return f"{name} with full CUDA graphs", way_out
+    settings = lmcache_settings(config)
+    for setting in _LMCACHE_MODES:
+        if str(settings.get(setting)).strip().lower() in ("true", "1"):
+            return f"{name} with {setting}", f"leave {setting} out of LMCache's settings"
+    if current_platform.is_cuda() and not has_lmcache_kernels():
+        # What it does in their place takes K and V of a token for those of two others.
+        return f"{name} without its compiled extension", "install an lmcache that was built for this version of torch"
+    return None
+
+
+def lmcache_settings(config: "KVTransferConfig") -> dict[str, Any]:
+    """LMCache's settings, of its environment variables or file and of this connector's; empty without LMCache."""
+    try:
+        from lmcache.integration.vllm.utils import lmcache_get_or_create_config
+    except ImportError:
+        # vLLM says so when it makes the connector.
+        return {}
+    loaded = lmcache_get_or_create_config()
+    settings = {name: getattr(loaded, name, None) for name in _LMCACHE_MODES}
+    settings |= {name: config.get_from_extra_config(f"lmcache.{name}", settings[name]) for name in settings}
+    return settings
+
+
+def has_lmcache_kernels() -> bool:
+    try:
+        importlib.import_module("lmcache.cuda_ops")
+    except ImportError:
+        return False
+    return True

@@ -307,7 +307,7 @@ def check_engine(vllm_config: "VllmConfig", draft: Draft = GLIDE_DRAFT) -> None:
     parallel, is_moe = vllm_config.parallel_config, vllm_config.model_config.is_moe
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     cache_dtypes = ("auto", model_dtype, "fp8", "fp8_e4m3")
-    connector = connector_refusal(vllm_config.kv_transfer_config, vllm_config.num_lookahead_tokens)
+    connector = connector_refusal(vllm_config)
     _refuse(
         draft,
         (
