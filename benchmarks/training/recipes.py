@@ -39,7 +39,7 @@ def _loss(**weights: float) -> LossWeights:
 
 
 # Changes of the settings of `train_draft`. `default` has the tool's own but for learning rates and tokens of a step;
-# those behind it change one thing: the depths, the loss, the first weights or the text.
+# those behind it change one thing: the depths, the loss, the first weights, the optimizer or the text.
 RECIPES: dict[str, dict[str, Any]] = {
     # LongSpec's: cross-entropy on the data, one number of withheld keys a batch.
     "longspec": {"depths_per_batch": 1, "depth_weights": "equal", "loss": _loss(next_token=1.0)},
@@ -54,6 +54,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lk": _ALL_DEPTHS | {"loss": _loss(lk=1.0)},
     "lk-hybrid": _ALL_DEPTHS | {"loss": _loss(lk_hybrid=1.0)},
     "last-layer": _ALL_DEPTHS | {"init": "last_layer"},
+    # Learns best at four times the learning rate, in a call of its own.
+    "muon": _ALL_DEPTHS | {"optimizer": "muon"},
     "own-answers": _ALL_DEPTHS,
 }
 # Of a window of `own-answers`, so much is the text that the target goes on with.

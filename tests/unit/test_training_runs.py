@@ -543,6 +543,8 @@ def test_a_gpu_trains_as_a_cpu_does(tmp_path, target, data, settings):
         (["stages=[{epochs: .inf}]"], [], "stages[0]: epochs is a finite number, not inf"),
         (["stages=[{minutes: .nan}]"], [], "stages[0]: minutes is more than 0, not nan"),
         (["clip=nan"], [], "clip is more than 0, not nan"),
+        (["optimizer=sgd"], [], "optimizer is one of adamw, muon, not 'sgd'"),
+        (["optimizer=muon", "sharding=fsdp2"], [], "optimizer muon is not supported with sharding fsdp2"),
         (["seed=many"], [], "seed is 'many', but takes int"),
         (["device=gpu"], [], "device is one of auto, cpu, cuda, not 'gpu'"),
         (["teacher_device=cuda:x"], [], "teacher_device is one of auto, cpu, cuda, cuda:N, not 'cuda:x'"),

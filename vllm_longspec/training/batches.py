@@ -127,7 +127,7 @@ def usable_samples(dataset: Dataset, max_length: int) -> Tensor:
 
 def without_short_stage(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     """The configuration without the first stage of the default recipe, if almost no sample fits into it."""
-    if config.stages != recipe(config.teacher):
+    if config.stages != recipe(config.teacher, config.optimizer):
         return config
     num_usable = len(usable_samples(dataset, config.stages[0].max_length))
     if num_usable >= _FEWEST_SHORT * len(dataset.lengths):

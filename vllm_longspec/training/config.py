@@ -98,10 +98,16 @@ class Reports:
             _one_of("report.to", tracker, TRACKERS)
 
 
-def recipe(teacher: str) -> tuple[Stage, ...]:
+# Muon learns best at about four times AdamW's learning rate (docs/training.md#muon).
+_MUON_RATE = 4
+
+
+def recipe(teacher: str, optimizer: str) -> tuple[Stage, ...]:
     """LongSpec's: short samples at offset positions, then long ones as they are. An engine has no offset positions."""
-    first = Stage(epochs=0.5, learning_rate=5e-4, max_length=2048, anchor_positions=30000 if teacher == "hf" else 0)
-    return first, Stage(epochs=1.0, learning_rate=1e-4)
+    rate = _MUON_RATE if optimizer == MUON else 1
+    anchors = 30000 if teacher == "hf" else 0
+    first = Stage(epochs=0.5, learning_rate=rate * 5e-4, max_length=2048, anchor_positions=anchors)
+    return first, Stage(epochs=1.0, learning_rate=rate * 1e-4)
 
 
 @dataclass(frozen=True)
@@ -155,8 +161,8 @@ class TrainConfig:
         _one_of("sharding", self.sharding, SHARDINGS)
         if self.optimizer == MUON and self.sharding == "fsdp2":
             raise ValueError(
-                "optimizer muon is not supported with sharding fsdp2, since it needs whole matrices: give sharding none "
-                "or optimizer adamw"
+                "optimizer muon is not supported with sharding fsdp2, since it needs whole matrices: give sharding "
+                "none, or optimizer adamw"
             )
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
@@ -174,7 +180,7 @@ class TrainConfig:
         if self.depths_per_batch is not None and not 1 <= self.depths_per_batch <= self.levels:
             raise ValueError(f"depths_per_batch is 1 to levels ({self.levels}), not {self.depths_per_batch}")
         if not self.stages:
-            object.__setattr__(self, "stages", recipe(self.teacher))
+            object.__setattr__(self, "stages", recipe(self.teacher, self.optimizer))
         if self.teacher == "vllm" and any(stage.anchor_positions for stage in self.stages):
             raise ValueError(
                 "anchor_positions is not supported with teacher vllm, whose positions have no gaps: give 0 there, or "
