@@ -54,8 +54,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lk": _ALL_DEPTHS | {"loss": _loss(lk=1.0)},
     "lk-hybrid": _ALL_DEPTHS | {"loss": _loss(lk_hybrid=1.0)},
     "last-layer": _ALL_DEPTHS | {"init": "last_layer"},
-    # Learns best at four times the learning rate, in a call of its own.
+    # Muon learns best at four times the learning rate, in a call of its own.
     "muon": _ALL_DEPTHS | {"optimizer": "muon"},
+    "muon-one-depth": {"depths_per_batch": 1, "depth_weights": "equal", "optimizer": "muon"},
     "own-answers": _ALL_DEPTHS,
 }
 # Of a window of `own-answers`, so much is the text that the target goes on with.

@@ -23,7 +23,7 @@ class DraftOptimizer:
     Args:
         name: one of `OPTIMIZERS`
         parameters: float32; those that are matrices decay
-        weight_decay: AdamW's, times the learning rate for each step
+        weight_decay: of a step, times the learning rate
     """
 
     def __init__(self, name: str, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
