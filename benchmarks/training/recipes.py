@@ -32,6 +32,7 @@ from benchmarks.training.text import Windows, load_ids
 from vllm_longspec.training.losses import LossWeights
 
 _ALL_DEPTHS: dict[str, Any] = {"depths_per_batch": None, "depth_weights": "expected"}
+_ONE_DEPTH: dict[str, Any] = {"depths_per_batch": 1, "depth_weights": "equal"}
 
 
 def _loss(**weights: float) -> LossWeights:
@@ -39,13 +40,14 @@ def _loss(**weights: float) -> LossWeights:
 
 
 # Changes of the settings of `train_draft`. `default` has the tool's own but for learning rates and tokens of a step;
-# those behind it change one thing: the depths, the loss, the first weights, the optimizer or the text.
+# those behind it change one thing, but for `muon-one-depth`: the depths, the loss, the first weights, the optimizer or
+# the text.
 RECIPES: dict[str, dict[str, Any]] = {
     # LongSpec's: cross-entropy on the data, one number of withheld keys a batch.
-    "longspec": {"depths_per_batch": 1, "depth_weights": "equal", "loss": _loss(next_token=1.0)},
+    "longspec": _ONE_DEPTH | {"loss": _loss(next_token=1.0)},
     "default": _ALL_DEPTHS,
-    "one-depth": {"depths_per_batch": 1, "depth_weights": "equal"},
-    "one-depth-expected": {"depths_per_batch": 1, "depth_weights": "expected"},
+    "one-depth": _ONE_DEPTH,
+    "one-depth-expected": _ONE_DEPTH | {"depth_weights": "expected"},
     "equal-depths": _ALL_DEPTHS | {"depth_weights": "equal"},
     "two-depths": _ALL_DEPTHS | {"depths_per_batch": 2},
     "cross-entropy": _ALL_DEPTHS | {"loss": _loss(next_token=1.0)},
@@ -56,7 +58,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "last-layer": _ALL_DEPTHS | {"init": "last_layer"},
     # Muon learns best at four times the learning rate, in a call of its own.
     "muon": _ALL_DEPTHS | {"optimizer": "muon"},
-    "muon-one-depth": {"depths_per_batch": 1, "depth_weights": "equal", "optimizer": "muon"},
+    "muon-one-depth": _ONE_DEPTH | {"optimizer": "muon"},
     "own-answers": _ALL_DEPTHS,
 }
 # Of a window of `own-answers`, so much is the text that the target goes on with.

@@ -4,7 +4,6 @@
 Both have the draft, and the one that decodes makes of the transferred cache what plain decoding alone makes of its own.
 """
 
-import importlib.util
 import os
 import socket
 from contextlib import ExitStack
@@ -14,18 +13,15 @@ import pytest
 import torch
 
 from tests.engine import running
-from tests.integration.test_kv_connectors import HITS, LENGTHS, SAMPLED
+from tests.integration.test_kv_connectors import HITS, LENGTHS, SAMPLED, needs
 from tests.integration.test_lossless import PAIR, generate, request, source_code, speculative
 from tests.process import run_alone
 
 NUM_TOKENS = 40
-REQUIRED = "LONGSPEC_REQUIRE_NIXL"
 # An engine's listener is for the engines that fetch from it, so each needs a port of its own.
 PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("nixl") is None and not os.environ.get(REQUIRED), reason="needs nixl"
-)
+pytestmark = needs("nixl")
 
 
 def free_ports(count: int) -> list[int]:

@@ -58,7 +58,7 @@ def _lmcache_refusal(name: str, config: "KVTransferConfig", vllm_config: "VllmCo
         # vLLM calls it outside of a forward context then, and it loads nothing of what was found.
         way_out = """serve with --compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""
         return f"{name} with full CUDA graphs", way_out
-    settings = lmcache_settings(config)
+    settings = _lmcache_settings(config)
     for setting in _LMCACHE_MODES:
         if str(settings.get(setting)).strip().lower() in ("true", "1"):
             return f"{name} with {setting}", f"leave {setting} out of LMCache's settings"
@@ -68,17 +68,17 @@ def _lmcache_refusal(name: str, config: "KVTransferConfig", vllm_config: "VllmCo
     return None
 
 
-def lmcache_settings(config: "KVTransferConfig") -> dict[str, Any]:
-    """LMCache's settings, of its environment variables or file and of this connector's; empty without LMCache."""
+def _lmcache_settings(config: "KVTransferConfig") -> dict[str, Any]:
+    """Of the modes, from this connector's configuration or LMCache's file or environment; empty without LMCache."""
     try:
         from lmcache.integration.vllm.utils import lmcache_get_or_create_config
     except ImportError:
         # vLLM says so when it makes the connector.
         return {}
     loaded = lmcache_get_or_create_config()
-    settings = {name: getattr(loaded, name, None) for name in _LMCACHE_MODES}
-    settings |= {name: config.get_from_extra_config(f"lmcache.{name}", settings[name]) for name in settings}
-    return settings
+    return {
+        name: config.get_from_extra_config(f"lmcache.{name}", getattr(loaded, name, None)) for name in _LMCACHE_MODES
+    }
 
 
 def has_lmcache_kernels() -> bool:

@@ -2,9 +2,9 @@
 """What changes a draft's weights: AdamW, or Muon for its matrices and AdamW for norms and biases.
 
 Muon takes the momentum of a matrix's gradient to the nearest orthogonal matrix, so that all of its directions learn at
-one rate (Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982, whose scale lets it
-take AdamW's learning rates and weight decay). A draft is a single layer, whose embedding and head are the target's: all
-that it has of matrices are projections, which is what Muon is for.
+one rate (Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982, whose scale is that of
+AdamW's steps). A draft is a single layer, whose embedding and head are the target's: all that it has of matrices are
+projections, which is what Muon is for.
 """
 
 from collections.abc import Iterable
