@@ -370,7 +370,7 @@ def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):
 
 SCHEDULE = [(1, 8, 4)]
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
-DEFAULT_SCHEDULE = [(1, 16, 10), (17, 32, 7), (33, 42, 5), (43, 64, 3), (65, 128, 1), (129, 256, 0)]
+DEFAULT_SCHEDULE = [(1, 32, 10), (33, 64, 7), (65, 85, 5), (86, 128, 3), (129, 256, 1), (257, 512, 0)]
 # Where nothing says what a step costs.
 CHEAP_SCHEDULE = [(1, 8, 10), (9, 16, 7), (17, 21, 5), (22, 32, 3), (33, 64, 1), (65, 128, 0)]
 

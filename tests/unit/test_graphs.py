@@ -110,15 +110,18 @@ def test_no_graph_is_captured_that_no_batch_would_run(shape):
 
 def test_less_than_an_eighth_of_a_graph_is_padding():
     schedule = default_schedule(68, 5, MOST_ROWS)
-    target = CudaGraphManager(config(24, 256, schedule, True), "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 25)
+    vllm_config = config(24, 256, schedule, True)
+    # vLLM adds the rows of the largest batch of a range: here 85 with 5 nodes.
+    vllm_config.compilation_config.cudagraph_capture_sizes = sorted({*CAPTURE_SIZES, 510})
+    target = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 25)
     target._graphs_captured = True
-    choices = nodes_by_batch_size(config(24, 256, schedule, True).speculative_config, 256, True)
+    choices = nodes_by_batch_size(vllm_config.speculative_config, 256, True)
     for batch_size, (number, *_) in list(enumerate(choices))[1:]:
         graph: Any = target.dispatch(batch_size, batch_size * (1 + number), 1 + number, 0)
         # Of few rows a request vLLM itself has a size for every eight rows.
         assert graph.num_reqs - batch_size < max(graph.num_reqs / 8, 8 / (1 + number))
         assert batch_size > 8 or number == 0 or graph.num_reqs == batch_size
-    assert len(target._capture_descs[CUDAGraphMode.FULL]) < 136
+    assert len(target._capture_descs[CUDAGraphMode.FULL]) < 168
 
 
 def test_a_batch_that_became_smaller_has_the_graphs_of_what_it_drafted():

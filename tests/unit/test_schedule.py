@@ -73,13 +73,13 @@ def test_a_tree_of_a_single_request_fills_a_tile():
 
 def test_between_eight_and_four_rows_of_a_request_there_are_six():
     assert default_schedule(68, 5, MOST_ROWS) == [
-        (1, 8, 24),
-        (9, 16, 15),
-        (17, 32, 7),
-        (33, 42, 5),
-        (43, 64, 3),
-        (65, 128, 1),
-        (129, 256, 0),
+        (1, 16, 24),
+        (17, 32, 15),
+        (33, 64, 7),
+        (65, 85, 5),
+        (86, 128, 3),
+        (129, 256, 1),
+        (257, 512, 0),
     ]
 
 

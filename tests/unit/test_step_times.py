@@ -33,7 +33,7 @@ from vllm_longspec.tree.shape import TreeShape
 from vllm_longspec.tree.synthetic_rates import accepted_by_nodes
 
 SHAPE = TreeShape(DEFAULT_LEVELS)
-MAX_BATCH_SIZE = 256
+MAX_BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ PREFIX_TILE = 128
 # Rows of a batch that are verified at little cost, measured on an H200 (benchmarks/README.md), for schedules that are
 # kept to whatever a step costs.
 BATCH_ROWS = 128
-# The most rows of a batch where the number is chosen by what a step costs. On an H200 so many cost 1.5 to 1.6 steps of
-# plain decoding, which pays for a draft that is often accepted; a GPU that reads more slowly has more of them to spare.
-MOST_ROWS = 2 * BATCH_ROWS
+# The most rows of a batch where the number is chosen by what a step costs: those of vLLM's largest CUDA graphs. With
+# short contexts so many cost two steps of plain decoding on an H200, with long ones, whose K and V are most of a step,
+# far less.
+MOST_ROWS = 4 * BATCH_ROWS
 # Rows of a request are halved from one range of batch sizes to the next. From 8 to 4 there is a step in between, the
 # root and a path of five levels: with large batches a row costs most, and a draft that is often accepted is worth such
 # a path.
