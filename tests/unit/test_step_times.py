@@ -20,7 +20,8 @@ from vllm_longspec.scheduling.adaptive import AdaptiveVerification, NodesByCost,
 from vllm_longspec.scheduling.cost import StepCost, cost_of_steps
 from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule, nodes_by_batch_size
 from vllm_longspec.scheduling.step_times import (
-    OUTSIDE,
+    HOST,
+    HOST_OF_TREE,
     WALK,
     MeasuredCost,
     StepTimes,
@@ -58,7 +59,7 @@ class Gpu:
         return SHAPE.num_levels(num_nodes) * (self.launch + cost.drafting.level / self.rate)
 
     def step(self, cost: StepCost, batch_size: int, num_nodes: int, num_tokens: int) -> float:
-        time = OUTSIDE + self.verify(cost, batch_size, num_nodes) + self.read(cost, num_nodes) * num_tokens
+        time = self.verify(cost, batch_size, num_nodes) + self.read(cost, num_nodes) * num_tokens
         if num_nodes:
             assert isinstance(cost.drafting, GlideCost)
             levels = SHAPE.num_levels(num_nodes)
@@ -170,10 +171,25 @@ def test_noise_does_not_make_a_larger_batch_cheaper():
         {0: [(1, 0.0)], 3: [(1, 0.0)]},
     )
     cost = MeasuredCost(times, lambda *_: 0.0, 1.0, lambda *_: 0.0)
-    assert cost(1, 3, 0) == cost(2, 3, 0) == (OUTSIDE + WALK + 13) / (OUTSIDE + 10)
-    assert cost(3, 3, 0) == pytest.approx((OUTSIDE + WALK + 13.5) / (OUTSIDE + 10))
+    assert cost(1, 3, 0) == cost(2, 3, 0) == (WALK + 13) / 10
+    assert cost(3, 3, 0) == pytest.approx((WALK + 13.5) / 10)
     # Beyond the largest it goes on as between the last two.
-    assert cost(8, 3, 0) == pytest.approx((OUTSIDE + WALK + 16) / (OUTSIDE + 10))
+    assert cost(8, 3, 0) == pytest.approx((WALK + 16) / 10)
+
+
+def test_a_step_of_a_small_target_takes_as_long_as_the_host():
+    times = StepTimes(
+        "GPU",
+        {0: [(1, 0.9)], 2: [(1, 0.9)], 4: [(1, 0.9)]},
+        {2: [(1, 0.5)], 4: [(1, 4.0)]},
+        {0: [(1, 1e-4)], 2: [(1, 1e-4)], 4: [(1, 1e-4)]},
+    )
+    cost = MeasuredCost(times, lambda *_: 0.0, 1.0, lambda *_: 0.0)
+    assert cost(1, 2, 0) == HOST_OF_TREE / HOST
+    assert cost(1, 4, 0) == pytest.approx((WALK + 4.9) / HOST)
+    # With a context the GPU is the slower one.
+    assert cost(1, 2, 20000) == pytest.approx((WALK + 3.4) / 2.9)
+    assert describe_times(times, lambda _: 4).startswith(f"plain decoding {HOST:.2f} ms, a node 0 us of verification")
 
 
 # Milliseconds of a step with QwQ-32B-Preview's shape by nodes on an H200 (docs/performance.md#what-nodes-cost).
@@ -297,7 +313,7 @@ def test_other_times_are_refused(change):
 def test_what_start_up_says():
     times = Gpu(row=0.0).times(cost_of("qwq-32b"), choices_of())
     said = describe_times(times, SHAPE.num_levels)
-    plain = OUTSIDE + cost_of("qwq-32b").target / Gpu.rate
+    plain = cost_of("qwq-32b").target / Gpu.rate
     assert said.startswith(f"plain decoding {plain:.2f} ms, a node 0 us of verification, a level ")
     assert describe_numbers([0, 24, 24, 7, 7, 7, 0, 0]) == "24 up to 2, 7 up to 5, 0 above"
     assert describe_numbers([0, 4]) == "4"

@@ -3,15 +3,16 @@
 
 A step of plain decoding with b requests and t cached tokens takes
 
-    OUTSIDE + verify(0, b) + read(0, b) * t
+    verify(0, b) + read(0, b) * t
 
 and one with K nodes
 
-    OUTSIDE + WALK + verify(K, b) + read(K, b) * t + draft(K, b) + what the draft reads of the cache,
+    WALK + verify(K, b) + read(K, b) * t + draft(K, b) + what the draft reads of the cache,
 
 where `verify` is the forward pass of 1 + K rows a request with the head and greedy sampling, `draft` the draft without
 a context, and `read` the time that a cached token adds to the forward pass. Between batch sizes that were timed all
-three are linear.
+three are linear. The host prepares a step while the GPU computes the one before, so it counts only where it is the
+slower of the two: no step is shorter than `HOST` or, with nodes, `HOST_OF_TREE`.
 """
 
 import json
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 
     from vllm_longspec.proposers.interface import DraftingCost
 
-# Milliseconds of a step outside of these graphs, in which the GPU waits for the host and prepares inputs.
-OUTSIDE = 0.6
-# Milliseconds of what only steps with trees run there: layout, walk and compaction.
+# Milliseconds of what only steps with trees run outside of these graphs: layout, walk and compaction.
 WALK = 0.1
+# Milliseconds of vLLM's host code and the plugin's in a step, on the fastest host of those that were measured, with the
+# 242M pair (docs/performance.md#speed-with-trained-weights). A slower host favours drafting.
+HOST = 1.5
+HOST_OF_TREE = 2.3
 # Attribute of vLLM's SpeculativeConfig in the process of the scheduler.
 _ATTRIBUTE = "longspec_step_times"
 
@@ -147,16 +150,16 @@ class MeasuredCost:
 
     def milliseconds(self, batch_size: int, num_nodes: int, num_tokens: int) -> float:
         """Of a step; `num_nodes` is 0 or was timed."""
-        step = OUTSIDE + self.verify[num_nodes](batch_size) + self.read[num_nodes](batch_size) * num_tokens
+        step = self.verify[num_nodes](batch_size) + self.read[num_nodes](batch_size) * num_tokens
         if num_nodes == 0:
-            return step
+            return max(HOST, step)
         cache = self.token * num_tokens
         whole = self.drafting(batch_size, num_nodes, cache)
         if math.isinf(whole):
             return whole
         of_weight = self.read[0](batch_size) / self.token
         reading = (whole - self.drafting(batch_size, num_nodes, 0.0)) * of_weight
-        return step + WALK + self.draft[num_nodes](batch_size) + reading
+        return max(HOST_OF_TREE, step + WALK + self.draft[num_nodes](batch_size) + reading)
 
     def __call__(self, batch_size: int, num_nodes: int, num_tokens: int) -> float:
         if num_nodes == 0:
@@ -173,7 +176,7 @@ def describe_times(times: StepTimes, num_levels: Callable[[int], int]) -> str:
     plain, verify = _Curve(times.verify[0], rises=True)(1), _Curve(times.verify[most], rises=True)(1)
     draft = _Curve(times.draft[most], rises=True)(1)
     return (
-        f"plain decoding {OUTSIDE + plain:.2f} ms, a node {max(0.0, verify - plain) / most * 1000:.0f} us of "
+        f"plain decoding {max(HOST, plain):.2f} ms, a node {max(0.0, verify - plain) / most * 1000:.0f} us of "
         f"verification, a level {draft / num_levels(most):.2f} ms of drafting"
     )
 
