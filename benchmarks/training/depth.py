@@ -144,7 +144,7 @@ def cost_of(name: str, levels: int) -> StepCost:
     target, shape = SimpleNamespace(**sizes), TreeShape(SHAPE[:levels])
     drafts = [
         GlideCost.of_shape(
-            target, vocab_size=vocab_size, draft_vocab_size=vocab_size, is_quantised=is_quantised, shape=shape
+            target, draft_vocab_size=vocab_size, is_quantised=is_quantised, shape=shape
         )
         for is_quantised in (False, True)
     ]

@@ -360,7 +360,7 @@ def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
 
 
 def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):
-    read = GlideCost.of_shape(AutoConfig.from_pretrained(target), vocab_size=64, draft_vocab_size=64).level
+    read = GlideCost.of_shape(AutoConfig.from_pretrained(target), draft_vocab_size=64).level
     # Between what one rank and what each of two reads.
     monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", read * 0.75)
     for num_ranks, quantization in ((1, "fp8_per_channel"), (2, None)):
