@@ -368,6 +368,16 @@ def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):
         assert found.vllm_options["quantization"] == quantization
 
 
+def test_a_smaller_head_leaves_a_draft_its_quantisation(monkeypatch, target, draft):
+    """Or it might cost more than it saves."""
+    shape = AutoConfig.from_pretrained(target)
+    all_tokens, some = (GlideCost.of_shape(shape, draft_vocab_size=size).level for size in (64, 16))
+    monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", (all_tokens + some) / 2)
+    found = find_draft(monkeypatch, True, target, draft, hopper=True, frequent_tokens="auto:16")
+    assert found.options.frequent_tokens == 16
+    assert found.vllm_options["quantization"] == "fp8_per_channel"
+
+
 SCHEDULE = [(1, 8, 4)]
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5}
 DEFAULT_SCHEDULE = [(1, 16, 10), (17, 32, 7), (33, 42, 5), (43, 64, 3), (65, 128, 1), (129, 256, 0)]

@@ -35,9 +35,7 @@ def default_quantization(
     num_ranks = parallel_config.tensor_parallel_size
     if not _shards_can_be_quantised(target.hf_text_config, num_ranks):
         return None
-    cost = GlideCost.of_shape(
-        target.hf_text_config, draft_vocab_size=target.get_vocab_size(), num_ranks=num_ranks
-    )
+    cost = GlideCost.of_shape(target.hf_text_config, draft_vocab_size=target.get_vocab_size(), num_ranks=num_ranks)
     return "fp8_per_channel" if cost.level > LEVEL else None
 
 
