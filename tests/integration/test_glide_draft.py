@@ -480,6 +480,7 @@ def test_each_rank_has_the_rows_of_its_slots(tmp_path, monkeypatch, num_ranks, n
     ]
     # What ranks reduce together, in one process.
     of_rank = head.rows_of_all_ranks
+    monkeypatch.setattr(head, "ROWS_AT_ONCE", 7)
     monkeypatch.setattr(head, "tensor_model_parallel_all_reduce", lambda rows: rows)
 
     def rows_of_all_ranks(_: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 # fp8 kernels need multiples of this. vLLM's own padding fails for a layer with one scale per row (vLLM issue 47005).
 TILE_ROWS = 16
+# That are copied before the next ones are.
+ROWS_AT_ONCE = 8192
 
 
 def has_rows(head: nn.Module) -> bool:
@@ -45,11 +47,14 @@ def copy_head(
     if token_ids is not None:
         padding = token_ids[-1:].expand(-len(token_ids) % (TILE_ROWS * head.tp_size))
         shards = torch.cat([token_ids, padding]).chunk(head.tp_size)
-        # All ranks make each shard and one keeps it, so that none ever has room for the rows of all.
-        for rank, of_rank in enumerate(shards):
-            rows = rows_of_all_ranks(head, of_rank)
-            if rank == get_tensor_model_parallel_rank():
-                weight = rows
+        weight = head.weight.new_empty(len(shards[0]), head.weight.shape[1])
+        # All ranks make all rows and keep their own. A few at a time, so that this takes little more memory than a
+        # shard: weights are reloaded when the KV cache has what is free.
+        for rank, shard in enumerate(shards):
+            for tokens, kept in zip(shard.split(ROWS_AT_ONCE), weight.split(ROWS_AT_ONCE), strict=True):
+                rows = rows_of_all_ranks(head, tokens)
+                if rank == get_tensor_model_parallel_rank():
+                    kept.copy_(rows)
     with set_default_torch_dtype(weight.dtype), weight.device:
         copied = ReplicatedLinear(
             weight.shape[1], weight.shape[0], bias=False, quant_config=quant_config, prefix="draft_head"
