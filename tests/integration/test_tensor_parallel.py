@@ -60,10 +60,12 @@ def test_a_target_that_drafts_for_itself():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no fp8 layers for CPUs")
-def test_fp8_draft():
-    """Each rank quantises its shard of the head."""
+@pytest.mark.parametrize("frequent_tokens", [False, "auto:1024"])
+def test_fp8_draft(frequent_tokens):
+    """Each rank quantises its shard of the head, and rows that take the place of others."""
     batch = requests(source_code((300, 33, 100)), 20)
-    draft = speculative(PAIR / "draft", [2, 4, 4], quantization="fp8_per_channel")
+    options = {"quantization": "fp8_per_channel", "frequent_tokens": frequent_tokens}
+    draft = speculative(PAIR / "draft", [2, 4, 4], **options)
     result = generate(PAIR / "target", batch, **TWO_RANKS, **draft, dtype="bfloat16")
     assert result.acceptance_length >= 2.0
 
