@@ -500,8 +500,9 @@ def learn() -> Iterator[Row]:
     source = random.Random(0)
     texts = ["".join(source.choices(string.ascii_lowercase, k=source.randint(2, 10))) for _ in range(vocab_size)]
     resemblance = Resemblance(texts, DEVICE)
-    whole: Any = SimpleNamespace(weight=torch.zeros(size, hidden, device=DEVICE, dtype=DTYPE))
+    whole: Any = SimpleNamespace(weight=torch.zeros(size, hidden, device=DEVICE, dtype=DTYPE), tp_size=1)
     quantised: Any = SimpleNamespace(
+        tp_size=1,
         weight=torch.zeros(size, hidden, device=DEVICE).to(torch.float8_e4m3fn).t(),
         weight_scale=torch.ones(size, 1, device=DEVICE),
     )

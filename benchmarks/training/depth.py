@@ -143,9 +143,7 @@ def cost_of(name: str, levels: int) -> StepCost:
     sizes, vocab_size = COSTS[name]
     target, shape = SimpleNamespace(**sizes), TreeShape(SHAPE[:levels])
     drafts = [
-        GlideCost.of_shape(
-            target, vocab_size=vocab_size, draft_vocab_size=vocab_size, is_quantised=is_quantised, shape=shape
-        )
+        GlideCost.of_shape(target, draft_vocab_size=vocab_size, is_quantised=is_quantised, shape=shape)
         for is_quantised in (False, True)
     ]
     return StepCost.of_shape(target, vocab_size=vocab_size, drafting=drafts[drafts[0].level > LEVEL])

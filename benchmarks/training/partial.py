@@ -162,7 +162,6 @@ def speed_up(
     num_attended = None if budget is None else SINKS + budget
     glide = GlideCost.of_shape(
         model,
-        vocab_size=model.vocab_size,
         draft_vocab_size=model.vocab_size,
         is_quantised=True,
         shape=TreeShape(tuple(variant) if isinstance(variant, list) else (1,) * GAMMA),

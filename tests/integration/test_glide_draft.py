@@ -22,6 +22,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.config.quantization import QUANT_KEY_NAMES, QuantizationConfigArgs, QuantSpec
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader import get_model
 
@@ -29,6 +30,7 @@ from tests.models import LLAMA3_ROPE, write_draft, write_target
 from tests.oracles import tree as tree_oracle
 from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
+from vllm_longspec.proposers.glide import head
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
@@ -455,6 +457,61 @@ def test_a_head_that_learns_has_the_rows_of_its_tokens(tmp_path, is_quantised):
     with torch.inference_mode():
         pair.draft.replace_tokens(slots, others)
     check(tokens.index_copy(0, slots, others))
+
+
+@pytest.mark.parametrize("is_quantised", [False, True])
+@pytest.mark.parametrize(("num_ranks", "num_tokens"), [(2, 20), (4, 33)])
+def test_each_rank_has_the_rows_of_its_slots(tmp_path, monkeypatch, num_ranks, num_tokens, is_quantised):
+    """Whole tiles on each rank, padded behind the last token's: together they are the head that one rank has."""
+    pair = load(*write_pair(tmp_path, "llama"), dtype="bfloat16")
+    whole, quant_config = pair.draft.lm_head, None
+    if is_quantised:
+        quant_config = OnlineQuantizationConfig(
+            QuantizationConfigArgs(linear=QuantSpec(QUANT_KEY_NAMES["fp8_per_channel_static"]))
+        )
+    size = whole.weight.shape[0] // num_ranks
+    shards: list[Any] = [
+        SimpleNamespace(
+            weight=whole.weight[rank * size :][:size],
+            tp_size=num_ranks,
+            shard_indices=SimpleNamespace(org_vocab_start_index=rank * size, num_org_elements=size),
+        )
+        for rank in range(num_ranks)
+    ]
+    # What ranks reduce together, in one process.
+    of_rank = head.rows_of_all_ranks
+    monkeypatch.setattr(head, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(head, "tensor_model_parallel_all_reduce", lambda rows: rows)
+
+    def rows_of_all_ranks(_: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.stack([of_rank(shard, tokens) for shard in shards]).sum(0)
+
+    tokens = torch.tensor(random.Random(0).sample(range(64), num_tokens), device=DEVICE)
+    copies = []
+    with set_current_vllm_config(pair.speculator.vllm_config):
+        alone = head.copy_head(whole, tokens, quant_config, writable=True)
+        monkeypatch.setattr(head, "rows_of_all_ranks", rows_of_all_ranks)
+        for rank, shard in enumerate(shards):
+            for module in (head, linear):
+                monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+            copies.append(head.copy_head(shard, tokens, quant_config, writable=True))
+
+    def rows(copied: Any) -> list[torch.Tensor]:
+        weight = copied.weight.data
+        return [weight.t().float(), copied.weight_scale.data] if is_quantised else [weight]
+
+    def check() -> None:
+        for of_one, *of_ranks in zip(rows(alone), *map(rows, copies), strict=True):
+            assert all(part.shape[0] % 16 == 0 for part in of_ranks)
+            assert torch.equal(torch.cat(of_ranks)[:num_tokens], of_one[:num_tokens])
+
+    assert all(copied.tp_size == num_ranks for copied in copies)
+    check()
+    slots = torch.tensor([num_tokens - 1, 0, 3, 17], device=DEVICE)
+    others = tokens.roll(1)[:4]
+    for copied in (alone, *copies):
+        head.write_rows(copied, slots, rows_of_all_ranks(None, others))
+    check()
 
 
 def test_the_draft_runs_vllms_kernels_where_the_target_is_left_to_the_compiler(tmp_path):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two ranks emit what two ranks emit without a draft. Each grows, walks and compacts its trees from what all share."""
 
+import json
+import random
+
 import pytest
 import torch
 
@@ -57,23 +60,35 @@ def test_a_target_that_drafts_for_itself():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no fp8 layers for CPUs")
-def test_fp8_draft():
-    """Each rank quantises its shard of the head."""
+@pytest.mark.parametrize("frequent_tokens", [False, "auto:1024"])
+def test_fp8_draft(frequent_tokens):
+    """Each rank quantises its shard of the head, and rows that take the place of others."""
     batch = requests(source_code((300, 33, 100)), 20)
-    draft = speculative(PAIR / "draft", [2, 4, 4], quantization="fp8_per_channel")
+    options = {"quantization": "fp8_per_channel", "frequent_tokens": frequent_tokens}
+    draft = speculative(PAIR / "draft", [2, 4, 4], **options)
     result = generate(PAIR / "target", batch, **TWO_RANKS, **draft, dtype="bfloat16")
     assert result.acceptance_length >= 2.0
 
 
-def test_one_kv_head_and_an_odd_vocabulary(tmp_path):
-    """A KV head that both ranks hold, shards of the embedding and of the head that are padded, and a smaller head
-    whose rows come from both, at first and when other tokens take the places of these."""
-    target = write_target(tmp_path / "target", "llama", vocab_size=71, num_key_value_heads=1)
-    draft = write_draft(tmp_path / "draft", target)
-    drafting = speculative(draft, [8, 8], frequent_tokens="auto:40")
+@pytest.fixture(scope="module")
+def odd_pair(tmp_path_factory):
+    """One KV head, which both ranks hold, and a vocabulary of which neither has a half."""
+    folder = tmp_path_factory.mktemp("odd")
+    target = write_target(folder / "target", "llama", vocab_size=71, num_key_value_heads=1)
+    (folder / "tokens.json").write_text(json.dumps(random.Random(0).sample(range(71), 37)))
+    return target, write_draft(folder / "draft", target), str(folder / "tokens.json")
+
+
+@pytest.mark.xdist_group("odd_pair")
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_head_of_some_tokens(odd_pair, learns):
+    """Its rows come from both ranks and go to both, at first and when other tokens take the places of these."""
+    target, draft, tokens = odd_pair
+    drafting = speculative(draft, [8, 8], frequent_tokens="auto:40" if learns else tokens)
     batch = requests(random_prompts(71, (3, 33, 100)), 16)
     alone = generate(target, batch, **drafting, async_scheduling=True)
     result = generate(target, batch, **TWO_RANKS, **drafting)
+    assert_lossless(generate(target, batch, **TWO_RANKS), result)
     assert result.tokens == alone.tokens
     # The very trees that one rank drafts and walks.
     assert result.num_drafts == alone.num_drafts > 1

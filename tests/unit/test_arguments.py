@@ -360,12 +360,22 @@ def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
 
 
 def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):
-    read = GlideCost.of_shape(AutoConfig.from_pretrained(target), vocab_size=64, draft_vocab_size=64).level
+    read = GlideCost.of_shape(AutoConfig.from_pretrained(target), draft_vocab_size=64).level
     # Between what one rank and what each of two reads.
     monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", read * 0.75)
     for num_ranks, quantization in ((1, "fp8_per_channel"), (2, None)):
         found = find_draft(monkeypatch, True, target, draft, hopper=True, num_ranks=num_ranks)
         assert found.vllm_options["quantization"] == quantization
+
+
+def test_a_smaller_head_leaves_a_draft_its_quantisation(monkeypatch, target, draft):
+    """Or it might cost more than it saves."""
+    shape = AutoConfig.from_pretrained(target)
+    all_tokens, some = (GlideCost.of_shape(shape, draft_vocab_size=size).level for size in (64, 16))
+    monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", (all_tokens + some) / 2)
+    found = find_draft(monkeypatch, True, target, draft, hopper=True, frequent_tokens="auto:16")
+    assert found.options.frequent_tokens == 16
+    assert found.vllm_options["quantization"] == "fp8_per_channel"
 
 
 SCHEDULE = [(1, 8, 4)]

@@ -77,7 +77,7 @@ def test_it_needs_a_glide_draft(pair):
 @pytest.mark.parametrize(("num_ranks", "cache_is_quantised"), [(1, False), (2, False), (1, True)])
 def test_levels_below_the_root_read_one_layer_of_the_part(num_ranks, cache_is_quantised):
     shape = SimpleNamespace(**SHAPES["llama-3-8b-262k"])
-    sizes = {"vocab_size": shape.vocab_size, "draft_vocab_size": shape.vocab_size, "num_ranks": num_ranks}
+    sizes = {"draft_vocab_size": shape.vocab_size, "num_ranks": num_ranks}
     whole = GlideCost.of_shape(shape, **sizes)
     part = GlideCost.of_shape(shape, **sizes, num_attended=1056, cache_is_quantised=cache_is_quantised)
     token = cached_token_weights(shape, num_ranks, cache_is_quantised)

@@ -385,8 +385,11 @@ def test_a_head_begins_with_special_tokens_and_the_lowest_ids(size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_quantised", [False, True])
-def test_rows_are_written_as_they_would_be_loaded(dtype, is_quantised):
-    """As vLLM's own quantisation of the whole weight stores them."""
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+# Of all ranks; of one, so that the others have nothing to write; all slots.
+@pytest.mark.parametrize("slots", [[3, 47, 0, 11, 31], [20, 16], [4], [*range(1, 48), 0]])
+def test_rows_are_written_as_they_would_be_loaded(dtype, is_quantised, num_ranks, slots):
+    """As vLLM's own quantisation of the whole weight stores them, by each rank in its own slots."""
     from vllm.model_executor.layers.quantization.online.fp8 import _fp8_channel_scale, _fp8_quant_per_channel
     from vllm.model_executor.layers.quantization.utils.quant_utils import weight_amax
 
@@ -394,25 +397,28 @@ def test_rows_are_written_as_they_would_be_loaded(dtype, is_quantised):
     weight = torch.randn(48, 64, device=DEVICE).to(dtype)
     weight[5] = 0
 
-    def head(weight: torch.Tensor) -> Any:
+    def shard(weight: torch.Tensor, rank: int) -> Any:
+        weight = weight.chunk(num_ranks)[rank]
+        ranks = {"tp_size": num_ranks, "tp_rank": rank}
         if not is_quantised:
-            return SimpleNamespace(weight=torch.nn.Parameter(weight.clone(), requires_grad=False))
+            return SimpleNamespace(weight=torch.nn.Parameter(weight.clone(), False), **ranks)
         scale = _fp8_channel_scale(weight_amax(weight, dim=-1, keepdim=True))
-        quantised = _fp8_quant_per_channel(weight, scale)
-        return SimpleNamespace(weight=torch.nn.Parameter(quantised.t(), False), weight_scale=torch.nn.Parameter(scale))
+        quantised = torch.nn.Parameter(_fp8_quant_per_channel(weight, scale).t(), False)
+        return SimpleNamespace(weight=quantised, weight_scale=torch.nn.Parameter(scale), **ranks)
 
-    written = head(weight)
-    slots = torch.tensor([3, 47, 0, 11], device=DEVICE)
-    rows = torch.randn(4, 64, device=DEVICE).to(dtype)
-    rows[1] = 0
-    rows[2] *= 1000
-    write_rows(written, slots, rows)
+    written = [shard(weight, rank) for rank in range(num_ranks)]
+    slots = torch.tensor(slots, device=DEVICE)
+    rows = torch.randn(len(slots), 64, device=DEVICE).to(dtype)
+    rows[-1] *= 1000
+    rows[1:2] = 0
     weight[slots] = rows
-    expected = head(weight)
-    assert written.weight.float().equal(expected.weight.float())
-    if is_quantised:
-        # vLLM compiles its own for a GPU, and may then multiply where this divides.
-        torch.testing.assert_close(written.weight_scale, expected.weight_scale, rtol=1e-6, atol=0)
+    for rank in range(num_ranks):
+        write_rows(written[rank], slots, rows)
+        expected = shard(weight, rank)
+        assert written[rank].weight.float().equal(expected.weight.float())
+        if is_quantised:
+            # vLLM compiles its own for a GPU, and may then multiply where this divides.
+            torch.testing.assert_close(written[rank].weight_scale, expected.weight_scale, rtol=1e-6, atol=0)
 
 
 def test_prompts_need_no_more_than_a_bounded_number_of_rows():
@@ -446,8 +452,10 @@ def test_a_head_learns_where_it_pays():
         assert size is not None and LOST[size] <= MAX_LOST
     # The layers are so many that the head is nothing beside them.
     assert size_for("qwq-32b", num_hidden_layers=640) is None
-    # A whole head is split over the ranks, a smaller one is not.
-    assert size_for("qwq-32b", num_ranks=8) is None
+    # Ranks share a smaller head as they share all weights.
+    assert [size_for(model, num_ranks) for model in ("qwq-32b", "qwen2.5-7b") for num_ranks in (2, 4, 8)] == [65536] * 6
+    # It saves less where it takes a smaller part of the time: starting kernels takes as long on any number of ranks.
+    assert size_for("qwq-32b", num_ranks=64) is None
     # The vocabularies of the trained pairs and of Llama 2.
     assert [size_for("llama-3-8b-262k", vocab_size=size) for size in (4096, 16384, 32000)] == [None] * 3
 

@@ -46,7 +46,6 @@ class GlideCost:
             num_attended = part.sinks + part.budget
         return cls.of_shape(
             vllm_config.model_config.hf_text_config,
-            vocab_size=vocab_size,
             draft_vocab_size=num_frequent_tokens(frequent_tokens, vocab_size) if frequent_tokens else vocab_size,
             is_quantised=config.quantization is not None,
             num_ranks=vllm_config.parallel_config.tensor_parallel_size,
@@ -60,7 +59,6 @@ class GlideCost:
         cls,
         target: "PretrainedConfig",
         *,
-        vocab_size: int,
         draft_vocab_size: int,
         is_quantised: bool = False,
         num_ranks: int = 1,
@@ -70,14 +68,13 @@ class GlideCost:
     ) -> "GlideCost":
         """As `of`, from sizes. Weights have two bytes, those of a quantised draft and its head have one.
 
-        The layer and a whole head are split over `num_ranks`; each rank has all of a restricted head. The
-        cross-attention reads at most `num_attended` tokens of a request below the root, by default all of them.
+        The layer and the head are split over `num_ranks`. The cross-attention reads at most `num_attended` tokens of a
+        request below the root, by default all of them.
         """
         hidden, _, heads, _, head_size = layer_sizes(target)
         # The target's layer, and q_proj and o_proj of the cross-attention.
         layer = layer_weights(target) + 2 * hidden * heads * head_size
-        head_ranks = num_ranks if draft_vocab_size == vocab_size else 1
-        level = layer / num_ranks + draft_vocab_size * hidden / head_ranks
+        level = (layer + draft_vocab_size * hidden) / num_ranks
         most_read = math.inf
         if num_attended is not None:
             most_read = num_attended * cached_token_weights(target, num_ranks, cache_is_quantised)

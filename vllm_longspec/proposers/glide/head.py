@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -17,6 +17,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 # fp8 kernels need multiples of this. vLLM's own padding fails for a layer with one scale per row (vLLM issue 47005).
 TILE_ROWS = 16
+# That are copied before the next ones are.
+ROWS_AT_ONCE = 8192
 
 
 def has_rows(head: nn.Module) -> bool:
@@ -37,14 +39,22 @@ def copy_head(
 ) -> ReplicatedLinear:
     """Returns a head for vLLM's LogitsProcessor with a weight of its own; needs `has_rows(head)`.
 
-    With all rows each rank copies its shard. With some, every rank has all of them, padded to a whole tile by copies of
-    the last; LogitsProcessor removes the padding's logits.
+    With all rows each rank copies its shard. With some, each has as many slots, of consecutive tokens: whole tiles,
+    which copies of the last token's row fill at the end. LogitsProcessor puts the ranks' logits one after the other and
+    removes the padding's.
     """
-    if token_ids is None:
-        weight = head.weight
-    else:
-        padding = token_ids[-1:].expand(-len(token_ids) % TILE_ROWS)
-        weight = rows_of_all_ranks(head, torch.cat([token_ids, padding]))
+    weight = head.weight
+    if token_ids is not None:
+        padding = token_ids[-1:].expand(-len(token_ids) % (TILE_ROWS * head.tp_size))
+        shards = torch.cat([token_ids, padding]).chunk(head.tp_size)
+        weight = head.weight.new_empty(len(shards[0]), head.weight.shape[1])
+        # All ranks make all rows and keep their own. A few at a time, so that this takes little more memory than a
+        # shard: weights are reloaded when the KV cache has what is free.
+        for rank, shard in enumerate(shards):
+            for tokens, kept in zip(shard.split(ROWS_AT_ONCE), weight.split(ROWS_AT_ONCE), strict=True):
+                rows = rows_of_all_ranks(head, tokens)
+                if rank == get_tensor_model_parallel_rank():
+                    kept.copy_(rows)
     with set_default_torch_dtype(weight.dtype), weight.device:
         copied = ReplicatedLinear(
             weight.shape[1], weight.shape[0], bias=False, quant_config=quant_config, prefix="draft_head"
@@ -57,7 +67,7 @@ def copy_head(
             # vLLM's switch for weights that are not packed.
             copied._cpu_skip_gemm_dispatch = True
         copied.quant_method.process_weights_after_loading(copied)
-    copied.tp_size = head.tp_size if token_ids is None else 1
+    copied.tp_size = head.tp_size
     return copied
 
 
@@ -77,18 +87,37 @@ def rows_of_all_ranks(
 
 def write_rows(
     copied: nn.Module,  # of `copy_head`, not quantised or with one scale per row
-    slots: torch.Tensor,  # int64 [num_slots] different rows of the copy
+    slots: torch.Tensor,  # int64 [num_slots] different slots, of any rank
     rows: torch.Tensor,  # [num_slots, hidden_size] what is written there
 ) -> None:
-    """Replaces rows of a copy in place, quantised as vLLM quantises them; nothing waits for the device."""
+    """Replaces the rows of this rank's slots in place, quantised as vLLM quantises them.
+
+    Nothing waits for the device, and no shape depends on how many slots are this rank's.
+    """
     weight = copied.weight.data
     if weight.dtype == rows.dtype:
-        weight.index_copy_(0, slots, rows)
+        written = [(weight, rows)]
+    else:
+        # As vLLM's `Fp8PtpcOnlineLinearMethod` stores it: transposed, with a scale for each row.
+        bounds = torch.finfo(weight.dtype)
+        scales = rows.abs().amax(dim=1, keepdim=True).float().div_(bounds.max).clamp_min_(1 / (bounds.max * 512))
+        quantised = (rows / scales).clamp_(bounds.min, bounds.max).to(weight.dtype)
+        # As bytes, which every kernel of PyTorch moves.
+        written = [
+            (weight.t().view(torch.uint8), quantised.view(torch.uint8)),
+            (copied.weight_scale.data, scales),
+        ]
+    if copied.tp_size == 1:
+        for stored, values in written:
+            stored.index_copy_(0, slots, values)
         return
-    # As vLLM's `Fp8PtpcOnlineLinearMethod` stores it: transposed, with a scale for each row.
-    bounds = torch.finfo(weight.dtype)
-    scales = rows.abs().amax(dim=1, keepdim=True).float().div_(bounds.max).clamp_min_(1 / (bounds.max * 512))
-    quantised = (rows / scales).clamp_(bounds.min, bounds.max).to(weight.dtype)
-    # As bytes, which every kernel of PyTorch moves.
-    weight.t().view(torch.uint8).index_copy_(0, slots, quantised.view(torch.uint8))
-    copied.weight_scale.data.index_copy_(0, slots, scales)
+    shard_size = written[0][0].shape[0]
+    slots = slots - copied.tp_rank * shard_size
+    is_here = (slots >= 0) & (slots < shard_size)
+    # For each slot of another rank one of this rank's is written again, with the same row. If it has none, its first
+    # slot is written with what it holds.
+    any_here = is_here.any()
+    source = torch.arange(len(slots), device=slots.device).where(is_here, is_here.int().argmax())
+    slots = slots[source].where(any_here, 0)
+    for stored, values in written:
+        stored.index_copy_(0, slots, values[source].where(any_here, stored[:1]))

@@ -30,9 +30,7 @@ def choose_head_size(target: "PretrainedConfig", vocab_size: int, num_ranks: int
 
     def time(size: int) -> float:
         # Of a quantised draft, whose head takes less of the time.
-        cost = GlideCost.of_shape(
-            target, vocab_size=vocab_size, draft_vocab_size=size, num_ranks=num_ranks, is_quantised=True
-        )
+        cost = GlideCost.of_shape(target, draft_vocab_size=size, num_ranks=num_ranks, is_quantised=True)
         return plain + len(DEFAULT_LEVELS) * (LEVEL + cost.level)
 
     # By time per token.

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 
 def default_quantization(
-    engine_args: "EngineArgs", target: "ModelConfig", parallel_config: "ParallelConfig", draft_vocab_size: int
+    engine_args: "EngineArgs", target: "ModelConfig", parallel_config: "ParallelConfig"
 ) -> str | None:
-    """fp8 on the GPUs where it was measured to pay (docs/tuning.md#fp8-drafts), if a level spends most of its time
-    reading the weights that each rank has."""
+    """fp8 on the GPUs where it was measured to pay (docs/tuning.md#fp8-drafts), if a level that drafts all tokens
+    spends most of its time reading the weights that each rank has.
+
+    Of all tokens, as otherwise a smaller head, chosen to save time, could take it away and cost more than it saves.
+    """
     from vllm.platforms import current_platform
 
     if not (current_platform.is_cuda() and current_platform.is_device_capability_family(90)):
@@ -32,12 +35,7 @@ def default_quantization(
     num_ranks = parallel_config.tensor_parallel_size
     if not _shards_can_be_quantised(target.hf_text_config, num_ranks):
         return None
-    cost = GlideCost.of_shape(
-        target.hf_text_config,
-        vocab_size=target.get_vocab_size(),
-        draft_vocab_size=draft_vocab_size,
-        num_ranks=num_ranks,
-    )
+    cost = GlideCost.of_shape(target.hf_text_config, draft_vocab_size=target.get_vocab_size(), num_ranks=num_ranks)
     return "fp8_per_channel" if cost.level > LEVEL else None
 
 

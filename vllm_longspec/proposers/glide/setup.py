@@ -119,7 +119,7 @@ class GlideSetup(DraftSetup):
                 "serve without --enable-sleep-mode"
             )
         if "quantization" not in given and not engine_args.enable_sleep_mode:
-            quantization = default_quantization(engine_args, target, parallel_config, draft_vocab_size)
+            quantization = default_quantization(engine_args, target, parallel_config)
         return {
             # vLLM's method for a draft model that it does not know.
             "method": "draft_model",
