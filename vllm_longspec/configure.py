@@ -309,10 +309,34 @@ def compose_draft_hf_overrides(original: Callable[..., Any], *args: Any) -> "Cal
     return overrides if setup is None else setup.hf_overrides(overrides, args[0])
 
 
+def _gives_capture_sizes(engine_args: "EngineArgs") -> bool:
+    compilation = engine_args.compilation_config
+    given = (
+        engine_args.cudagraph_capture_sizes,
+        engine_args.max_cudagraph_capture_size,
+        compilation.cudagraph_capture_sizes,
+        compilation.max_cudagraph_capture_size,
+    )
+    return any(value is not None for value in given)
+
+
+def capture_largest_batch(vllm_config: "VllmConfig") -> None:
+    """Adds `max_num_seqs` to the sizes of CUDA graphs, for the draft and for plain decoding with a row a request.
+
+    vLLM's own sizes have it without speculation. With it they have the largest batches of the schedule's numbers, and
+    a graph for more requests than `max_num_seqs` is not captured: of 3 requests at most, 3 would have none.
+    """
+    compilation = vllm_config.compilation_config
+    sizes, most = compilation.cudagraph_capture_sizes, vllm_config.scheduler_config.max_num_seqs
+    if sizes and most < max(sizes) and most not in sizes:
+        compilation.cudagraph_capture_sizes = sorted([*sizes, most])
+
+
 def create_engine_config(
     original: "Callable[..., VllmConfig]", self: "EngineArgs", *args: Any, **kwargs: Any
 ) -> "VllmConfig":
     given_backend = self.attention_backend
+    gives_sizes = _gives_capture_sizes(self)
     token = _withheld.set([])
     try:
         vllm_config = original(self, *args, **kwargs)
@@ -321,6 +345,8 @@ def create_engine_config(
         # `create_speculative_config` chose a backend for this engine; `self` may be used again, with another draft.
         self.attention_backend = given_backend
     if (options := options_of(vllm_config.speculative_config)) is not None:
+        if not gives_sizes:
+            capture_largest_batch(vllm_config)
         support.check_engine(vllm_config, draft_of(options.proposer))
         proposers.setup_of(options.proposer).check_engine(vllm_config)
         preserved = vllm_config.model_config.sleep_preserve_parameter_names

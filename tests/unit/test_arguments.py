@@ -945,3 +945,20 @@ def test_trace_replay_is_refused_with_the_request(target, draft):
     params = SamplingParams(trace_decode_token_ids=[3, 4])
     with pytest.raises(ValueError, match="trace_decode_token_ids is not supported with speculative decoding"):
         params.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "adds"),
+    [
+        ({}, True),
+        ({"cudagraph_capture_sizes": [1, 2, 4]}, False),
+        ({"max_cudagraph_capture_size": 8}, False),
+        ({"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}, False),
+        ({"compilation_config": {"max_cudagraph_capture_size": 8}}, False),
+    ],
+)
+def test_sizes_of_graphs_that_the_user_gives_are_left_alone(monkeypatch, target, draft, given, adds):
+    completed: list[Any] = []
+    monkeypatch.setattr("vllm_longspec.configure.capture_largest_batch", completed.append)
+    config = create(target, spec_model=draft, **given)
+    assert completed == ([config] if adds else [])

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from tests.unit.test_schedule import auto_shape
 from vllm_longspec import plugin
+from vllm_longspec.configure import capture_largest_batch
 from vllm_longspec.options import LongSpecOptions, attach_options
 from vllm_longspec.runner.graphs import DraftGraphs
 from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule, nodes_by_batch_size
@@ -83,6 +84,32 @@ def test_every_number_that_may_be_verified_has_its_graphs(num_nodes, max_num_seq
             if number:
                 found: Any = draft.find(batch_size, number)
                 assert found is not None and found.num_reqs >= batch_size and found.num_speculative_tokens == number
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 5, 33, 85, 100, 150, 255, 300, 511, 1024])
+def test_the_largest_batch_has_its_graphs(max_num_seqs):
+    """Of any size, not of vLLM's only."""
+    vllm_config = config(24, max_num_seqs, default_schedule(68, 5, MOST_ROWS), True)
+    capture_largest_batch(vllm_config)
+    assert max(vllm_config.compilation_config.cudagraph_capture_sizes) == CAPTURE_SIZES[-1]
+    choices = nodes_by_batch_size(vllm_config.speculative_config, max_num_seqs, True)
+    target = CudaGraphManager(vllm_config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, 25)
+    draft = DraftGraphs(vllm_config, "cpu", CUDAGraphMode.FULL_DECODE_ONLY, choices)
+    draft.graphs = dict.fromkeys(draft._capture_descs[CUDAGraphMode.FULL])
+    draft._graphs_captured = target._graphs_captured = True
+    for batch_size in range(1, min(max_num_seqs, CAPTURE_SIZES[-1]) + 1):
+        graph: Any = target.dispatch(batch_size, batch_size, uniform_token_count=1, num_active_loras=0)
+        assert graph.cg_mode == CUDAGraphMode.FULL and graph.num_reqs >= batch_size
+        for number in choices[batch_size]:
+            assert number == 0 or draft.find(batch_size, number) is not None
+
+
+@pytest.mark.parametrize("sizes", [None, []])
+def test_an_engine_without_graphs_gets_none(sizes):
+    vllm_config = config(24, 3, default_schedule(68, 5, MOST_ROWS), True)
+    vllm_config.compilation_config.cudagraph_capture_sizes = sizes
+    capture_largest_batch(vllm_config)
+    assert vllm_config.compilation_config.cudagraph_capture_sizes == sizes
 
 
 @pytest.mark.parametrize("shape", [FIXED, auto_shape(5)])
