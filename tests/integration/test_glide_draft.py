@@ -22,7 +22,6 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.config.quantization import QUANT_KEY_NAMES, QuantizationConfigArgs, QuantSpec
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.model_loader import get_model
 
@@ -473,6 +472,7 @@ def test_each_rank_has_the_rows_of_its_slots(tmp_path, monkeypatch, num_ranks, n
     shards: list[Any] = [
         SimpleNamespace(
             weight=whole.weight[rank * size :][:size],
+            tp_rank=rank,
             tp_size=num_ranks,
             shard_indices=SimpleNamespace(org_vocab_start_index=rank * size, num_org_elements=size),
         )
@@ -491,9 +491,7 @@ def test_each_rank_has_the_rows_of_its_slots(tmp_path, monkeypatch, num_ranks, n
     with set_current_vllm_config(pair.speculator.vllm_config):
         alone = head.copy_head(whole, tokens, quant_config, writable=True)
         monkeypatch.setattr(head, "rows_of_all_ranks", rows_of_all_ranks)
-        for rank, shard in enumerate(shards):
-            for module in (head, linear):
-                monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        for shard in shards:
             copies.append(head.copy_head(shard, tokens, quant_config, writable=True))
 
     def rows(copied: Any) -> list[torch.Tensor]:
@@ -512,6 +510,18 @@ def test_each_rank_has_the_rows_of_its_slots(tmp_path, monkeypatch, num_ranks, n
     for copied in (alone, *copies):
         head.write_rows(copied, slots, rows_of_all_ranks(None, others))
     check()
+
+
+def test_every_rank_copies_of_a_head_that_is_not_divided(tmp_path):
+    """Such as vLLM's with `disable_tp`, whatever the rank."""
+    pair = load(*write_pair(tmp_path, "llama"), dtype="bfloat16")
+    whole: Any = SimpleNamespace(weight=pair.draft.lm_head.weight, tp_rank=0, tp_size=1)
+    tokens = torch.tensor(random.Random(0).sample(range(64), 20), device=DEVICE)
+    with set_current_vllm_config(pair.speculator.vllm_config), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.model_executor.layers.linear.get_tensor_model_parallel_rank", lambda: 1)
+        copied = head.copy_head(whole, tokens, None, writable=True)
+    assert (copied.tp_rank, copied.tp_size) == (0, 1)
+    assert torch.equal(copied.weight[: len(tokens)], whole.weight[tokens])
 
 
 def test_the_draft_runs_vllms_kernels_where_the_target_is_left_to_the_compiler(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -53,7 +53,7 @@ def copy_head(
         for rank, shard in enumerate(shards):
             for tokens, kept in zip(shard.split(ROWS_AT_ONCE), weight.split(ROWS_AT_ONCE), strict=True):
                 rows = rows_of_all_ranks(head, tokens)
-                if rank == get_tensor_model_parallel_rank():
+                if rank == head.tp_rank:
                     kept.copy_(rows)
     with set_default_torch_dtype(weight.dtype), weight.device:
         copied = ReplicatedLinear(
@@ -67,7 +67,8 @@ def copy_head(
             # vLLM's switch for weights that are not packed.
             copied._cpu_skip_gemm_dispatch = True
         copied.quant_method.process_weights_after_loading(copied)
-    copied.tp_size = head.tp_size
+    # A head of which every rank has all rows is one of a single rank.
+    copied.tp_rank, copied.tp_size = head.tp_rank, head.tp_size
     return copied
 
 
