@@ -38,6 +38,7 @@ from vllm_longspec import plugin
 from vllm_longspec.compat.versions import IS_0_32
 from vllm_longspec.options import options_of
 from vllm_longspec.scheduling.grammar import ALL_ALLOWED
+from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule
 from vllm_longspec.scheduling.scheduler import AsyncTreeScheduler, TreeScheduler, most_nodes
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
@@ -542,3 +543,17 @@ def test_ranks_with_schedulers_of_their_own_look_at_no_clock(monkeypatch):
     assert make_scheduler().grammars.budget is not None
     monkeypatch.setattr(engine_config(GLIDE).parallel_config, "distributed_executor_backend", "external_launcher")
     assert make_scheduler().grammars.budget is None
+
+
+@pytest.mark.parametrize("budget", [100, 192, 300, 448, 8192])
+def test_no_number_is_chosen_that_the_token_budget_would_always_cut(budget):
+    glide = json.dumps(json.loads(GLIDE) | {"adaptive_verification": True})
+    schedule = default_schedule(NUM_NODES, 4, MOST_ROWS)
+    scheduler = make_scheduler(
+        max_num_seqs=100, max_num_batched_tokens=budget, schedule=schedule, speculative_config=glide
+    )
+    for batch_size, numbers in list(enumerate(scheduler.chosen.choices))[1:]:
+        assert numbers[0] == 0 and batch_size * (1 + numbers[-1]) <= max(budget, batch_size)
+        assert 0 <= scheduler.dynamic_sd_lookup[batch_size] <= numbers[-1]
+    most = [number for first, last, number in schedule if first <= 16 <= last]
+    assert (scheduler.chosen.choices[16][-1] == most[0]) == (budget >= 16 * (1 + most[0]))

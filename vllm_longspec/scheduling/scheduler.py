@@ -79,6 +79,12 @@ class TreeSchedulerMixin(_Base):
         cost = cost_of_steps(self.vllm_config) if options.chooses_nodes else None
         if cost is not None:
             choices = nodes_by_batch_size(speculative_config, max_batch_size, choose=True)
+            # Longer lists would always be cut, to lengths that have no graphs and of which nothing is counted.
+            budget = self._token_budget()
+            choices = [
+                [number for number in numbers if number == 0 or size * (1 + number) <= budget]
+                for size, numbers in enumerate(choices)
+            ]
             self.chosen = (
                 AdaptiveVerification(choices, cost, self._num_cached_tokens, options.tree_shape)
                 if options.adaptive_verification
