@@ -91,7 +91,7 @@ def chains(out: Path, data: Path, commit: str | None, minutes: float | None = No
 
     train = f"--data {data} --out {pair} --only"
     recipes = f"--pair {pair} --data {data} --seconds {TRAINING_SECONDS}"
-    drafts = "draft-longspec draft-longspec-8192 draft-default-8192 eagle3"
+    drafts = "draft-longspec draft-default draft-one-depth eagle3"
     real_size = [
         step("realsize-target", "training.realsize", f"{train} target"),
         step("realsize-draft", "training.realsize", f"{train} draft"),
@@ -105,7 +105,7 @@ def chains(out: Path, data: Path, commit: str | None, minutes: float | None = No
             "plain,default,cross1024,cross4096",
             "--contexts 16064 --batches 1 --temperatures 0,1",
         ),
-        step("recipes", "training.recipes", f"{recipes} --recipes longspec longspec@8192 default@8192"),
+        step("recipes", "training.recipes", f"{recipes} --recipes longspec default one-depth"),
         step("served", "training.served", f"--pair {pair} --drafts {drafts} {labelled} --out {out / 'served.json'}"),
     ]
     self_drafting = [

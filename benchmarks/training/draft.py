@@ -17,6 +17,7 @@ from vllm_longspec.options import DEFAULT_LEVELS
 from vllm_longspec.training.batches import Cursor, Step, anchored
 from vllm_longspec.training.config import Checkpoints, HeldOut, Stage, TrainConfig
 from vllm_longspec.training.loop import Result, compute_dtype, fit, make_accelerator
+from vllm_longspec.training.optimizer import ADAMW
 from vllm_longspec.training.target import load_shared
 from vllm_longspec.training.teachers import Lesson, Sample
 from vllm_longspec.training.teachers.hf import HfTeacher
@@ -106,6 +107,7 @@ def train_draft(
         "levels": len(DEFAULT_LEVELS),
         "depths_per_batch": 1,
         "depth_weights": "equal",
+        "optimizer": ADAMW,
         "tokens_per_batch": plan.batch_tokens,
         "stages": (Stage(learning_rate=plan.draft_lr, warmup=0.02, max_length=max(plan.draft_windows), **length),),
         "checkpoints": Checkpoints(minutes=never, keep=1),

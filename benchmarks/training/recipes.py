@@ -6,7 +6,7 @@
     python -m benchmarks.training.recipes --pair FOLDER --data FOLDER --steps 400 --recipes default cross-entropy lk
     # on a CPU, for the target that ships
     python -m benchmarks.training.recipes --pair benchmarks/pair --data FOLDER --out FOLDER --device cpu --threads 1 \\
-        --tokens 200000 --windows 512 --learning-rate 4e-3 --recipes default@8192 default@2048
+        --tokens 200000 --windows 512 --learning-rate 16e-3 --recipes default@8192 default@2048
 
 A recipe is NAME or NAME@TOKENS, the tokens of a step of the optimiser, all supervised. Recipes of as many tokens a step
 see the same windows in the same order; of `own-answers` the target has written all but the beginnings, while the clock
@@ -30,9 +30,10 @@ from benchmarks.training.realsize import FULL, SMOKE, name_of
 from benchmarks.training.target import Target, load_target
 from benchmarks.training.text import Windows, load_ids
 from vllm_longspec.training.losses import LossWeights
+from vllm_longspec.training.optimizer import ADAMW, MUON, OPTIMIZERS, RATES
 
-_ALL_DEPTHS: dict[str, Any] = {"depths_per_batch": None, "depth_weights": "expected"}
-_ONE_DEPTH: dict[str, Any] = {"depths_per_batch": 1, "depth_weights": "equal"}
+_ALL_DEPTHS: dict[str, Any] = {"depths_per_batch": None, "depth_weights": "expected", "optimizer": MUON}
+_ONE_DEPTH: dict[str, Any] = {"depths_per_batch": 1, "depth_weights": "equal", "optimizer": MUON}
 
 
 def _loss(**weights: float) -> LossWeights:
@@ -40,11 +41,11 @@ def _loss(**weights: float) -> LossWeights:
 
 
 # Changes of the settings of `train_draft`. `default` has the tool's own but for learning rates and tokens of a step;
-# those behind it change one thing, but for `muon-one-depth`: the depths, the loss, the first weights, the optimizer or
-# the text.
+# those behind it change one thing: the depths, the loss, the first weights, the optimizer or the text. In files of
+# results from before Muon was the default, `default` and what changes it are AdamW's unless the name has `muon`.
 RECIPES: dict[str, dict[str, Any]] = {
     # LongSpec's: cross-entropy on the data, one number of withheld keys a batch.
-    "longspec": _ONE_DEPTH | {"loss": _loss(next_token=1.0)},
+    "longspec": _ONE_DEPTH | {"loss": _loss(next_token=1.0), "optimizer": ADAMW},
     "default": _ALL_DEPTHS,
     "one-depth": _ONE_DEPTH,
     "one-depth-expected": _ONE_DEPTH | {"depth_weights": "expected"},
@@ -56,9 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lk": _ALL_DEPTHS | {"loss": _loss(lk=1.0)},
     "lk-hybrid": _ALL_DEPTHS | {"loss": _loss(lk_hybrid=1.0)},
     "last-layer": _ALL_DEPTHS | {"init": "last_layer"},
-    # Muon learns best at four times the learning rate, in a call of its own.
-    "muon": _ALL_DEPTHS | {"optimizer": "muon"},
-    "muon-one-depth": _ONE_DEPTH | {"optimizer": "muon"},
+    "adamw": _ALL_DEPTHS | {"optimizer": ADAMW},
     "own-answers": _ALL_DEPTHS,
 }
 # Of a window of `own-answers`, so much is the text that the target goes on with.
@@ -108,7 +107,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     budget.add_argument("--seconds", type=float, help=f"of training of each (default {FULL.draft_seconds:.0f})")
     budget.add_argument("--steps", type=int, help="of each, instead of a time")
     budget.add_argument("--tokens", type=int, help="of each, instead of a time")
-    parser.add_argument("--learning-rate", type=float, help=f"default {FULL.draft_lr}")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"of all recipes (default {FULL.draft_lr} with AdamW, {RATES[MUON] * FULL.draft_lr} with Muon)",
+    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="of all recipes, instead of their own")
     parser.add_argument("--windows", type=int, help="tokens of all windows, also held-out ones, where they are short")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
@@ -126,7 +130,6 @@ def main() -> None:
     plan = replace(
         plan,
         draft_seconds=args.seconds or plan.draft_seconds,
-        draft_lr=args.learning_rate or plan.draft_lr,
         window=args.windows or plan.window,
         draft_windows=(args.windows,) if args.windows else plan.draft_windows,
     )
@@ -146,9 +149,20 @@ def main() -> None:
         batch_tokens = batch_tokens or plan.batch_tokens
         own = "" if batch_tokens == plan.batch_tokens else f"-{batch_tokens}"
         name = f"draft-{recipe}{own}{args.suffix}"
-        changes = RECIPES[recipe] | {"tokens_per_batch": batch_tokens}
+        optimizer = args.optimizer or RECIPES[recipe]["optimizer"]
+        rate = args.learning_rate or RATES[optimizer] * plan.draft_lr
+        changes = RECIPES[recipe] | {"optimizer": optimizer, "tokens_per_batch": batch_tokens}
         result, seconds, tokens = train_draft(
-            plan, args.pair, train, evaluation, args.device, args.seed, length, name, changes, out
+            replace(plan, draft_lr=rate),
+            args.pair,
+            train,
+            evaluation,
+            args.device,
+            args.seed,
+            length,
+            name,
+            changes,
+            out,
         )
         record = {
             "draft": name,
@@ -157,7 +171,8 @@ def main() -> None:
             "steps": result.steps,
             "tokens": tokens,
             "seconds": round(seconds, 1),
-            "learning_rate": plan.draft_lr,
+            "optimizer": optimizer,
+            "learning_rate": rate,
             "seed": args.seed,
             "device": name_of(args.device),
             **result.held_out,

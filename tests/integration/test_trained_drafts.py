@@ -34,7 +34,7 @@ SETTINGS_OF: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "granite": {"embedding_multiplier": 0.5, "residual_multiplier": 0.8},
 }
-TRAINING = ["stages=[{steps: 30, learning_rate: 5e-3}]", "tokens_per_batch=600", "report.steps=10", "device=cpu"]
+TRAINING = ["stages=[{steps: 30, learning_rate: 2e-2}]", "tokens_per_batch=600", "report.steps=10", "device=cpu"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,6 +18,7 @@ from benchmarks.training.text import Windows
 from tests.models import write_target
 from vllm_longspec.proposers.glide.checkpoint import read_draft
 from vllm_longspec.training.batches import Cursor
+from vllm_longspec.training.config import TrainConfig
 
 ARGUMENTS = ["--pair", "pair", "--data", "data"]
 
@@ -48,6 +49,12 @@ def test_recipes_by_the_tokens_of_a_step(capsys):
         with pytest.raises(SystemExit):
             recipes.parse_arguments([*ARGUMENTS, "--recipes", wrong])
         assert f"'{wrong}' is no recipe: give NAME or NAME@TOKENS" in capsys.readouterr().err
+
+
+def test_the_default_is_the_tools_own():
+    config = TrainConfig("target", ("data",), "out")
+    for name, value in recipes.RECIPES["default"].items():
+        assert getattr(config, name) == value, name
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -96,6 +103,8 @@ def test_recipes_of_as_many_tokens(tmp_path, monkeypatch):
     drafts = ["draft-longspec", "draft-longspec-64", "draft-default-64", "draft-own-answers-64"]
     assert [record["draft"] for record in records] == drafts
     assert [record["steps"] for record in records] == [2, 8, 8, 8]
+    rates = [(record["optimizer"], record["learning_rate"]) for record in records]
+    assert rates == [("adamw", 1e-3)] * 2 + [("muon", 4e-3)] * 2
     assert records[2]["loss"] != records[3]["loss"]
     assert {record["tokens"] for record in records} == {512}
     for record in records:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm_longspec.training import data
 from vllm_longspec.training.batches import Cursor, Plan, drawn_depths, without_short_stage
-from vllm_longspec.training.config import Stage, TrainConfig
+from vllm_longspec.training.config import Stage, TrainConfig, build
 from vllm_longspec.training.data import Counts, TokenStore, prepare
 
 WORDS = (
@@ -269,11 +269,40 @@ def test_the_recipe_has_a_short_stage_if_samples_fit():
     assert without_short_stage(asked, long) is asked
 
 
+def test_the_optimizer_and_its_learning_rates():
+    """Without one it is Muon, unless matrices are split. What is given is kept."""
+
+    def chosen(**given):
+        config = TrainConfig("target", ("data",), "out", **given)
+        return config.optimizer, [stage.learning_rate for stage in config.stages]
+
+    assert chosen() == chosen(optimizer="auto") == chosen(optimizer="muon") == ("muon", [2e-3, 4e-4])
+    assert chosen(sharding="fsdp2") == chosen(optimizer="adamw") == ("adamw", [5e-4, 1e-4])
+    stages = (Stage(steps=1), Stage(steps=1, learning_rate=3e-3))
+    assert chosen(stages=stages) == ("muon", [4e-4, 3e-3])
+    assert chosen(stages=stages, optimizer="adamw") == ("adamw", [1e-4, 3e-3])
+    assert chosen(stages=stages, sharding="fsdp2") == ("adamw", [1e-4, 3e-3])
+    # A run's file has what was chosen.
+    config = TrainConfig("target", ("data",), "out", stages=stages)
+    assert build(config.as_dict()) == config
+    with pytest.raises(ValueError, match="optimizer muon is not supported with sharding fsdp2"):
+        chosen(sharding="fsdp2", optimizer="muon")
+
+
 def test_the_defaults_are_the_documented_ones():
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     documented = dict(re.findall(r"^\| `(\w+)` \| `?([\w.]+)`? \|", page, re.MULTILINE))
     config = TrainConfig("target", ("data",), "out")
-    for name in ("tokens_per_batch", "accumulation", "levels", "depth_weights", "init", "teacher", "sharding"):
+    for name in (
+        "tokens_per_batch",
+        "accumulation",
+        "levels",
+        "depth_weights",
+        "init",
+        "teacher",
+        "sharding",
+        "optimizer",
+    ):
         assert documented[name] == str(getattr(config, name)), name
 
 

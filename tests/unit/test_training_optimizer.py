@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_longspec.training.optimizer import ADAMW, MUON, OPTIMIZERS, DraftOptimizer
+from vllm_longspec.training.optimizer import ADAMW, MUON, OPTIMIZERS, DraftOptimizer, step_flops
 
 SHAPES = [(64, 64), (32, 64), (96, 32)]
 
@@ -81,3 +81,15 @@ def test_moments_are_forgotten(name):
     optimizer.step()
     other.step()
     assert all(torch.equal(one, two) for one, two in zip(found, fresh, strict=True))
+
+
+def test_operations_of_a_step():
+    """What PyTorch's own counter finds on real matrices."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = parameters()
+    optimizer = DraftOptimizer(MUON, found, 0.1)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert step_flops(MUON, [each.shape for each in found]) == counter.get_total_flops() > 0
+    assert step_flops(ADAMW, [each.shape for each in found]) == 0

@@ -113,7 +113,7 @@ def test_every_family_is_trained_and_recognised(tmp_path, data, family, capsys):
     assert len(held_out["greedy"]) == 5 and held_out["rows"] > 0
 
 
-@pytest.mark.parametrize(("optimizer", "steps"), [("adamw", (5, 8, 13)), ("muon", (5, 8))])
+@pytest.mark.parametrize(("optimizer", "steps"), [("muon", (5, 8, 13)), ("adamw", (5, 8))])
 def test_a_run_that_is_resumed_is_the_same(tmp_path, target, data, optimizer, steps):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     chosen = f"optimizer={optimizer}"
@@ -271,6 +271,28 @@ def test_a_run_is_resumed_with_its_own_configuration(tmp_path, target, data, cap
     assert all(torch.equal(before[name], weight) for name, weight in load_file(out / "model.safetensors").items())
 
 
+def test_a_run_from_before_muon_was_the_default_goes_on_with_adamw(tmp_path, target, data):
+    """Whether its file says so or is from before there was a choice."""
+    whole = tmp_path / "whole"
+    settings = ["stages=[{steps: 4, learning_rate: 2e-3}]", "checkpoints.minutes=1e-9", "checkpoints.keep=4"]
+    command(target, data, whole, *settings, "optimizer=adamw")
+    expected, saved = load_file(whole / "model.safetensors"), (whole / "run.yaml").read_text()
+    says = "optimizer: adamw\n"
+    for text in (saved, saved.replace(says, "")):
+        out = tmp_path / f"run-{says in text}"
+        shutil.copytree(whole, out)
+        for step in (3, 4):
+            shutil.rmtree(out / checkpoints.FOLDER / f"step-{step:08d}")
+        (out / "model.safetensors").unlink()
+        (out / "run.yaml").write_text(text.replace(str(whole), str(out)))
+        with pytest.raises(SystemExit, match=r"optimizer is 'adamw' in the run of .*, but now 'muon': give it as it"):
+            command(target, data, out, *settings, options=["--resume"])
+        main(["train", "--out", str(out), "--resume"])
+        assert says in (out / "run.yaml").read_text()
+        found = load_file(out / "model.safetensors")
+        assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+
+
 def test_a_killed_run_leaves_whole_checkpoints(tmp_path, target, data):
     out = tmp_path / "run"
     arguments = ["train", "--target", str(target), "--data", str(data), "--out", str(out), "--set", *QUICK]
@@ -294,8 +316,8 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
     """Each takes one of the two batches that one process takes behind each other, with whole and with split weights."""
     one, one_by_muon = tmp_path / "one", tmp_path / "one-by-muon"
     stages = "stages=[{steps: 4, learning_rate: 2e-3}]"
-    command(target, data, one, stages)
-    command(target, data, one_by_muon, stages, "optimizer=muon")
+    command(target, data, one, stages, "optimizer=adamw")
+    command(target, data, one_by_muon, stages)
     values = {
         "target": str(target),
         "data": [str(data)],
@@ -314,9 +336,9 @@ def test_two_processes_train_what_one_does(tmp_path, target, data):
         "from vllm_longspec.training import loop\n"
         "from vllm_longspec.training.config import build\n"
         "from vllm_longspec.training.train import make_accelerator, train\n"
-        f"two = build({ {**values, 'out': str(two)} })\n"
+        f"two = build({ {**values, 'out': str(two), 'optimizer': 'adamw'} })\n"
         f"split = build({ {**values, 'out': str(split), 'sharding': 'fsdp2'} })\n"
-        f"by_muon = build({ {**values, 'out': str(by_muon), 'optimizer': 'muon'} })\n"
+        f"by_muon = build({ {**values, 'out': str(by_muon)} })\n"
         "accelerator = make_accelerator(two, Path(two.out))\n"
         # Nothing is ever due by the clock of the second rank.
         "if not accelerator.is_main_process:\n"
@@ -543,7 +565,7 @@ def test_a_gpu_trains_as_a_cpu_does(tmp_path, target, data, settings):
         (["stages=[{epochs: .inf}]"], [], "stages[0]: epochs is a finite number, not inf"),
         (["stages=[{minutes: .nan}]"], [], "stages[0]: minutes is more than 0, not nan"),
         (["clip=nan"], [], "clip is more than 0, not nan"),
-        (["optimizer=sgd"], [], "optimizer is one of adamw, muon, not 'sgd'"),
+        (["optimizer=sgd"], [], "optimizer is one of auto, adamw, muon, not 'sgd'"),
         (["optimizer=muon", "sharding=fsdp2"], [], "optimizer muon is not supported with sharding fsdp2"),
         (["seed=many"], [], "seed is 'many', but takes int"),
         (["device=gpu"], [], "device is one of auto, cpu, cuda, not 'gpu'"),
@@ -599,7 +621,9 @@ def test_the_plan_starts_nothing(tmp_path, target, data, capsys):
     command(target, data, out, options=["--plan"])
     said = capsys.readouterr().out
     assert all(word in said for word in ("GPU hours", "memory of a GPU", "disk", "40 samples", "estimate"))
-    assert "a step: 2 x 256 tokens" in said
+    assert "a step: 2 x 256 tokens" in said and "for steps of muon" in said
+    command(target, data, out, "optimizer=adamw", options=["--plan"])
+    assert "for steps of" not in capsys.readouterr().out
     assert not (out / "model.safetensors").exists() and not (out / checkpoints.FOLDER).exists()
 
 

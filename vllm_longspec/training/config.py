@@ -8,13 +8,14 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_longspec.options import DEFAULT_LEVELS
 from vllm_longspec.training.losses import LossWeights
-from vllm_longspec.training.optimizer import ADAMW, MUON, OPTIMIZERS
+from vllm_longspec.training.optimizer import ADAMW, MUON, OPTIMIZERS, RATES
 
 # In a run's folder.
 RUN_FILE = "run.yaml"
@@ -36,7 +37,8 @@ class Stage:
     steps: int | None = None
     tokens: int | None = None
     minutes: float | None = None
-    learning_rate: float = 1e-4
+    # The peak. Without one that of the recipe's last stage.
+    learning_rate: float | None = None
     # Share of the stage in which the learning rate rises.
     warmup: float = 0.05
     # Longer samples are cut.
@@ -50,8 +52,10 @@ class Stage:
             raise ValueError(
                 f"a stage has one of epochs, steps, tokens and minutes, not {' and '.join(given) or 'none'}"
             )
-        _positive(self, *given, "learning_rate", "max_length")
-        for name in (*given, "learning_rate"):
+        if self.learning_rate is not None:
+            given.append("learning_rate")
+        _positive(self, *given, "max_length")
+        for name in given:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is a finite number, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
@@ -98,16 +102,16 @@ class Reports:
             _one_of("report.to", tracker, TRACKERS)
 
 
-# Muon learns best at about four times AdamW's learning rate (docs/training.md#muon).
-_MUON_RATE = 4
+# Of AdamW, in the recipe's first stage and in its last one, which is that of stages that give none.
+_FIRST_RATE, _RATE = 5e-4, 1e-4
 
 
 def recipe(teacher: str, optimizer: str) -> tuple[Stage, ...]:
     """LongSpec's: short samples at offset positions, then long ones as they are. An engine has no offset positions."""
-    rate = _MUON_RATE if optimizer == MUON else 1
+    rate = RATES[optimizer]
     anchors = 30000 if teacher == "hf" else 0
-    first = Stage(epochs=0.5, learning_rate=rate * 5e-4, max_length=2048, anchor_positions=anchors)
-    return first, Stage(epochs=1.0, learning_rate=rate * 1e-4)
+    first = Stage(epochs=0.5, learning_rate=rate * _FIRST_RATE, max_length=2048, anchor_positions=anchors)
+    return first, Stage(epochs=1.0, learning_rate=rate * _RATE)
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ class TrainConfig:
     tokens_per_batch: int = 8192
     # Batches of each GPU in a step of the optimiser.
     accumulation: int = 1
-    optimizer: str = ADAMW
+    # "auto" is Muon, and AdamW where `sharding` leaves no matrix whole.
+    optimizer: str = AUTO
     weight_decay: float = 0.1
     clip: float = 1.0
     sharding: str = "none"
@@ -157,8 +162,10 @@ class TrainConfig:
         _one_of("teacher", self.teacher, TEACHERS)
         _one_of("init", self.init, INITIALISATIONS)
         _one_of("depth_weights", self.depth_weights, DEPTH_WEIGHTS)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("optimizer", self.optimizer, (AUTO, *OPTIMIZERS))
         _one_of("sharding", self.sharding, SHARDINGS)
+        if self.optimizer == AUTO:
+            object.__setattr__(self, "optimizer", ADAMW if self.sharding == "fsdp2" else MUON)
         if self.optimizer == MUON and self.sharding == "fsdp2":
             raise ValueError(
                 "optimizer muon is not supported with sharding fsdp2, since it needs whole matrices: give sharding "
@@ -179,8 +186,12 @@ class TrainConfig:
         _positive(self, "levels", "tokens_per_batch", "accumulation", "clip")
         if self.depths_per_batch is not None and not 1 <= self.depths_per_batch <= self.levels:
             raise ValueError(f"depths_per_batch is 1 to levels ({self.levels}), not {self.depths_per_batch}")
-        if not self.stages:
-            object.__setattr__(self, "stages", recipe(self.teacher, self.optimizer))
+        rate = RATES[self.optimizer] * _RATE
+        stages = tuple(
+            dataclasses.replace(stage, learning_rate=rate) if stage.learning_rate is None else stage
+            for stage in self.stages
+        )
+        object.__setattr__(self, "stages", stages or recipe(self.teacher, self.optimizer))
         if self.teacher == "vllm" and any(stage.anchor_positions for stage in self.stages):
             raise ValueError(
                 "anchor_positions is not supported with teacher vllm, whose positions have no gaps: give 0 there, or "
@@ -209,6 +220,10 @@ RESUMABLE = (
 )
 
 
+# Of a run whose file does not say it: it was started when there was no choice.
+BEFORE = {"optimizer": ADAMW}
+
+
 def build(values: dict[str, Any]) -> TrainConfig:
     """The configuration of nested dictionaries.
 
@@ -218,10 +233,13 @@ def build(values: dict[str, Any]) -> TrainConfig:
     return _build(TrainConfig, values, "")
 
 
-def load(path: Path | None, given: dict[str, Any], settings: list[str]) -> TrainConfig:
+def load(
+    path: Path | None, given: dict[str, Any], settings: list[str], before: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """The file's configuration, with what the command line gives.
 
     Args:
+        before: what holds where neither says it, instead of the default
         given: values of options; None where one was not given
         settings: NAME=VALUE with dots in the name and YAML as the value
     """
@@ -237,7 +255,7 @@ def load(path: Path | None, given: dict[str, Any], settings: list[str]) -> Train
             raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise ValueError(f"--config {path} holds no keys and values")
-    values |= {name: value for name, value in given.items() if value is not None}
+    values = {**(before or {}), **values, **{name: value for name, value in given.items() if value is not None}}
     for setting in settings:
         name, is_given, text = setting.partition("=")
         if not is_given:
@@ -261,8 +279,7 @@ def differing(one: TrainConfig, other: TrainConfig) -> list[str]:
         dataclasses.replace(
             config,
             stages=tuple(
-                dataclasses.replace(stage, learning_rate=Stage.learning_rate, warmup=Stage.warmup)
-                for stage in config.stages
+                dataclasses.replace(stage, learning_rate=_RATE, warmup=Stage.warmup) for stage in config.stages
             ),
         )
         for config in (one, other)

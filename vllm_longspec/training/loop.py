@@ -131,6 +131,7 @@ class Clock:
 
 def learning_rate(stage: Stage, done: float) -> float:
     """A linear rise, then a cosine to zero."""
+    assert stage.learning_rate is not None
     rise = min(1.0, (done + 1e-4) / stage.warmup) if stage.warmup else 1.0
     return stage.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -12,9 +12,10 @@ from vllm_longspec.targets.families import layer_sizes, layer_weights, num_exper
 from vllm_longspec.training.batches import Plan, without_short_stage
 from vllm_longspec.training.config import TrainConfig
 from vllm_longspec.training.forward import RECOMPUTE_ABOVE
+from vllm_longspec.training.initialise import freeze_unused
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 from vllm_longspec.training.losses import CHUNK_BYTES
-from vllm_longspec.training.optimizer import MUON
+from vllm_longspec.training.optimizer import MUON, step_flops
 from vllm_longspec.training.split import prepare_data
 from vllm_longspec.training.target import check_served, load_shared
 
@@ -53,7 +54,7 @@ def plan(config: TrainConfig) -> str:
         f"a step: {num_ranks * config.accumulation} x {config.tokens_per_batch} tokens (tokens_per_batch), more where "
         "a sample is longer"
     )
-    hours, longest = 0.0, 0
+    hours, of_updates, longest = 0.0, 0.0, 0
     for number, stage in enumerate(config.stages):
         samples = Plan(
             store,
@@ -76,7 +77,9 @@ def plan(config: TrainConfig) -> str:
                 epochs = stage.tokens / epoch.tokens
             else:
                 epochs = stage.epochs if stage.epochs is not None else (stage.steps or 0) / per_epoch
-            of_stage = epochs * _epoch_hours(config, target, shared.vocab_size, epoch)
+            updates = epochs * per_epoch * num_ranks * _step_hours(config, target)
+            of_stage = epochs * _epoch_hours(config, target, shared.vocab_size, epoch) + updates
+            of_updates += updates
             said = f"{epochs:.3g} epochs of {per_epoch} steps, {epochs * epoch.tokens:,.0f} tokens"
         hours += of_stage
         said += f", {len(samples.usable)} of {len(store)} samples"
@@ -84,6 +87,7 @@ def plan(config: TrainConfig) -> str:
     lines += [
         f"GPU hours: {hours:.2f} of a GPU with {_PEAK / 1e12:.0f} TFLOP/s of bfloat16, if the teacher reaches "
         f"{_TEACHER_SHARE:.0%} of them and the draft {_DRAFT_SHARE:.0%} (an estimate: a minute's run measures it)",
+        *([f"of them {of_updates:.2f} for steps of {config.optimizer}, which each GPU computes"] if of_updates else []),
         *_memory(config, target, shared, max(longest, config.tokens_per_batch)),
         _disk(config, shared, store.counts.tokens, held_out),
     ]
@@ -121,6 +125,14 @@ def _epoch_hours(config: TrainConfig, target: Any, vocab_size: int, epoch: Stage
     pairs = epoch.context + epoch.rows * SELF_ATTENTION_WINDOW
     draft = per_row * epoch.rows + 14 * heads * head_size * pairs
     return (teacher / _TEACHER_SHARE + draft / _DRAFT_SHARE) / _PEAK / 3600
+
+
+def _step_hours(config: TrainConfig, target: Any) -> float:
+    """Of the optimizer, on each GPU: with whole matrices every one computes all of them."""
+    glide = _glide(target)
+    freeze_unused(glide)
+    flops = step_flops(config.optimizer, [each.shape for each in glide.parameters() if each.requires_grad])
+    return flops / _DRAFT_SHARE / _PEAK / 3600
 
 
 def _memory(config: TrainConfig, target: Any, shared: Any, tokens: int) -> list[str]:

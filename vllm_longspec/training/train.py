@@ -17,7 +17,7 @@ import torch
 
 from vllm_longspec.training import checkpoints
 from vllm_longspec.training.batches import Plan, anchored, generator_of, without_short_stage
-from vllm_longspec.training.config import AUTO, RUN_FILE, TrainConfig, build, differing, load
+from vllm_longspec.training.config import AUTO, BEFORE, RUN_FILE, TrainConfig, build, differing, load
 from vllm_longspec.training.data import TokenStore
 from vllm_longspec.training.initialise import initialise, initialise_from_last_layer
 from vllm_longspec.training.layer import GlideLayer
@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     saved = Path(arguments.out) / RUN_FILE
     is_bare = arguments.config is None and arguments.target is None and arguments.data is None
     # A run that is resumed has its configuration.
-    path = saved if arguments.resume and is_bare and saved.exists() else arguments.config
-    config = load(path, given, arguments.set)
+    is_saved = arguments.resume and is_bare and saved.exists()
+    config = load(saved if is_saved else arguments.config, given, arguments.set, BEFORE if is_saved else None)
     if arguments.plan:
         print(plan(config))
         return
@@ -289,7 +289,7 @@ def _check_folder(config: TrainConfig, folder: Path, checkpoint: Path | None, re
     if names := differing(saved, config):
         raise ValueError(
             f"--resume: {names[0]} is {getattr(saved, names[0])!r} in the run of {folder}, but now "
-            f"{getattr(config, names[0])!r}: leave it as it was, or give another folder"
+            f"{getattr(config, names[0])!r}: give it as it was, or another folder"
         )
 
 
@@ -312,11 +312,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        return yaml.safe_load((folder / RUN_FILE).read_text())
+        values = yaml.safe_load((folder / RUN_FILE).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(
             f"{folder / RUN_FILE} cannot be read ({' '.join(str(error).split())}): give another --out"
         ) from None
+    return BEFORE | values if isinstance(values, dict) else values
 
 
 def _write_config(config: TrainConfig, folder: Path) -> None:
