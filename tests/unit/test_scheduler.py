@@ -40,6 +40,7 @@ from vllm_longspec.options import options_of
 from vllm_longspec.scheduling.grammar import ALL_ALLOWED
 from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule
 from vllm_longspec.scheduling.scheduler import AsyncTreeScheduler, TreeScheduler, most_nodes
+from vllm_longspec.scheduling.step_times import StepTimes, attach_times
 
 PAIR = Path(__file__).parents[2] / "benchmarks" / "pair"
 BLOCK_SIZE = 16
@@ -49,6 +50,8 @@ NUM_NODES = 68
 
 GLIDE = f'{{"model": "{PAIR / "draft"}"}}'
 MAGICDEC = '{"method": "magicdec", "gamma": 6}'
+# Of whatever number of nodes; others cost what the constants say.
+TIMES = StepTimes("GPU", {0: [(1, 5.0)], 7: [(1, 5.2)]}, {7: [(1, 1.0)]}, {0: [(1, 1e-4)], 7: [(1, 1e-4)]})
 
 
 @functools.cache
@@ -73,8 +76,12 @@ def make_scheduler(
     is_async: bool = False,
     schedule: list[tuple[int, int, int]] | None = None,
     speculative_config: str = GLIDE,
+    largest_graph: int | None = None,
 ) -> Any:
     config = copy.deepcopy(engine_config(speculative_config))
+    if largest_graph is not None:
+        config.compilation_config.max_cudagraph_capture_size = largest_graph
+        attach_times(config.speculative_config, TIMES)
     scheduler_config = config.scheduler_config
     scheduler_config.max_num_seqs = max_num_seqs
     scheduler_config.max_num_batched_tokens = max_num_batched_tokens
@@ -545,15 +552,23 @@ def test_ranks_with_schedulers_of_their_own_look_at_no_clock(monkeypatch):
     assert make_scheduler().grammars.budget is None
 
 
-@pytest.mark.parametrize("budget", [100, 192, 300, 448, 8192])
-def test_no_number_is_chosen_that_the_token_budget_would_always_cut(budget):
+@pytest.mark.parametrize(
+    ("budget", "largest_graph"),
+    [(100, None), (192, None), (300, None), (448, None), (8192, None), (8192, 256), (192, 512), (8192, 512)],
+)
+def test_no_number_is_chosen_that_would_be_cut_or_has_no_graph(budget, largest_graph):
     glide = json.dumps(json.loads(GLIDE) | {"adaptive_verification": True})
     schedule = default_schedule(NUM_NODES, 4, MOST_ROWS)
     scheduler = make_scheduler(
-        max_num_seqs=100, max_num_batched_tokens=budget, schedule=schedule, speculative_config=glide
+        max_num_seqs=100,
+        max_num_batched_tokens=budget,
+        schedule=schedule,
+        speculative_config=glide,
+        largest_graph=largest_graph,
     )
+    most_rows = min(budget, largest_graph or budget)
     for batch_size, numbers in list(enumerate(scheduler.chosen.choices))[1:]:
-        assert numbers[0] == 0 and batch_size * (1 + numbers[-1]) <= max(budget, batch_size)
+        assert numbers[0] == 0 and batch_size * (1 + numbers[-1]) <= max(most_rows, batch_size)
         assert 0 <= scheduler.dynamic_sd_lookup[batch_size] <= numbers[-1]
     most = [number for first, last, number in schedule if first <= 16 <= last]
-    assert (scheduler.chosen.choices[16][-1] == most[0]) == (budget >= 16 * (1 + most[0]))
+    assert (scheduler.chosen.choices[16][-1] == most[0]) == (most_rows >= 16 * (1 + most[0]))

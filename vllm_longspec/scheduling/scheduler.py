@@ -80,9 +80,12 @@ class TreeSchedulerMixin(_Base):
         if cost is not None:
             choices = nodes_by_batch_size(speculative_config, max_batch_size, choose=True)
             # Longer lists would always be cut, to lengths that have no graphs and of which nothing is counted.
-            budget = self._token_budget()
+            most_rows = self._token_budget()
+            if times_of(speculative_config) is not None:
+                # What was timed are CUDA graphs; more rows than the largest has would take longer than that.
+                most_rows = min(most_rows, self.vllm_config.compilation_config.max_cudagraph_capture_size or 0)
             choices = [
-                [number for number in numbers if number == 0 or size * (1 + number) <= budget]
+                [number for number in numbers if number == 0 or size * (1 + number) <= most_rows]
                 for size, numbers in enumerate(choices)
             ]
             self.chosen = (
