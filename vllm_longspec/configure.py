@@ -161,7 +161,7 @@ def configure(
         num_nodes = max((number for number, _ in tree_shape.plans), default=num_nodes)
     parse_part = parse_partial_attention if "budget" in setup.option_names else parse_cross_attention_budget
     options["num_speculative_tokens"] = num_nodes
-    options.update(setup.vllm_options(engine_args, given, target, parallel_config, draft_vocab_size))
+    options.update(setup.vllm_options(engine_args, given, target, parallel_config))
     options.update(rates_by_depth(options, tree_shape))
     _, couple_noise = read_flag(own, "couple_noise")
     return Speculation(

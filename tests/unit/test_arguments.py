@@ -779,10 +779,10 @@ def test_fp8_drafts_and_sleep_mode(target, draft):
     model_config: Any = None
     parallel_config: Any = None
     with pytest.raises(ValueError, match=r"quantization='fp8_per_channel' of a GLIDE draft .* sleep mode: ") as error:
-        setup.vllm_options(engine_args, given, model_config, parallel_config, 64)
+        setup.vllm_options(engine_args, given, model_config, parallel_config)
     refused(error)
     # Not the default either, of which target and GPU would decide.
-    assert setup.vllm_options(engine_args, {}, model_config, parallel_config, 64)["quantization"] is None
+    assert setup.vllm_options(engine_args, {}, model_config, parallel_config)["quantization"] is None
 
 
 def test_sliding_window_of_the_target_is_refused(tmp_path):

@@ -162,7 +162,6 @@ class DraftSetup(ABC):
         given: Mapping[str, Any],
         target: "ModelConfig",
         parallel_config: "ParallelConfig",
-        draft_vocab_size: int,
     ) -> dict[str, Any]:
         """Options of vLLM's speculative configuration on top of the user's: `method` and `model` at least."""
 

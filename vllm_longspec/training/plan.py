@@ -54,6 +54,7 @@ def plan(config: TrainConfig) -> str:
         f"a step: {num_ranks * config.accumulation} x {config.tokens_per_batch} tokens (tokens_per_batch), more where "
         "a sample is longer"
     )
+    step_hours = num_ranks * _step_hours(config, target)
     hours, of_updates, longest = 0.0, 0.0, 0
     for number, stage in enumerate(config.stages):
         samples = Plan(
@@ -77,7 +78,7 @@ def plan(config: TrainConfig) -> str:
                 epochs = stage.tokens / epoch.tokens
             else:
                 epochs = stage.epochs if stage.epochs is not None else (stage.steps or 0) / per_epoch
-            updates = epochs * per_epoch * num_ranks * _step_hours(config, target)
+            updates = epochs * per_epoch * step_hours
             of_stage = epochs * _epoch_hours(config, target, shared.vocab_size, epoch) + updates
             of_updates += updates
             said = f"{epochs:.3g} epochs of {per_epoch} steps, {epochs * epoch.tokens:,.0f} tokens"

@@ -44,7 +44,6 @@ class CaptureSetup(DraftSetup):
         given: Mapping[str, Any],
         target: "ModelConfig",
         parallel_config: "ParallelConfig",
-        draft_vocab_size: int,
     ) -> dict[str, Any]:
         if engine_args.enable_prefix_caching is not False:
             # What is found in the cache is not computed, and what is not computed is not seen.

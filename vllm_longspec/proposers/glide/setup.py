@@ -109,7 +109,6 @@ class GlideSetup(DraftSetup):
         given: Mapping[str, Any],
         target: "ModelConfig",
         parallel_config: "ParallelConfig",
-        draft_vocab_size: int,
     ) -> dict[str, Any]:
         quantization = given.get("quantization")
         if engine_args.enable_sleep_mode and quantization is not None:

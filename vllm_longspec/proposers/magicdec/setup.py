@@ -91,7 +91,6 @@ class MagicDecSetup(DraftSetup):
         given: Mapping[str, Any],
         target: "ModelConfig",
         parallel_config: "ParallelConfig",
-        draft_vocab_size: int,
     ) -> dict[str, Any]:
         if engine_args.enable_lora:
             # A step of drafting has other rows than the batch whose adapters vLLM has laid out.
