@@ -369,6 +369,8 @@ def test_options_of_the_method(tmp_path, options, message):
 
 def test_the_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # As the benchmark sets it for its own process; the engines of later tests are to say what they log.
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     # Forked of a process that has imported vLLM, not spawned.
     monkeypatch.setattr(teacher, "plain_seconds", lambda *arguments: run_alone(teacher.prefill, *arguments)[0])
     result = tmp_path / "teacher.json"
