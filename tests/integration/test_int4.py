@@ -13,6 +13,7 @@ from benchmarks import PAIR
 from tests.integration.test_glide_draft import one_process  # noqa: F401
 from vllm_longspec.proposers.glide.int4 import GROUPS, NAME, TYPE, Int4Config, quantise
 
+
 GROUP = GROUPS[0]
 
 
