@@ -30,8 +30,8 @@ _OPTIONS = frozenset(
 # `model_type` of targets with a learned sink in each attention head, and settings that give other targets some.
 _ATTENTION_SINKS = ("gpt_oss",)
 _SINK_SETTINGS = ("attention_sinks", "add_full_attention_sink_bias", "add_swa_attention_sink_bias")
-# vLLM's methods that quantise while loading, and one of the plugin.
-_DRAFT_QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel", "int4_per_group")
+# vLLM's methods that quantise while loading.
+_DRAFT_QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel")
 
 
 class Draft(NamedTuple):

@@ -62,7 +62,7 @@ def copy_head(
         # vLLM quantises a layer once its loader has received the whole weight.
         parameter: Any = copied.get_parameter("weight")
         parameter.weight_loader(parameter, weight.data)
-    if isinstance(copied.quant_method, UnquantizedLinearMethod):
+    if quant_config is None:
         if writable and current_platform.is_cpu():
             # vLLM's switch for weights that are not packed.
             copied._cpu_skip_gemm_dispatch = True

@@ -19,7 +19,6 @@ from vllm_longspec.attention.partial import PartialTables
 from vllm_longspec.frequent_tokens import first_tokens, read_frequent_tokens, special_tokens, token_texts
 from vllm_longspec.options import options_of
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
-from vllm_longspec.proposers.glide import int4  # noqa: F401, registers a quantization
 from vllm_longspec.proposers.glide.head import can_be_quantised, has_rows
 from vllm_longspec.proposers.glide.learned_head import HeadLearner
 from vllm_longspec.proposers.glide.model import GlideForCausalLM

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vllm_longspec.proposers.interface import HfOverrides
 
 # Of drafts whose heads can learn: rows have a scale of their own, or none.
-LEARNING_QUANTIZATIONS = (None, "fp8_per_channel", "int4_per_group")
+LEARNING_QUANTIZATIONS = (None, "fp8_per_channel")
 
 # Below vLLM's logger, whose handlers it uses.
 logger = init_logger(f"vllm.{__name__}")
@@ -119,9 +119,6 @@ class GlideSetup(DraftSetup):
             )
         if "quantization" not in given and not engine_args.enable_sleep_mode:
             quantization = default_quantization(engine_args, target, parallel_config)
-        if quantization == "int4_per_group":
-            # Registers it.
-            from vllm_longspec.proposers.glide import int4  # noqa: F401
         return {
             # vLLM's method for a draft model that it does not know.
             "method": "draft_model",
