@@ -159,7 +159,11 @@ def configure(
         schedule = validate_and_normalize_dynamic_sd_schedule(options["num_speculative_tokens_per_batch_size"])
         tree_shape = tree_shape.with_plans(plan_levels(numbers_of(schedule, num_nodes), tree_shape))
         num_nodes = max((number for number, _ in tree_shape.plans), default=num_nodes)
-    parse_part = parse_partial_attention if "budget" in setup.option_names else parse_cross_attention_budget
+    part = None
+    if "budget" in setup.option_names:
+        part = parse_partial_attention(own, target.max_model_len)
+    elif "cross_attention_budget" in setup.option_names:
+        part = parse_cross_attention_budget(own, target.max_model_len)
     options["num_speculative_tokens"] = num_nodes
     options.update(setup.vllm_options(engine_args, given, target, parallel_config))
     options.update(rates_by_depth(options, tree_shape))
@@ -174,7 +178,7 @@ def configure(
             adaptive_verification=adaptive_verification,
             copy_length=copy_length,
             num_lookahead_tokens=setup.num_lookahead_tokens(num_nodes),
-            partial_attention=parse_part(own, target.max_model_len),
+            partial_attention=part,
             spool=own.get("spool"),
             nodes_by_cost=nodes_by_cost,
             measures_costs=measures and (adaptive_verification or nodes_by_cost),

@@ -20,6 +20,10 @@ DEFAULT_COPY_LENGTH = 16
 # Tokens that the target drafts for itself.
 DEFAULT_GAMMA = 4
 
+# Last tokens that the cross-attention of nodes below the root sees of a request. With less than a third of a text no
+# fewer tokens were accepted (docs/performance.md#a-part-of-the-cache); of longer texts this is a smaller part.
+DEFAULT_CROSS_ATTENTION_BUDGET = 4096
+
 # Which cached blocks the target attends while it drafts for itself (docs/design.md#the-target-drafts-for-itself).
 SELECTIONS = ("recent", "scores")
 
@@ -188,15 +192,20 @@ def parse_cross_attention_budget(options: Mapping[str, Any], max_model_len: int)
     """Reads `cross_attention_budget`; None for the whole prefix.
 
     Raises:
-        ValueError: it is no positive integer.
+        ValueError: it is neither a positive integer nor false.
     """
     budget = _read_int(options.get("cross_attention_budget"))
-    if budget is None:
+    if budget is False:
         return None
+    if budget is None:
+        budget = DEFAULT_CROSS_ATTENTION_BUDGET
+        if PartialAttention.sinks + budget >= max_model_len:
+            # Every request is attended as a whole.
+            return None
     if not _is_positive_int(budget):
         raise ValueError(
-            f"cross_attention_budget must be a positive integer, got {budget!r}: give the number of last tokens that "
-            "the draft attends, or leave it out to attend all"
+            f"cross_attention_budget must be a positive integer or false, got {budget!r}: give the number of last "
+            "tokens that the draft attends, or false to attend all"
         )
     return PartialAttention(min(PartialAttention.sinks, max_model_len), min(budget, max_model_len))
 

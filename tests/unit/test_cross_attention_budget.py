@@ -10,7 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 from benchmarks.shapes import SHAPES
 from tests.models import write_draft, write_target
 from vllm_longspec import plugin
-from vllm_longspec.options import PartialAttention, options_of
+from vllm_longspec.options import PartialAttention, options_of, parse_cross_attention_budget
 from vllm_longspec.proposers.glide.cost import GlideCost
 from vllm_longspec.targets.families import cached_token_weights
 
@@ -31,7 +31,13 @@ def engine_config(target: str, speculative_config: dict[str, Any], **settings: A
 
 @pytest.mark.parametrize(
     ("given", "part"),
-    [({}, None), ({"cross_attention_budget": 96}, (32, 96)), ({"cross-attention-budget": "96"}, (32, 96))],
+    [
+        # The longest request is shorter than the default part.
+        ({}, None),
+        ({"cross_attention_budget": False}, None),
+        ({"cross_attention_budget": 96}, (32, 96)),
+        ({"cross-attention-budget": "96"}, (32, 96)),
+    ],
 )
 def test_the_option(pair, given, part):
     target, draft = pair
@@ -42,6 +48,21 @@ def test_the_option(pair, given, part):
     cost = GlideCost.of(config)
     per_token = cached_token_weights(config.model_config.hf_text_config, 1, False)
     assert cost.most_read == (float("inf") if part is None else sum(part) * per_token)
+
+
+@pytest.mark.parametrize(
+    ("given", "max_model_len", "part"),
+    [
+        ({}, 4128, None),
+        ({}, 4129, PartialAttention(32, 4096)),
+        ({}, 131072, PartialAttention(32, 4096)),
+        ({"cross_attention_budget": None}, 131072, PartialAttention(32, 4096)),
+        ({"cross_attention_budget": False}, 131072, None),
+        ({"cross_attention_budget": 8192}, 131072, PartialAttention(32, 8192)),
+    ],
+)
+def test_the_default_is_for_long_requests(given, max_model_len, part):
+    assert parse_cross_attention_budget(given, max_model_len) == part
 
 
 def test_a_part_is_no_larger_than_the_longest_request(pair):
@@ -57,8 +78,8 @@ def test_values_that_are_refused(pair, value):
     with pytest.raises(ValueError) as error:
         engine_config(target, {"model": draft, "cross_attention_budget": value})
     assert str(error.value) == (
-        f"cross_attention_budget must be a positive integer, got {value!r}: give the number of last tokens that the "
-        "draft attends, or leave it out to attend all"
+        f"cross_attention_budget must be a positive integer or false, got {value!r}: give the number of last tokens "
+        "that the draft attends, or false to attend all"
     )
 
 
