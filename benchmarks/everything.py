@@ -26,7 +26,6 @@ from pathlib import Path
 from threading import Condition
 
 from benchmarks import ROOT
-from benchmarks.speed.systems import TUNED
 
 # Shapes with random weights; the last was picked last, and nothing was set by looking at it.
 DENSE = ("qwq-32b", "llama-3-8b-262k", "qwen2.5-7b", "qwen3-32b", "llama-3.2-3b")
@@ -72,7 +71,7 @@ def chains(out: Path, data: Path, commit: str | None, minutes: float | None = No
         return step(name, "speed", f"--models {model} --systems {systems} {arguments} {results}")
 
     def shape(model: str, systems: str = "plain,eagle3,default,gamma4,ngram") -> Step:
-        return speed(model, model, systems + (",tuned" if model in TUNED else ""), f"{ALL_CELLS} {AT_3_82}")
+        return speed(model, model, systems, f"{ALL_CELLS} {AT_3_82}")
 
     def profile(model: str, system: str, batch: int) -> Step:
         name = f"profile-{model}-{system}-16k-b{batch}"

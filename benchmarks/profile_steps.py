@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of a decoding step goes: the GPU's timeline of some steps, as a small table.
 
-    python -m benchmarks.profile_steps --model qwq-32b --system tuned --context 16384 --batch 1 --out step.json
+    python -m benchmarks.profile_steps --model qwq-32b --system default --context 16384 --batch 1 --out step.json
 
 An engine with random weights runs in this process. After the prompts and `--after` steps, `--steps` steps are recorded
 with PyTorch's profiler. A kernel belongs to the step and the part of it (target, sampling, compaction, draft) that
@@ -18,6 +18,7 @@ import bisect
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -31,7 +32,7 @@ from benchmarks.reporting import environment
 from benchmarks.server import ENVIRONMENT, ON_CPU
 from benchmarks.speed.engine import WARM_UP_TOKENS, RandomPrompts
 from benchmarks.speed.runs import CPU_SETTINGS, SLACK
-from benchmarks.speed.systems import Model, check_system, prepare, target_folder
+from benchmarks.speed.systems import Model, NotMeasurable, check_system, prepare, target_folder
 
 # Ranges of the host's timeline that `_mark_parts` records. The first begins a step.
 PARTS = ("target", "sampling", "compaction", "draft")
@@ -303,7 +304,7 @@ def main() -> None:
     add("--context", type=int, default=16384)
     add("--batch", type=int, default=1)
     add("--acceptance", type=float, default=3.82, help="tokens a step")
-    add("--tuned", type=json.loads, help="JSON of the settings of system tuned")
+    add("--given", type=json.loads, help="JSON of the options of system given; frequent_tokens may be how many")
     add("--engine", type=json.loads, default={}, help="JSON of more arguments of the engine")
     add("--steps", type=int, default=10)
     add(
@@ -332,7 +333,7 @@ def main() -> None:
         "max_num_seqs": arguments.batch,
     }
     acceptance = None if arguments.system == "plain" else arguments.acceptance
-    decoding = prepare(model, arguments.system, acceptance, arguments.tuned)
+    decoding = prepare(model, arguments.system, acceptance, arguments.given)
     settings["model"] = str(target_folder(model))
     if decoding.speculative_config is not None:
         settings["speculative_config"] = decoding.speculative_config
@@ -366,4 +367,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NotMeasurable as reason:
+        sys.exit(str(reason))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Milliseconds a token of plain vLLM, vLLM's EAGLE-3 and n-gram drafts, and this plugin, on one GPU in one invocation.
 
-    python -m benchmarks.speed [--models qwq-32b] [--systems plain,eagle3,tuned] [--contexts 1024,16384] [--batches 1,4]
+    python -m benchmarks.speed [--models qwq-32b] [--systems plain,default] [--contexts 1024,16384] [--batches 1,4]
 
 Full-size models have random weights, and as many tokens a step as `--acceptances` says: a step's cost does not depend
 on what is accepted. A folder with a trained target/, draft/ and prompts.jsonl, or `pair` for the one that ships, is
-measured as it is. Every cell (system, context, batch) becomes a line of `--out` as soon as it is measured; what is
-there already is left out, so an interrupted run goes on where it stopped. `python -m benchmarks.speed.report` makes
-tables and plots of it.
+measured as it is. The system `given` is this plugin with the options of `--given`, whichever they are. Every cell
+(system, context, batch) becomes a line of `--out` as soon as it is measured; what is there already is left out, so an
+interrupted run goes on where it stopped. `python -m benchmarks.speed.report` makes tables and plots of it.
 
 One engine runs for each system, and what adapts to acceptance has adapted to the cells before. Cells that are longer
 than the model's positions, or whose KV cache does not fit, are recorded as skipped.
@@ -34,7 +34,7 @@ BATCHES = [1, 4, 16, 64]
 ACCEPTANCES = [2.5, 3.2, 3.82]
 SMOKE = {
     "models": ["toy"],
-    "systems": ["plain", "eagle3", "default", "gamma4", "tuned"],
+    "systems": ["plain", "eagle3", "default", "gamma4"],
     "contexts": [96, 160],
     "batches": [1, 2],
     "acceptances": [3.82],
@@ -69,7 +69,7 @@ def main() -> None:
             if time.time() + start_seconds >= plan.deadline:
                 continue
             try:
-                took = run(plan, model, system, arguments.tuned)
+                took = run(plan, model, system, arguments.given)
                 start_seconds = max(start_seconds, took)
             except NotMeasurable as reason:
                 print(f"{model.name} {system}: {reason}")
@@ -78,7 +78,7 @@ def main() -> None:
     if arguments.cross_check:
         system, context, batch = arguments.cross_check
         model = Model.find(arguments.models[0])
-        check(plan, model, system, arguments.tuned, int(context), int(batch))
+        check(plan, model, system, arguments.given, int(context), int(batch))
     if time.time() + start_seconds >= plan.deadline:
         print("The time is up; the same command goes on where this one stopped.")
     sys.exit(f"failed: {', '.join(failures)}" if failures else 0)
@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperatures", type=listed(float), default=[0.0])
     add("--tokens", type=int, default=128, help="tokens to decode for each request")
     add("--repeats", type=int, default=3, help="times that a batch is decoded; trained weights decode every prompt")
-    add("--tuned", type=json.loads, help="JSON of the settings of system tuned; frequent_tokens is how many")
+    add("--given", type=json.loads, help="JSON of the options of system given; frequent_tokens may be how many")
     add("--engine", type=json.loads, default={}, help="JSON of more arguments for every engine")
     add("--minutes", type=float, default=1e6, help="start no cell after so many minutes")
     add("--again", action="store_true", help="measure what has been measured, too")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.systems import is_plugin_system
+from benchmarks.speed.systems import VLLM_SYSTEMS
 
 Record = dict[str, Any]
 
@@ -22,7 +22,7 @@ def identity(record: Record) -> str:
     """What tells a measurement from others. The plugin's commit counts for the plugin's systems only."""
     machine = record["environment"]
     keys = [record.get(name) for name in _IDENTITY] + [machine["device"], machine["vllm"]]
-    if is_plugin_system(record["system"]):
+    if record["system"] not in VLLM_SYSTEMS:
         keys.append(machine["commit"])
     return json.dumps(keys, sort_keys=True)
 

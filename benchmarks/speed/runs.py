@@ -51,7 +51,7 @@ class Plan:
     machine: dict[str, str]
 
 
-def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> float:
+def run(plan: Plan, model: Model, system: str, given: dict[str, Any] | None) -> float:
     """Measures the cells of one engine that are still to be measured. Returns how long it took to start.
 
     Raises:
@@ -59,7 +59,7 @@ def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> 
         EngineFailed: it can, and did not.
     """
     # How many nodes are verified follows what an engine starts with: as many as all acceptances can be had of.
-    decoding = prepare(model, system, max(plan.acceptances), tuned)
+    decoding = prepare(model, system, max(plan.acceptances), given)
     base = record_of(plan, model, decoding)
     known = set() if plan.again else {identity(record) for record in read([plan.out])}
     cells: list[dict[str, Any]] = [
@@ -115,13 +115,13 @@ def run(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None) -> 
     return max((record["start_seconds"] for record in measured), default=0.0)
 
 
-def check(plan: Plan, model: Model, system: str, tuned: dict[str, Any] | None, context: int, batch: int) -> None:
+def check(plan: Plan, model: Model, system: str, given: dict[str, Any] | None, context: int, batch: int) -> None:
     """Runs vLLM's own benchmarks on a cell that has been measured, at the largest acceptance.
 
     Raises:
         NotMeasurable: the cell has not been measured.
     """
-    decoding = prepare(model, check_system(system), max(plan.acceptances), tuned)
+    decoding = prepare(model, check_system(system), max(plan.acceptances), given)
     base = record_of(plan, model, decoding) | cell_of(decoding.acceptance, 0.0, context, batch)
     measured = {identity(record): record for record in read([plan.out])}.get(identity(base))
     if measured is None or "skipped" in measured:

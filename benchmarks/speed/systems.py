@@ -11,7 +11,8 @@
 - `gammaN`: this plugin's sequential method
 - `magicdec`: the target drafts 4 tokens for itself, or as many as pay (adaptive verification)
 - `magicdecN`: the same with N tokens, whatever is accepted
-- `tuned`: this plugin with settings for the model (`TUNED`, or `--tuned`)
+- `given`: this plugin with the options of `--given`, of its speculative configuration; an integer as `frequent_tokens`
+  is how many random tokens there are
 """
 
 import json
@@ -26,33 +27,15 @@ from filelock import FileLock
 from benchmarks import PAIR, ROOT
 from benchmarks.shapes import SHAPES, write_eagle3_head, write_frequent_tokens, write_glide_draft, write_target
 
-SYSTEMS = ("plain", "eagle3", "ngram", "default", "gamma4", "unquantised", "magicdec", "tuned")
-_PLUGIN_SYSTEM = re.compile(r"tuned|unquantised|default(@[1-9]\d*)?|cross[1-9]\d*|gamma[1-9]\d*|magicdec([1-9]\d*)?")
+# Every other system is this plugin.
+VLLM_SYSTEMS = ("plain", "eagle3", "ngram")
+SYSTEMS = (*VLLM_SYSTEMS, "default", "gamma4", "unquantised", "magicdec", "given")
+_PLUGIN_SYSTEM = re.compile(r"given|unquantised|default(@[1-9]\d*)?|cross[1-9]\d*|gamma[1-9]\d*|magicdec([1-9]\d*)?")
 OTHERS_TOKENS = 5
 # More than a batch ever has.
 MOST_REQUESTS = 1024
 # Of models without weights. The same ones every time, since vLLM finds what it has compiled by a model's path.
 FOLDER = ROOT / ".data" / "shapes"
-
-# Options of the plugin's speculative configuration; `frequent_tokens` is how many. A tile of FlashAttention 3 holds 25
-# rows of 40 heads to 8 KV heads, or 32 of 32 to 8, the root's included: more nodes read the prefix once more. Random
-# weights accept what they are told to, of however few nodes; what fewer nodes really cost only trained weights show.
-TUNED: dict[str, dict[str, Any]] = {
-    "qwq-32b": {
-        "tree_shape": [4, 16, 16, 16, 16],
-        "frequent_tokens": 32768,
-        "num_speculative_tokens": 24,
-        "num_speculative_tokens_per_batch_size": [[1, 2, 24], [3, 16, 7], [17, 32, 3], [33, 64, 1]],
-    },
-    "llama-3-8b-262k": {
-        "tree_shape": [4, 16, 16, 16, 16],
-        "frequent_tokens": 32768,
-        "num_speculative_tokens": 31,
-        "num_speculative_tokens_per_batch_size": [[1, 2, 31], [3, 16, 7], [17, 32, 3], [33, 64, 1]],
-    },
-    "toy": {"tree_shape": [2, 4, 4], "frequent_tokens": 512, "num_speculative_tokens": 8},
-    "pair": {"tree_shape": [4, 16, 16, 16, 16], "num_speculative_tokens": 24},
-}
 
 
 class NotMeasurable(Exception):
@@ -110,7 +93,7 @@ class Decoding:
     options: dict[str, Any]
 
 
-def prepare(model: Model, system: str, acceptance: float | None, tuned: dict[str, Any] | None) -> Decoding:
+def prepare(model: Model, system: str, acceptance: float | None, given: dict[str, Any] | None) -> Decoding:
     """Writes what the system needs into `FOLDER`, where it is not there yet.
 
     Raises:
@@ -118,13 +101,13 @@ def prepare(model: Model, system: str, acceptance: float | None, tuned: dict[str
     """
     if system == "plain":
         return Decoding(system, None, None, {})
-    options = _options(model, system, tuned)
+    options = _options(model, system, given)
     speculative_config = dict(options)
     if model.trained is None:
         speculative_config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": acceptance}
     else:
         acceptance = None
-    if (size := options.get("frequent_tokens")) is not None:
+    if _is_number(size := options.get("frequent_tokens")):
         path = FOLDER / f"{model.name}-frequent-{size}.json"
         speculative_config["frequent_tokens"] = str(
             _written(write_frequent_tokens, path, size, model.config["vocab_size"])
@@ -132,7 +115,7 @@ def prepare(model: Model, system: str, acceptance: float | None, tuned: dict[str
     if system == "eagle3":
         head = _written(write_eagle3_head, FOLDER / f"{model.name}-eagle3", model.config)
         speculative_config |= {"model": str(head), "draft_load_config": {"load_format": "safetensors"}}
-    elif is_plugin_system(system) and not system.startswith("magicdec"):
+    elif is_plugin_system(system) and options.get("method") != "magicdec" and "model" not in options:
         if model.trained:
             draft = model.trained / "draft"
         else:
@@ -154,7 +137,12 @@ def _written(write: Callable[..., Path], path: Path, *given: Any) -> Path:
         return write(path, *given)
 
 
-def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[str, Any]:
+def _is_number(frequent_tokens: Any) -> bool:
+    """Whether it says how many, which tokens does not matter. The plugin's own option is no number."""
+    return isinstance(frequent_tokens, int) and not isinstance(frequent_tokens, bool)
+
+
+def _options(model: Model, system: str, given: dict[str, Any] | None) -> dict[str, Any]:
     if system == "eagle3":
         if model.trained:
             raise NotMeasurable(f"{model.name} has no EAGLE-3 head")
@@ -162,13 +150,12 @@ def _options(model: Model, system: str, tuned: dict[str, Any] | None) -> dict[st
     if system == "ngram":
         # On the GPU, because vLLM schedules the other one synchronously.
         return {"method": "ngram_gpu", "num_speculative_tokens": OTHERS_TOKENS}
-    if system == "tuned":
-        options = tuned or TUNED.get(model.name)
-        if options is None:
-            raise NotMeasurable(f"there are no tuned settings for {model.name}: give them with --tuned")
-        if model.trained and "frequent_tokens" in options:
+    if system == "given":
+        if given is None:
+            raise NotMeasurable("the system given has no options of its own: give them with --given")
+        if model.trained and _is_number(given.get("frequent_tokens")):
             raise NotMeasurable(f"{model.name} is trained: random frequent tokens would change its acceptance")
-        return dict(options)
+        return dict(given)
     if system == "magicdec":
         # By default it is off with acceptance that is set, which for a tree does not depend on the number of nodes.
         return {"method": "magicdec", "adaptive_verification": True}

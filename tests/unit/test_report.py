@@ -163,6 +163,8 @@ def test_what_is_the_same_measurement():
         ("default", False),
         ("default@8", False),
         ("gamma4", False),
+        # Was a system once, and is one of the recorded ones.
+        ("tuned", False),
     ):
         one, other = cell(system, 1024, 1, 1.0), cell(system, 1024, 1, 2.0, environment=elsewhere)
         assert (identity(one) == identity(other)) == same
