@@ -31,14 +31,15 @@ import torch
 from benchmarks import PAIR, shapes
 from benchmarks.reporting import markdown
 from benchmarks.training.acceptance import coupled, load_pair, load_prompts
-from benchmarks.training.sparse import SINKS, Passages, Selection, draw, forward, keep, make_passages, numbers
+from benchmarks.training.sparse import SINKS, Passages, draw, forward, make_passages, numbers
 from benchmarks.training.target import Target
+from vllm_longspec.options import PartialAttention
 from vllm_longspec.proposers.glide.cost import GlideCost
 from vllm_longspec.proposers.magicdec.cost import MagicDecCost
 from vllm_longspec.scheduling.adaptive import typical_acceptance
 from vllm_longspec.scheduling.cost import ROW, StepCost
 from vllm_longspec.training.layer import GlideLayer
-from vllm_longspec.training.walk import Kept, Passage, Rescore, accepted_nodes
+from vllm_longspec.training.walk import Kept, Passage, Rescore, accepted_nodes, kept_part
 from vllm_longspec.training.walk import walk as walk_drafts
 from vllm_longspec.tree.shape import TreeShape
 
@@ -51,18 +52,11 @@ MODEL = "llama-3-8b-262k"
 LOADS = ((131072, 4), (32768, 16), (16384, 16))
 
 
-def kept_part(budget: int | None, num_tokens: int, first_depth: int = 0) -> Kept | None:
+def kept_of(budget: int | None, num_tokens: int, first_depth: int = 0) -> Kept | None:
     """What nodes from `first_depth` on see of the tokens before a root with this budget; None for all of them."""
     if budget is None:
         return None
-    selection = Selection(budget, unit=BLOCK_SIZE)
-
-    def kept(roots: torch.Tensor, depth: int) -> torch.Tensor:
-        if depth < first_depth:
-            return torch.ones(1, num_tokens, dtype=torch.bool, device=roots.device)
-        return keep(None, roots, num_tokens, selection)[:, 0]
-
-    return kept
+    return kept_part(PartialAttention(SINKS, budget), num_tokens, BLOCK_SIZE, first_depth)
 
 
 def passage_of(glide: GlideLayer, target: Target, passages: Passages) -> Passage:
@@ -91,7 +85,7 @@ def cross(
     first_depth: int = 0,
 ) -> list[int]:
     """Tokens emitted in each step of drafts whose cross-attention sees a part from a depth on; None for everything."""
-    kept = kept_part(budget, passages.ids.shape[1], first_depth)
+    kept = kept_of(budget, passages.ids.shape[1], first_depth)
     passage = passage_of(glide, target, passages)
     steps = walk_drafts(target, glide, passage, shape, rescore=rescore_of(passages), kept=kept)
     return [emitted for _, _, emitted in steps]
@@ -106,7 +100,7 @@ def rounds(target: Target, glide: GlideLayer, passages: Passages, num_rounds: in
     """
     ids, device = passages.ids, passages.ids.device
     num_tokens = ids.shape[1]
-    kept = kept_part(budget, num_tokens)
+    kept = kept_of(budget, num_tokens)
     tokens = torch.arange(num_tokens, device=device)
     caches = [(keys.clone(), values.clone()) for keys, values in passages.caches]
     passage, rescore = passage_of(glide, target, passages), rescore_of(passages)

@@ -3,6 +3,8 @@
 
 import argparse
 import json
+from copy import deepcopy
+from dataclasses import replace
 
 import torch
 
@@ -33,7 +35,7 @@ class WithNoiseOfVllm(Predictor):
         return noised_logits(torch.zeros(1, self.target.head(lesson.hidden[:1]).shape[-1]), level, None)[0]
 
 
-def test_the_walk_takes_the_steps_of_an_engine_with_copies_and_with_noise(tmp_path, monkeypatch):
+def test_the_walk_takes_the_steps_of_an_engine_with_copies_a_part_of_the_cache_and_noise(tmp_path, monkeypatch):
     prompts = load_prompts(PAIR / "prompts.jsonl", PAIR / "target" / "tokenizer.json", 3, "cpu")
     prompt_ids = prompts[2048][:, 400 : 400 + PROMPT_LENGTH]
     with torch.inference_mode():
@@ -45,7 +47,8 @@ def test_the_walk_takes_the_steps_of_an_engine_with_copies_and_with_noise(tmp_pa
     evaluate.add_arguments(parser)
     argv = ["--target", str(PAIR / "target"), "--draft", str(PAIR / "draft"), "--data", str(data), "--contexts", "1k"]
     argv += ["--tokens", str(TOKENS), "--nodes", str(NODES), "--copy-length", str(COPY_LENGTH), "--device", "cpu"]
-    argv += ["--engine-args", json.dumps({"gpu_memory_utilization": 0.1})]
+    argv += ["--cross-attention-budget", "48"]
+    argv += ["--engine-args", json.dumps({"gpu_memory_utilization": 0.1, "block_size": 32})]
     evaluation = evaluate.prepare(parser.parse_args(argv))
     drawn: list[list[dict]] = []
 
@@ -82,9 +85,11 @@ def test_the_walk_takes_the_steps_of_an_engine_with_copies_and_with_noise(tmp_pa
     for each, part in zip(before, evaluation.parts, strict=True):
         learning.steps(each, part)
     part = Part(2, PROMPT_LENGTH, LENGTH, 0, 0)
-    predictor = WithNoiseOfVllm(vocabulary, glide, evaluation.drafting, SAMPLING, trust=learning.trust)
+    trust = learning.trust
+    predictor = WithNoiseOfVllm(vocabulary, glide, evaluation.drafting, SAMPLING, trust=deepcopy(trust))
     accepted = predictor.steps(lesson, part).accepted
     assert accepted == drawn[0][0]["accepted"]
-    # Without the noise they are others.
-    evaluation.drafting.couple_noise = False
-    assert Predictor(vocabulary, glide, evaluation.drafting, SAMPLING).steps(lesson, part).accepted != accepted
+    # Without the part, or without the noise, they are others.
+    for drafting in (replace(evaluation.drafting, part=None), replace(evaluation.drafting, couple_noise=False)):
+        other = WithNoiseOfVllm(vocabulary, glide, drafting, SAMPLING, trust=deepcopy(trust))
+        assert other.steps(lesson, part).accepted != accepted

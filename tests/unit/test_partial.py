@@ -31,9 +31,9 @@ def passages_of(target: Target, temperature: float) -> Passages:
 
 
 def test_a_part_is_whole_blocks() -> None:
-    kept = partial.kept_part(40, 250)
+    kept = partial.kept_of(40, 250)
     assert kept is not None
-    deeper = partial.kept_part(40, 250, first_depth=1)
+    deeper = partial.kept_of(40, 250, first_depth=1)
     assert deeper is not None
     for root in (0, 1, 31, 71, 72, 73, 88, 89, 200, 249):
         part = kept(torch.tensor([root]), 0)
@@ -42,7 +42,7 @@ def test_a_part_is_whole_blocks() -> None:
         seen = part[0, :root].nonzero().flatten().tolist()
         blocks = {place // 16 for place in range(root) if place < 32 or place >= root - 40}
         assert seen == [place for place in range(root) if place // 16 in blocks]
-    assert partial.kept_part(None, 250) is None
+    assert partial.kept_of(None, 250) is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

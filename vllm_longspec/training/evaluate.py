@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from vllm_longspec.frequent_tokens import FILE_NAME, read_frequent_tokens
-from vllm_longspec.options import DEFAULT_COPY_LENGTH, DEFAULT_LEVELS, parse_copy_length, parse_tree_shape
+from vllm_longspec.options import (
+    DEFAULT_COPY_LENGTH,
+    DEFAULT_CROSS_ATTENTION_BUDGET,
+    DEFAULT_LEVELS,
+    parse_copy_length,
+    parse_cross_attention_budget,
+    parse_tree_shape,
+)
 from vllm_longspec.proposers.glide.checkpoint import DraftCheckpoint, find_file
 from vllm_longspec.scheduling.schedule import default_schedule
 from vllm_longspec.targets.families import layer_sizes, size_of
@@ -81,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--copy-length", type=int, metavar="N", help=f"as --speculative-copy-length ({DEFAULT_COPY_LENGTH}); 0 for none"
     )
     add("--frequent-tokens", type=Path, metavar="FILE", help="as --speculative-frequent-tokens")
+    add(
+        "--cross-attention-budget",
+        type=json.loads,
+        metavar="N",
+        help=f"as cross_attention_budget ({DEFAULT_CROSS_ATTENTION_BUDGET}); false for all",
+    )
     add("--no-couple-noise", action="store_true", help="drafts that do not know the target's noise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the target (its own; float32 on a CPU)")
@@ -148,6 +161,7 @@ def run(arguments: argparse.Namespace) -> None:
             "nodes": drafting.num_nodes,
             "copy_length": drafting.copy_length,
             "couple_noise": drafting.couple_noise,
+            "cross_attention_budget": False if drafting.part is None else drafting.part.budget,
             "tolerance": arguments.tolerance,
             "results": results,
         }
@@ -266,7 +280,18 @@ def _drafting(arguments: argparse.Namespace, config: Any) -> tuple[Drafting, str
     if not 1 <= num_nodes <= shape.num_nodes:
         raise ValueError(f"--nodes must be from 1 to {shape.num_nodes}, the nodes of the tree, got {num_nodes}")
     copy_length = parse_copy_length({"copy_length": arguments.copy_length})
-    drafting = Drafting(shape, num_nodes, copy_length, not arguments.no_couple_noise, token_ids)
+    part = parse_cross_attention_budget(
+        {"cross_attention_budget": arguments.cross_attention_budget}, config.max_position_embeddings
+    )
+    drafting = Drafting(
+        shape,
+        num_nodes,
+        copy_length,
+        not arguments.no_couple_noise,
+        token_ids,
+        part,
+        arguments.engine_args.get("block_size", Drafting.block_size),
+    )
     return drafting, None if path is None else str(Path(path).absolute())
 
 
@@ -369,6 +394,7 @@ def engine_settings(evaluation: Evaluation, longest: int) -> dict[str, Any]:
         "num_speculative_tokens_per_batch_size": [[1, settings["max_num_seqs"], drafting.num_nodes]],
         "copy_length": drafting.copy_length,
         "couple_noise": drafting.couple_noise,
+        "cross_attention_budget": False if drafting.part is None else drafting.part.budget,
         "frequent_tokens": evaluation.frequent_tokens or False,
         **arguments.engine_args.get("speculative_config", {}),
     }

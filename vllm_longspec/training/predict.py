@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_longspec.options import PartialAttention
 from vllm_longspec.training.continuations import Part
 from vllm_longspec.training.copies import Trust, find_copy
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer
 from vllm_longspec.training.sampling import Sampling, lower, noise_given, truncate
 from vllm_longspec.training.teachers import Lesson
-from vllm_longspec.training.walk import Level, Passage, Vocabulary, accepted_of_listed, coupled, walk
+from vllm_longspec.training.walk import Level, Passage, Vocabulary, accepted_of_listed, coupled, kept_part, walk
 from vllm_longspec.tree.shape import TreeShape
 
 
@@ -43,6 +44,8 @@ class Drafting:
     copy_length: int
     couple_noise: bool = True
     token_ids: Tensor | None = None  # int64, the only tokens that are drafted
+    part: PartialAttention | None = None  # what the cross-attention below the root sees; None for all of the prefix
+    block_size: int = 16  # of the cache, in tokens
 
     @property
     def reach(self) -> int:
@@ -83,8 +86,10 @@ class Predictor:
             accepted = accepted_of_listed(levels, 0, expected, self.drafting.num_nodes, copied, scores)
             return torch.tensor([accepted], device=roots.device)
 
+        part_of_prefix = self.drafting.part
+        kept = None if part_of_prefix is None else kept_part(part_of_prefix, len(ids), self.drafting.block_size)
         found = walk(
-            self.target, self.glide, passage, shape, self.drafting.token_ids, rescore, count, self.drafting.reach
+            self.target, self.glide, passage, shape, self.drafting.token_ids, rescore, count, self.drafting.reach, kept
         )
         if found and self.drafting.copy_length:
             # An engine drafts once more before it finds that a request is done.

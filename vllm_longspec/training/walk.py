@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vllm_longspec.options import PartialAttention
 from vllm_longspec.training.layer import SELF_ATTENTION_WINDOW, GlideLayer, KeysValues
 
 # (logits [batch, nodes, vocabulary], positions of the nodes [batch]) -> the same, by which their children are ranked
@@ -247,6 +248,23 @@ def walk(
             if counts:
                 steps.append((request, root, number))
         roots = torch.where(active, roots + emitted, roots)
+
+
+def kept_part(part: PartialAttention, num_tokens: int, block_size: int, first_depth: int = 1) -> Kept:
+    """What nodes from `first_depth` on see of the first `num_tokens` tokens: those of the part, in whole blocks.
+
+    The blocks are those of `vllm_longspec/attention/partial.py`.
+    """
+
+    def kept(roots: Tensor, depth: int) -> Tensor:
+        tokens = torch.arange(num_tokens, device=roots.device)
+        if depth < first_depth:
+            return torch.ones_like(tokens, dtype=torch.bool)[None]
+        first_recent = (roots - part.budget).clamp(min=0) // block_size * block_size
+        num_sinks = -(-part.sinks // block_size) * block_size
+        return (tokens < num_sinks) | (tokens >= first_recent[:, None])
+
+    return kept
 
 
 def coupled(noises: Callable[[Tensor], Tensor], change: Callable[[Tensor], Tensor]) -> Rescore:
