@@ -96,8 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--systems",
         type=listed(check_system),
-        default=list(SYSTEMS),
-        help=f"{', '.join(SYSTEMS)}, default@K, crossN, gammaN, magicdecN",
+        help=f"{', '.join(SYSTEMS)}, default@K, crossN, gammaN, magicdecN (the named ones, given only with --given)",
     )
     add("--contexts", type=listed(int), default=CONTEXTS, help="tokens of a prompt")
     add("--batches", type=listed(int), default=BATCHES, help="requests that decode together")
@@ -120,7 +119,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--smoke", action="store_true", help="a toy model, to try everything without a GPU; other options still count")
     if "--smoke" in sys.argv:
         parser.set_defaults(**SMOKE)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.systems is None:
+        arguments.systems = [system for system in SYSTEMS if system != "given" or arguments.given is not None]
+    if "given" in arguments.systems and arguments.given is None:
+        parser.error("--systems given needs its options: give them with --given")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.speed import systems
+from benchmarks.speed.__main__ import parse_arguments
 from benchmarks.speed.systems import SYSTEMS, Model, NotMeasurable, check_system, prepare
 
 
@@ -30,6 +31,18 @@ def test_known_systems(system):
 def test_unknown_systems(system):
     with pytest.raises(NotMeasurable, match=f"there is no system {system}"):
         check_system(system)
+
+
+def test_given_is_measured_where_its_options_are(monkeypatch, capsys):
+    def systems_of(*arguments: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["speed", *arguments])
+        return parse_arguments().systems
+
+    assert systems_of() == [system for system in SYSTEMS if system != "given"]
+    assert systems_of("--given", "{}") == list(SYSTEMS) and systems_of("--systems", "plain") == ["plain"]
+    with pytest.raises(SystemExit):
+        systems_of("--systems", "plain,given")
+    assert "--systems given needs its options: give them with --given" in capsys.readouterr().err
 
 
 def test_options_must_be_given(toy):
