@@ -191,7 +191,8 @@ def start_table(records: Iterable[Record]) -> str | None:
     """
     starts: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
     for record in records:
-        if "start_seconds" in record:
+        # None where other engines started at the same time.
+        if record.get("start_seconds") is not None:
             engine = record["run"], json.dumps([record["engine"], record["options"], record["start_seconds"]])
             place = record["environment"]["device"], record["model"], record["system"]
             starts.setdefault(place, {})[engine] = record["start_seconds"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GLIDE draft whose cross-attention sees a part of the cache: the option and its cost."""
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +64,27 @@ def test_the_option(pair, given, part):
 )
 def test_the_default_is_for_long_requests(given, max_model_len, part):
     assert parse_cross_attention_budget(given, max_model_len) == part
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({}, PartialAttention(32, 4096)),
+        ({"cross_attention_budget": False}, None),
+        # Those that draft otherwise have no part that nobody asked for.
+        ({"method": "magicdec"}, PartialAttention(32, 1024)),
+        ({"method": "capture", "spool": "spool", "copy_length": 0}, None),
+    ],
+)
+def test_an_engine_for_long_requests(tmp_path, given, part):
+    target = write_target(tmp_path / "target", "llama", max_position_embeddings=8192)
+    if "method" not in given:
+        given = given | {"model": str(write_draft(tmp_path / "draft", target))}
+    config = engine_config(str(target), given, max_model_len=8192, enable_prefix_caching=False)
+    options = options_of(config.speculative_config)
+    assert options is not None and options.partial_attention == part
+    # As workers get it.
+    assert options_of(pickle.loads(pickle.dumps(config.speculative_config))) == options
 
 
 def test_a_part_is_no_larger_than_the_longest_request(pair):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance that is predicted from stored answers: which parts are walked, with what noise, and what is reported."""
 
+import argparse
 import itertools
 import json
 import math
@@ -336,6 +337,22 @@ def test_without_data_the_held_out_samples_of_the_run_are_evaluated(tmp_path, ca
             commands.main([*argv, "--draft", draft])
 
 
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [([], False), (["--cross-attention-budget", "64"], 64), (["--cross-attention-budget", "false"], False)],
+)
+def test_an_engine_sees_the_same_part(tmp_path, options, budget):
+    data = write_data(tmp_path / "data.jsonl", [[1] * 80], 20)
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    argv = ["--target", TARGET, "--draft", DRAFT, "--data", str(data), "--contexts", "80", *options]
+    evaluation = evaluate.prepare(parser.parse_args(argv))
+    part = evaluation.drafting.part
+    # All that the shipped target has positions for is shorter than the default's part.
+    assert (False if part is None else part.budget) == budget
+    assert evaluate.engine_settings(evaluation, 80)["speculative_config"]["cross_attention_budget"] is budget
+
+
 def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypatch):
     """All that the command does with an engine but the engine itself, which `tests/integration` runs."""
     texts = [[(seed * index) % 97 + 3 for index in range(80)] for seed in (3, 5, 7)]
@@ -391,6 +408,8 @@ def test_an_engine_that_accepts_otherwise_is_an_error(tmp_path, capsys, monkeypa
         (["--data", "{tmp}/nothing.jsonl"], "nothing.jsonl"),
         (["--nodes", "69"], "--nodes must be from 1 to 68"),
         (["--tree-shape", "300"], "at most 255 are supported"),
+        (["--cross-attention-budget", "0"], "cross_attention_budget must be a positive integer or false, got 0"),
+        (["--cross-attention-budget", "all"], "cross_attention_budget must be a positive integer or false, got 'all'"),
         (["--copy-length", "-1"], "copy_length must be an integer from 0"),
         (["--temperatures", "-1"], "temperature must be"),
         (["--top-p", "0"], "top_p must be in (0, 1]"),

@@ -12,7 +12,10 @@ from benchmarks.training import partial
 from benchmarks.training.acceptance import load_pair, load_prompts
 from benchmarks.training.sparse import Passages, make_passages
 from benchmarks.training.target import Target
+from vllm_longspec.attention.partial import PartialTables
+from vllm_longspec.options import PartialAttention
 from vllm_longspec.training.layer import GlideLayer
+from vllm_longspec.training.walk import kept_part
 
 CONTEXT, TOKENS = 200, 40
 
@@ -43,6 +46,24 @@ def test_a_part_is_whole_blocks() -> None:
         blocks = {place // 16 for place in range(root) if place < 32 or place >= root - 40}
         assert seen == [place for place in range(root) if place // 16 in blocks]
     assert partial.kept_of(None, 250) is None
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 256])
+def test_a_served_part_is_the_blocks_of_the_table(block_size: int) -> None:
+    part = PartialAttention(sinks=32, budget=100)
+    kept = kept_part(part, 1024, block_size)
+    roots = [1, 32, 33, 100, 132, 133, 200, 320, 321, 600, 1024]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tables = PartialTables.allocate(part.sinks, part.budget, block_size, len(roots), 1024, device)
+    blocks = torch.arange(1024 // block_size, dtype=torch.int32, device=device).repeat(len(roots), 1)
+    written = tables.write(blocks, torch.tensor(roots, dtype=torch.int32, device=device))
+    table, lens = (each.cpu() for each in written)
+    seen = kept(torch.tensor(roots), 1)
+    assert kept(torch.tensor(roots), 0).all()
+    for request, root in enumerate(roots):
+        places = torch.arange(int(lens[request]))
+        expected = table[request, places // block_size] * block_size + places % block_size
+        assert seen[request, :root].nonzero().flatten().tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import RESULTS as RECORDS
 from benchmarks.speed import engine as speed_engine
 from benchmarks.speed.engine import summary
 from benchmarks.speed.records import append, identity, read
@@ -107,6 +108,7 @@ def test_tables(results):
 
 
 def test_how_long_engines_take_to_start(results):
+    append(results, cell("eagle3", 1024, 4, 20.0, start_seconds=None))
     assert "## Start-up" not in report(read([results]))
     # Cells of one engine are one start.
     for context in (1024, 16384):
@@ -116,6 +118,11 @@ def test_how_long_engines_take_to_start(results):
     found = rows(report(read([results])).split("## Start-up")[1])
     assert "|aGPU|a-model|plain|1|31|31|" in found
     assert "|aGPU|a-model|default|2|39|52|" in found
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("speed*.jsonl")), ids=lambda path: path.name)
+def test_what_was_recorded(path):
+    assert report(read([path]))
 
 
 def test_other_devices_are_compared_with_themselves(results):

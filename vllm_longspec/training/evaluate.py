@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frequent-tokens", type=Path, metavar="FILE", help="as --speculative-frequent-tokens")
     add(
         "--cross-attention-budget",
-        type=json.loads,
+        type=_budget,
         metavar="N",
         help=f"as cross_attention_budget ({DEFAULT_CROSS_ATTENTION_BUDGET}); false for all",
     )
@@ -486,6 +486,10 @@ def _sample(ids: Tensor, parts: Sequence[Part]) -> Sample:
     for part in parts:
         mask[part.start : part.end] = True
     return Sample(ids[:length], mask, torch.arange(length))
+
+
+def _budget(value: str) -> str | bool:
+    return False if value == "false" else value
 
 
 def _temperatures(value: str) -> list[float]:

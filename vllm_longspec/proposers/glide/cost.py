@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GLIDE's `DraftingCost`: each level reads the draft's layer, its head, and K and V of the target's last layer.
 
+Of these the root's level reads all, and those below it perhaps a part of a long request's.
+
 The rows of a level are not counted. With the default numbers of nodes they are no more than those of the verification,
 and the GPU computes them while it reads weights.
 """
