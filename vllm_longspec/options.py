@@ -214,12 +214,23 @@ def most_tokens(options: Mapping[str, Any]) -> int | None:
     """The most tokens that vLLM's own options ask for; None if they leave it open, or are refused later.
 
     A schedule by batch size must have been checked.
+
+    Raises:
+        ValueError: they ask for more than can be drafted.
     """
-    number = _read_int(options.get("num_speculative_tokens"))
+    name = "num_speculative_tokens"
+    number = _read_int(options.get(name))
     if number is None:
-        schedule = options.get("num_speculative_tokens_per_batch_size") or ()
-        number = max((int(nodes) for _, _, nodes in schedule), default=None)
-    return number if _is_positive_int(number) else None
+        name = "num_speculative_tokens_per_batch_size"
+        number = max((int(nodes) for _, _, nodes in options.get(name) or ()), default=None)
+    if not _is_positive_int(number):
+        return None
+    if number > MAX_NODES:
+        # Not left to `parse_tree_shape`, which would name an option that was not given.
+        raise ValueError(
+            f"{name} asks for {number} tokens, but at most {MAX_NODES} nodes are supported: give a smaller number"
+        )
+    return number
 
 
 def count_verified_nodes(num_speculative_tokens: Any, shape: TreeShape) -> int:

@@ -275,6 +275,10 @@ def test_slots_are_reserved_for_what_a_draft_writes(target, llama):
         ({"revision": "main"}, "revision='main' is not supported with the method magicdec"),
         ({"parallel_drafting": True}, "parallel_drafting=True in .* is not supported with the method magicdec"),
         ({"gamma": 0}, "gamma must be a positive integer, got 0"),
+        ({"gamma": 256}, "^gamma is 256, but at most 255 nodes are supported: give a smaller one"),
+        # They say how much is drafted, so it is they who ask for too much.
+        ({"num_speculative_tokens": 256}, "^num_speculative_tokens asks for 256 tokens, but at most 255 .* give a sm"),
+        ({"num_speculative_tokens_per_batch_size": [[1, 4, 300]]}, "^num_speculative_tokens_per_batch_size asks for 3"),
         ({"sinks": -1}, "sinks must be an integer of 0 or more, got -1: .* or leave it out for 32"),
         ({"sinks": True}, "sinks must be an integer of 0 or more, got True"),
         ({"sinks": False}, "sinks must be an integer of 0 or more, got False"),
