@@ -130,9 +130,11 @@ def configure(
         draft_vocab_size = num_frequent_tokens(frequent_tokens, draft_vocab_size)
     copy_length = parse_copy_length(own)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
-    adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target)
     # Only CUDA graphs are timed.
     measures = "step_costs" in known and parse_step_costs(own, MEASURE) == MEASURE and current_platform.is_cuda()
+    # `vllm_longspec/scheduling/cost.py` assumes weights of two bytes.
+    knows_costs = measures or target.quantization is None
+    adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target, knows_costs)
     is_given = own.get("tree_shape") is not None or own.get("gamma") is not None
     if set(setup.default_levels or ()) == {1} and not is_given:
         # What drafts a chain drafts as many tokens as vLLM's own options say.
@@ -148,7 +150,6 @@ def configure(
         if schedule is None:
             # A proposer with a schedule of its own keeps to it, and one that has no costs has nothing to choose by.
             follows_cost = "step_costs" in known and setup.schedule(num_nodes) is None
-            knows_costs = measures or target.quantization is None
             nodes_by_cost = follows_cost and knows_costs and not adaptive_verification
             batch_rows = MOST_ROWS if adaptive_verification or nodes_by_cost else BATCH_ROWS
             queries_per_kv_head = target.get_num_attention_heads(parallel_config) // num_kv_heads
@@ -215,7 +216,7 @@ def _refuse_options_without_proposer(name: str, own: dict[str, Any], method: Any
 
 
 def _use_adaptive_verification(
-    own: dict[str, Any], given: dict[str, Any], needs_schedule: bool, target: "ModelConfig"
+    own: dict[str, Any], given: dict[str, Any], needs_schedule: bool, target: "ModelConfig", knows_costs: bool
 ) -> bool:
     from vllm.platforms import current_platform
 
@@ -226,8 +227,7 @@ def _use_adaptive_verification(
         for refused, reason in (
             (value is False, f"{name}=false"),
             (is_synthetic, "rejection_sample_method='synthetic', which sets what is accepted"),
-            # As below.
-            (target.quantization is not None, f"a target of quantization={target.quantization!r}"),
+            (not knows_costs, f"a target of quantization={target.quantization!r} whose steps are not timed"),
         ):
             if refused:
                 raise ValueError(
@@ -236,12 +236,11 @@ def _use_adaptive_verification(
                 )
         return True
     if value is None:
-        return current_platform.is_cuda() and needs_schedule and not is_synthetic and target.quantization is None
-    if value and target.quantization is not None:
-        # `vllm_longspec/scheduling/cost.py` assumes weights of two bytes.
+        return current_platform.is_cuda() and needs_schedule and not is_synthetic and knows_costs
+    if value and not knows_costs:
         raise ValueError(
-            f"{name} is not supported with a target of quantization={target.quantization!r}: leave it out, or "
-            "serve a target that is not quantised"
+            f"{name} is not supported with a target of quantization={target.quantization!r} whose steps are not timed: "
+            "leave it out, or serve on a GPU without step_costs"
         )
     return value
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.integration.test_lossless import PAIR, speculative
+from tests.integration.test_magicdec import magicdec
 from tests.models import write_agreeing_pair
 from tests.stepping_engine import play
 
@@ -196,9 +197,11 @@ def plain(pair) -> dict[str, Any]:
     return play(list(SCENES.values()), model=str(pair[0]), **SETTINGS)
 
 
-@pytest.fixture(scope="module")
-def drafted(pair) -> dict[str, Any]:
-    options = speculative(pair[1], [2, 4]) | {"async_scheduling": True, "per_request_spec_decode_metrics": "summary"}
+@pytest.fixture(scope="module", params=["glide", "magicdec"])
+def drafted(request, pair) -> dict[str, Any]:
+    # A part so small that drafts are wrong now and then.
+    method = speculative(pair[1], [2, 4]) if request.param == "glide" else magicdec(gamma=4, sinks=1, budget=5)
+    options = method | {"async_scheduling": True, "per_request_spec_decode_metrics": "summary"}
     return play(list(SCENES.values()), model=str(pair[0]), **SETTINGS, **options)
 
 

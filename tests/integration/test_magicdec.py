@@ -103,9 +103,10 @@ def test_blocks_by_scores():
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "opt"])
+@pytest.mark.parametrize("family", ["qwen3", "opt", "olmo2", "phi"])
 def test_a_family_without_glide_drafts(tmp_path, family):
-    """Norms of queries and keys; learned positions, which must be the true ones. Random weights attend everything."""
+    """Norms of queries and keys; learned positions, which must be the true ones; two that vLLM runs with the
+    Transformers backend. Random weights attend everything."""
     overrides: dict[str, Any] = {"ffn_dim": 128, "word_embed_proj_dim": 128} if family == "opt" else {}
     target = write_target(tmp_path / "target", family, **overrides)
     requests = batches(random_prompts(64, (3, 33, 300)), max_tokens=8)

@@ -470,24 +470,26 @@ def test_levels_are_not_chosen_where_nothing_is_followed(monkeypatch, tmp_path, 
         (target, {"adaptive_verification": False}, "adaptive_verification=false: give the nodes of each level"),
         (target, {"adapt_nodes": False}, "adapt_nodes=false: give"),
         (target, SYNTHETIC, "rejection_sample_method='synthetic', which sets what is accepted: give"),
-        (quantised, {}, "a target of quantization='"),
+        (quantised, {"step_costs": "shipped"}, "whose steps are not timed: give"),
     ):
         with pytest.raises(ValueError, match="tree_shape='auto' follows what is accepted") as error:
             find_draft(monkeypatch, True, model, draft, tree_shape="auto", **options)
         assert said in refused(error)
 
 
-def test_a_quantised_target_has_no_cost_to_adapt_to(monkeypatch, tmp_path, target, draft):
+def test_a_quantised_target_has_the_costs_of_its_own_steps_or_none(monkeypatch, tmp_path, target, draft):
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
     found = find_draft(monkeypatch, True, quantised, draft)
-    assert found.options.adaptive_verification is False and found.options.measures_costs
+    assert found.options.adaptive_verification and found.options.measures_costs
     assert found.vllm_options["num_speculative_tokens_per_batch_size"] == DEFAULT_SCHEDULE
+    assert find_draft(monkeypatch, True, quantised, draft, tree_shape="auto").options.tree_shape.plans
     shipped = find_draft(monkeypatch, True, quantised, draft, step_costs="shipped")
     assert not shipped.options.chooses_nodes
     assert shipped.vllm_options["num_speculative_tokens_per_batch_size"] == CHEAP_SCHEDULE
-    with pytest.raises(ValueError, match="adapt_nodes is not supported with a target of quantization='") as error:
-        find_draft(monkeypatch, True, quantised, draft, adapt_nodes=True)
-    refused(error)
+    for on_gpu, options in ((True, {"step_costs": "shipped"}), (False, {})):
+        with pytest.raises(ValueError, match="adapt_nodes is not supported with a target of quantization='") as error:
+            find_draft(monkeypatch, on_gpu, quantised, draft, adapt_nodes=True, **options)
+        assert "serve on a GPU without step_costs" in refused(error)
 
 
 def test_numbers_by_batch_size_stay_with_data_parallelism(target, draft, ordinary_draft):

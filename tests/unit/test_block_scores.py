@@ -25,7 +25,7 @@ from vllm_longspec.attention.cpu import CausalRequests, TreeCpuAttentionImpl
 from vllm_longspec.proposers.magicdec import block_scores as module
 from vllm_longspec.proposers.magicdec.block_scores import Refresh, block_scores
 from vllm_longspec.proposers.magicdec.choose_blocks import MAX_UNITS, blocks_per_unit, choose_blocks, shortened_tables
-from vllm_longspec.proposers.magicdec.selection import INTERVAL, RECENT, UNIT, BlockSelection
+from vllm_longspec.proposers.magicdec.selection import INTERVAL, RECENT, BlockSelection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NOT_A_BLOCK = -77
@@ -403,15 +403,15 @@ def allocate(**changes: int) -> BlockSelection:
 
 def test_settings_of_a_selection() -> None:
     selection = allocate()
-    assert (selection.num_sinks, selection.unit_blocks, selection.interval) == (2, UNIT // 16, INTERVAL)
-    # Of 13 blocks 9 are the last tokens': 64, a unit, and nine steps of four tokens.
+    assert (selection.num_sinks, selection.unit_blocks, selection.interval) == (2, 1, INTERVAL)
+    # Of 13 blocks 8 are the last tokens': 64, a unit, and nine steps of four tokens.
     assert selection.max_age == 36
-    assert selection.blocks.shape == (2, 3, 4)
-    assert selection.scores.shape == (3, 32)
-    assert selection.num_bytes == 2 * 3 * (4 + 2) * 4 + 3 * 4 + 3 * 32 * 4
+    assert selection.blocks.shape == (2, 3, 5)
+    assert selection.scores.shape == (3, 63)
+    assert selection.num_bytes == 2 * 3 * (5 + 2) * 4 + 3 * 4 + 3 * 63 * 4
     assert allocate(block_size=128, budget=512).unit_blocks == 1
-    with pytest.raises(ValueError, match=r"budget must be at least 176 tokens with selection .*, got 175: give more"):
-        allocate(budget=175)
+    with pytest.raises(ValueError, match=r"budget must be at least 144 tokens with selection .*, got 143: give more"):
+        allocate(budget=143)
 
 
 class Attended:
@@ -423,7 +423,7 @@ class Attended:
         self.batch = make_batch(prefix_lens, query_lens, 4, 2, 32, 16, torch.float32, "tokens_first", DEVICE, seed)
         lse = log_sum_exps(self.batch)
         batch, num_reqs = self.batch, len(prefix_lens)
-        self.scores = [attended(batch, lse, request, UNIT) for request in range(num_reqs)]
+        self.scores = [attended(batch, lse, request, 16) for request in range(num_reqs)]
         masks = torch.zeros(num_reqs, 4, 1, dtype=torch.int32, device=DEVICE)
         trees = TreeRequests(
             num_reqs,
@@ -455,10 +455,10 @@ class Attended:
         ]
 
     def expected(self, request: int) -> list[int]:
-        """The two best units of a request, as blocks; sinks are one unit here."""
-        candidates = range(1, (int(self.batch.prefix_lens[request]) - RECENT) // UNIT)
-        best = sorted(candidates, key=lambda unit: float(self.scores[request][unit]))[-2:]
-        return [2 * unit + block for unit in sorted(best) for block in range(2)]
+        """The best blocks of a request, as many as are chosen, without those of the sinks."""
+        candidates = range(self.selection.num_sinks, (int(self.batch.prefix_lens[request]) - RECENT) // 16)
+        best = sorted(candidates, key=lambda block: float(self.scores[request][block]))
+        return sorted(best[-self.selection.blocks.shape[2] :])
 
 
 def test_verifications_choose_in_turn() -> None:
@@ -488,7 +488,7 @@ def test_verifications_choose_in_turn() -> None:
     selection = later.selection
     selection.start(torch.tensor([2], device=DEVICE))
     assert [counts.tolist()[2] for counts in selection.num_blocks] == [0, 0]
-    assert selection.num_verified.tolist()[2] == 0 and selection.num_blocks[:, 0].tolist() == [4, 4]
+    assert selection.num_verified.tolist()[2] == 0 and selection.num_blocks[:, 0].tolist() == [5, 5]
     assert [layer[2] for layer in later.verify()] == [later.expected(0)] * 2
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm.platforms
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
@@ -342,7 +343,10 @@ def test_what_trees_do_not_support_is_refused_by_its_name(target):
             "a multimodal target (target TARGET) is not supported with the method magicdec",
         ),
         ({"is_moe": True}, "a mixture of experts (target TARGET) is not supported with the method magicdec"),
-        ({"quantization": "gptq"}, "give num_speculative_tokens_per_batch_size, the batches that draft"),
+        (
+            {"quantization": "gptq"},
+            "serve on a GPU without step_costs, or give num_speculative_tokens_per_batch_size, the batches that draft",
+        ),
         ({"model": "someone/Eagle3-chat"}, "vLLM takes any path with 'eagle3' in it for a draft of another kind"),
     ],
 )
@@ -360,10 +364,14 @@ def test_a_part_is_no_larger_than_the_longest_request(target):
     assert options is not None and options.partial_attention == PartialAttention(512, 512)
 
 
-def test_a_quantised_target_needs_to_be_told_when_to_draft():
+def test_a_quantised_target_needs_to_be_timed_or_to_be_told_when_to_draft(monkeypatch):
     config: Any = SimpleNamespace(model="TARGET", is_moe=False, is_multimodal_model=False, quantization="gptq")
     for options, own in (({"num_speculative_tokens_per_batch_size": [[1, 8, 4]]}, {}), ({}, {"adapt_nodes": False})):
         MagicDecSetup.find(options, own).check(config)
+    monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cuda", lambda self: True)
+    MagicDecSetup.find({}, {}).check(config)
+    with pytest.raises(ValueError, match="whose steps are not timed is not supported"):
+        MagicDecSetup.find({}, {"step_costs": "shipped"}).check(config)
 
 
 @pytest.mark.parametrize(("gamma", "numbers"), [(1, [1]), (2, [2, 1]), (4, [4, 3, 2, 1]), (9, [9, 8, 4, 1])])

@@ -97,6 +97,15 @@ def make_scheduler(
     return cls(config, kv_cache_config, StructuredOutputManager(config), block_size=BLOCK_SIZE, log_stats=True)
 
 
+@pytest.mark.parametrize(("given", "numbers"), [(GLIDE, [63, 63, 31]), (MAGICDEC, [0, 0, 0])])
+def test_a_quantised_target_whose_steps_are_not_timed(monkeypatch, given, numbers):
+    """No cost is known: of a draft as many nodes as fit few rows, and none where only the cost says when to draft."""
+    monkeypatch.setattr("vllm_longspec.scheduling.scheduler.cost_of_steps", lambda config: None)
+    given = json.dumps(json.loads(given) | {"adaptive_verification": True})
+    lookup = make_scheduler(max_num_seqs=3, speculative_config=given).dynamic_sd_lookup
+    assert lookup[1:] == numbers
+
+
 def make_request(name: str, num_prompt_tokens: int, max_tokens: int, first_token: int = 0, **options: Any) -> Request:
     return Request(
         request_id=name,

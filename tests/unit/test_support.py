@@ -115,7 +115,7 @@ def test_supported_target(settings):
         # what vLLM does with an architecture that it does not know
         (
             {"using_transformers_backend": lambda: True, "architectures": ["TheirsForCausalLM"]},
-            "the architecture TheirsForCausalLM, which vLLM runs with the Transformers backend",
+            "the architecture TheirsForCausalLM, which vLLM does not know and runs with the Transformers backend",
         ),
         ({"get_head_size": lambda: 16}, "head size 16"),
         ({"get_head_size": lambda: 512}, "head size 512"),

@@ -144,7 +144,8 @@ class DraftSetup(ABC):
             raise ValueError("frequent_tokens needs a draft with a head of its own: leave it out")
         return None
 
-    def schedule(self, num_nodes: int) -> list[tuple[int, int, int]] | None:
+    @staticmethod
+    def schedule(num_nodes: int) -> list[tuple[int, int, int]] | None:
         """Numbers of nodes by batch size (first, last, number) for adaptive verification; None for the core's default.
 
         They are bounds. Adaptive verification chooses among all numbers that are listed.

@@ -20,6 +20,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_longspec import proposers
 from vllm_longspec.compat.differences import grammar_mask_stride
 from vllm_longspec.options import options_of
 from vllm_longspec.scheduling.adaptive import AdaptiveVerification, NodesByCost
@@ -104,7 +105,11 @@ class TreeSchedulerMixin(_Base):
             self.dynamic_sd_lookup = table
             self._log_choice(self.chosen)
         elif options.chooses_nodes:
-            self.dynamic_sd_lookup = within_rows(self.num_spec_tokens, BATCH_ROWS, max_batch_size)
+            if proposers.setup_of(options.proposer).schedule(self.num_spec_tokens) is None:
+                self.dynamic_sd_lookup = within_rows(self.num_spec_tokens, BATCH_ROWS, max_batch_size)
+            else:
+                # Whose every batch may draft everything, as cost says.
+                self.dynamic_sd_lookup = [0] * (max_batch_size + 1)
             logger.info_once(
                 "Steps were not timed, and what a quantised target's cost is not known without: nodes by batch size %s",
                 describe_numbers(self.dynamic_sd_lookup),

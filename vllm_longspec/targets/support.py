@@ -149,6 +149,13 @@ def check_arguments(engine_args: "EngineArgs", parallel_config: "ParallelConfig"
     )
 
 
+def _is_known(target: "ModelConfig") -> bool:
+    """Whether vLLM lists an architecture of the target, be it with the Transformers backend."""
+    from vllm.model_executor.models import ModelRegistry
+
+    return bool(set(target.architectures) & set(ModelRegistry.get_supported_archs()))
+
+
 def check_target(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
     """Refuses targets whose trees cannot be verified, by ValueError.
 
@@ -197,8 +204,9 @@ def check_target(target: "ModelConfig", draft: Draft = GLIDE_DRAFT) -> None:
             "serve with --model-impl auto or vllm: trees are tested with vLLM's own implementations",
         ),
         (
-            target.using_transformers_backend(),
-            f"the architecture {', '.join(target.architectures)}, which vLLM runs with the Transformers backend",
+            target.using_transformers_backend() and not _is_known(target),
+            f"the architecture {', '.join(target.architectures)}, which vLLM does not know and runs with the "
+            "Transformers backend",
             without,
         ),
         (

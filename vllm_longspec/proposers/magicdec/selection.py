@@ -17,8 +17,6 @@ from vllm_longspec.proposers.magicdec.choose_blocks import blocks_per_unit, choo
 
 # Last tokens that a choice leaves out, since they are attended whatever the scores say.
 RECENT = 64
-# Tokens that are chosen together, if blocks are not larger.
-UNIT = 32
 # Verifications from one choice of a layer to the next.
 INTERVAL = 8
 
@@ -35,7 +33,7 @@ def plan_choice(budget: int, num_steps: int, max_model_len: int, block_size: int
     Raises:
         ValueError: the budget leaves no block to choose.
     """
-    unit_blocks = max(blocks_per_unit(max_model_len, block_size), UNIT // block_size, 1)
+    unit_blocks = blocks_per_unit(max_model_len, block_size)
     # What is emitted until a layer has its turn again, and the draft after it.
     max_age = (INTERVAL + 1) * (1 + num_steps)
     # The last blocks slide on while a choice is kept. They reach back to what it was made from: to the last tokens that

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_longspec.options import DEFAULT_GAMMA, options_of
+from vllm_longspec.options import DEFAULT_GAMMA, MEASURE, options_of, parse_step_costs
 from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup, word_of_another_method
 from vllm_longspec.proposers.magicdec.cost import MagicDecCost, largest_batch_with_graph
 
@@ -30,7 +30,7 @@ _DRAFT_OPTIONS = ("model", "revision", "code_revision", "draft_load_config", "qu
 
 @dataclass(frozen=True)
 class MagicDecSetup(DraftSetup):
-    says_when: bool = False  # the user says which batches draft
+    knows_when: bool = False  # which batches draft: the user says it, or steps are timed
 
     proposer = "vllm_longspec.proposers.magicdec.proposer.MagicDecProposer"
     option_names = (SHARED_OPTIONS - {"tree_shape", "frequent_tokens"}) | {"sinks", "budget", "selection"}
@@ -48,8 +48,11 @@ class MagicDecSetup(DraftSetup):
                     f"{name}={options[name]!r} is not supported with the method magicdec: the target drafts for "
                     "itself, leave it out"
                 )
+        from vllm.platforms import current_platform
+
         adapts = own_options.get("adaptive_verification", own_options.get("adapt_nodes"))
-        return cls(options.get("num_speculative_tokens_per_batch_size") is not None or adapts is False)
+        is_told = options.get("num_speculative_tokens_per_batch_size") is not None or adapts is False
+        return cls(is_told or (current_platform.is_cuda() and parse_step_costs(own_options, MEASURE) == MEASURE))
 
     def check(self, target: "ModelConfig") -> None:
         without = "serve without --speculative-config"
@@ -62,11 +65,12 @@ class MagicDecSetup(DraftSetup):
             raise ValueError(
                 f"a mixture of experts (target {target.model}) is not supported with the method magicdec: {without}"
             )
-        if target.quantization is not None and not self.says_when:
+        if target.quantization is not None and not self.knows_when:
             # Adaptive verification does not know what a step of it costs, and without it every step would draft.
             raise ValueError(
-                f"a target of quantization={target.quantization!r} is not supported with the method magicdec alone: "
-                "give num_speculative_tokens_per_batch_size, the batches that draft and how many tokens"
+                f"a target of quantization={target.quantization!r} whose steps are not timed is not supported with the "
+                "method magicdec alone: serve on a GPU without step_costs, or give "
+                "num_speculative_tokens_per_batch_size, the batches that draft and how many tokens"
             )
         if (word := word_of_another_method(target.model)) is not None:
             raise ValueError(
@@ -74,7 +78,8 @@ class MagicDecSetup(DraftSetup):
                 f"{word!r} in it for a draft of another kind: move it or link to it under another name"
             )
 
-    def schedule(self, num_nodes: int) -> list[tuple[int, int, int]]:
+    @staticmethod
+    def schedule(num_nodes: int) -> list[tuple[int, int, int]]:
         # What pays depends on the context more than on the batch, which the cost of a step knows. So every batch may
         # have all of them, or fewer; the ranges of the smaller numbers are out of reach.
         fewer = sorted({1, num_nodes // 2, num_nodes - 1} - {0, num_nodes}, reverse=True)
