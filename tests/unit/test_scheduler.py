@@ -77,8 +77,10 @@ def make_scheduler(
     schedule: list[tuple[int, int, int]] | None = None,
     speculative_config: str = GLIDE,
     largest_graph: int | None = None,
+    quantization: str | None = None,
 ) -> Any:
     config = copy.deepcopy(engine_config(speculative_config))
+    config.model_config.quantization = quantization
     if largest_graph is not None:
         config.compilation_config.max_cudagraph_capture_size = largest_graph
         attach_times(config.speculative_config, TIMES)
@@ -581,3 +583,16 @@ def test_no_number_is_chosen_that_would_be_cut_or_has_no_graph(budget, largest_g
         assert 0 <= scheduler.dynamic_sd_lookup[batch_size] <= numbers[-1]
     most = [number for first, last, number in schedule if first <= 16 <= last]
     assert (scheduler.chosen.choices[16][-1] == most[0]) == (most_rows >= 16 * (1 + most[0]))
+
+
+def test_with_a_quantised_target_no_number_is_chosen_that_was_not_timed():
+    """What others cost is only known of weights of two bytes."""
+    given: dict[str, Any] = {
+        "max_num_seqs": 8,
+        "schedule": default_schedule(NUM_NODES, 4, MOST_ROWS),
+        "speculative_config": json.dumps(json.loads(GLIDE) | {"adaptive_verification": True}),
+        "largest_graph": 512,
+    }
+    whole, quantised = (make_scheduler(**given, quantization=name).chosen.choices[1:] for name in (None, "gptq"))
+    assert [[number for number in numbers if number in (0, 7)] for numbers in whole] == quantised
+    assert quantised[0] == [0, 7] and len(whole[0]) > 2

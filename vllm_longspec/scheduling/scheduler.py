@@ -82,11 +82,15 @@ class TreeSchedulerMixin(_Base):
             choices = nodes_by_batch_size(speculative_config, max_batch_size, choose=True)
             # Longer lists would always be cut, to lengths that have no graphs and of which nothing is counted.
             most_rows = self._token_budget()
-            if times_of(speculative_config) is not None:
+            known = set().union(*choices)
+            if (times := times_of(speculative_config)) is not None:
                 # What was timed are CUDA graphs; more rows than the largest has would take longer than that.
                 most_rows = min(most_rows, self.vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+                if self.vllm_config.model_config.quantization is not None:
+                    # The constants, which tell the costs of all others, know weights of two bytes only.
+                    known &= {0, *times.numbers()}
             choices = [
-                [number for number in numbers if number == 0 or size * (1 + number) <= most_rows]
+                [number for number in numbers if number == 0 or (number in known and size * (1 + number) <= most_rows)]
                 for size, numbers in enumerate(choices)
             ]
             self.chosen = (
