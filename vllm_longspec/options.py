@@ -20,8 +20,8 @@ DEFAULT_COPY_LENGTH = 16
 # Tokens that the target drafts for itself.
 DEFAULT_GAMMA = 4
 
-# Last tokens that the cross-attention of nodes below the root sees of a request. With less than a third of a text no
-# fewer tokens were accepted (docs/performance.md#a-part-of-the-cache); of longer texts this is a smaller part.
+# Last tokens that the cross-attention of nodes below the root sees of a request. With contexts of up to 16k no fewer
+# tokens were accepted with a quarter of these (docs/performance.md#a-part-of-the-cache).
 DEFAULT_CROSS_ATTENTION_BUDGET = 4096
 
 # Which cached blocks the target attends while it drafts for itself (docs/design.md#the-target-drafts-for-itself).
