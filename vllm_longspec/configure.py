@@ -13,7 +13,6 @@ from vllm_longspec.frequent_tokens import num_frequent_tokens
 from vllm_longspec.options import (
     AUTO,
     DEFAULT_LEVELS,
-    MEASURE,
     OPTION_NAMES,
     LongSpecOptions,
     attach_options,
@@ -23,9 +22,9 @@ from vllm_longspec.options import (
     parse_copy_length,
     parse_cross_attention_budget,
     parse_partial_attention,
-    parse_step_costs,
     parse_tree_shape,
     read_flag,
+    times_steps,
 )
 from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup
 from vllm_longspec.scheduling.schedule import BATCH_ROWS, MOST_ROWS, default_schedule, numbers_of, plan_levels
@@ -130,8 +129,7 @@ def configure(
         draft_vocab_size = num_frequent_tokens(frequent_tokens, draft_vocab_size)
     copy_length = parse_copy_length(own)
     needs_schedule = given.get("num_speculative_tokens_per_batch_size") is None
-    # Only CUDA graphs are timed.
-    measures = "step_costs" in known and parse_step_costs(own, MEASURE) == MEASURE and current_platform.is_cuda()
+    measures = "step_costs" in known and times_steps(own)
     # `vllm_longspec/scheduling/cost.py` assumes weights of two bytes.
     knows_costs = measures or target.quantization is None
     adaptive_verification = _use_adaptive_verification(own, given, needs_schedule, target, knows_costs)

@@ -141,18 +141,18 @@ def parse_copy_length(options: Mapping[str, Any]) -> int:
     return copy_length
 
 
-def parse_step_costs(options: Mapping[str, Any], default: str) -> str:
-    """Reads `step_costs`.
+def times_steps(options: Mapping[str, Any]) -> bool:
+    """Whether an engine with these options times its own steps, as `step_costs` says; only CUDA graphs are timed.
 
     Raises:
         ValueError: it is neither `MEASURE` nor `SHIPPED`.
     """
-    step_costs = options.get("step_costs")
-    if step_costs is None:
-        return default
-    if step_costs not in (MEASURE, SHIPPED):
+    from vllm.platforms import current_platform
+
+    step_costs = options.get("step_costs", MEASURE)
+    if step_costs not in (MEASURE, SHIPPED, None):
         raise ValueError(f"step_costs must be {MEASURE!r} or {SHIPPED!r}, got {step_costs!r}: leave it out")
-    return step_costs
+    return step_costs != SHIPPED and current_platform.is_cuda()
 
 
 def parse_partial_attention(options: Mapping[str, Any], max_model_len: int) -> PartialAttention:

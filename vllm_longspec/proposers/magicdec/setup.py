@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_longspec.options import DEFAULT_GAMMA, MEASURE, options_of, parse_step_costs
+from vllm_longspec.options import DEFAULT_GAMMA, options_of, times_steps
 from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup, word_of_another_method
 from vllm_longspec.proposers.magicdec.cost import MagicDecCost, largest_batch_with_graph
 
@@ -48,11 +48,9 @@ class MagicDecSetup(DraftSetup):
                     f"{name}={options[name]!r} is not supported with the method magicdec: the target drafts for "
                     "itself, leave it out"
                 )
-        from vllm.platforms import current_platform
-
         adapts = own_options.get("adaptive_verification", own_options.get("adapt_nodes"))
         is_told = options.get("num_speculative_tokens_per_batch_size") is not None or adapts is False
-        return cls(is_told or (current_platform.is_cuda() and parse_step_costs(own_options, MEASURE) == MEASURE))
+        return cls(is_told or times_steps(own_options))
 
     def check(self, target: "ModelConfig") -> None:
         without = "serve without --speculative-config"
