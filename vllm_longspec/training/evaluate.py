@@ -161,7 +161,7 @@ def run(arguments: argparse.Namespace) -> None:
             "nodes": drafting.num_nodes,
             "copy_length": drafting.copy_length,
             "couple_noise": drafting.couple_noise,
-            "cross_attention_budget": False if drafting.part is None else drafting.part.budget,
+            "cross_attention_budget": drafting.cross_attention_budget,
             "tolerance": arguments.tolerance,
             "results": results,
         }
@@ -394,7 +394,7 @@ def engine_settings(evaluation: Evaluation, longest: int) -> dict[str, Any]:
         "num_speculative_tokens_per_batch_size": [[1, settings["max_num_seqs"], drafting.num_nodes]],
         "copy_length": drafting.copy_length,
         "couple_noise": drafting.couple_noise,
-        "cross_attention_budget": False if drafting.part is None else drafting.part.budget,
+        "cross_attention_budget": drafting.cross_attention_budget,
         "frequent_tokens": evaluation.frequent_tokens or False,
         **arguments.engine_args.get("speculative_config", {}),
     }

@@ -48,6 +48,11 @@ class Drafting:
     block_size: int = 16  # of the cache, in tokens
 
     @property
+    def cross_attention_budget(self) -> int | bool:
+        """The option that asks for the part: false for all."""
+        return False if self.part is None else self.part.budget
+
+    @property
     def reach(self) -> int:
         """Most nodes that a step accepts."""
         return max(self.shape.max_depth, min(self.copy_length, self.num_nodes))
