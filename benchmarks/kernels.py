@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python -m benchmarks.kernels [attention children sample compact copy scores learn]
+    python -m benchmarks.kernels [attention children gemms sample compact copy scores learn]
         [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
 - children: the best (parent, token) pairs of one level of the draft, without noise, with it for greedy requests, for
   sampled ones, and for those with top-p;
+- gemms: those of a draft's layer and of a head of 65,536 rows with fp8 weights, by the number of rows;
 - sample: sampling all rows of a tree with vLLM's sampler, and with the draw that takes its place, each with the walk;
 - compact: moving accepted K and V in all layers;
 - copy: what copied paths add to a draft;
@@ -72,6 +73,8 @@ MAX_DEPTH = 5
 LEVELS = ((1, 16), (4, 16), (16, 16), (16, 7), (16, 6), (16, 5))
 # Rows of a head that learns its tokens.
 LEARNED_TOKENS = 65536
+# Rows that a level of drafts may have.
+GEMM_ROWS = (1, 8, 16, 17, 20, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 136, 160, 192, 200, 224, 256)
 # Of inputs that are used in turn.
 MAX_COPIES = 32
 
@@ -317,6 +320,41 @@ def children() -> Iterator[Row]:
         }
 
 
+def gemms() -> Iterator[Row]:
+    from vllm import _custom_ops as ops
+
+    def quantised(num_rows: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randn(num_rows, size, device=DEVICE).to(torch.float8_e4m3fn)
+        return rows, torch.ones(num_rows, 1, device=DEVICE)
+
+    for name, model in MODELS.items():
+        hidden, inner = model["hidden_size"], model["intermediate_size"]
+        queries, keys = (model[key] * HEAD_SIZE for key in ("num_attention_heads", "num_key_value_heads"))
+        # Self-attention, cross-attention and MLP: sizes of inputs and outputs.
+        layer = [(hidden, queries + 2 * keys), (queries, hidden)]
+        layer += [(hidden, queries), (queries, hidden)]
+        layer += [(hidden, 2 * inner), (inner, hidden)]
+        weights = [quantised(outputs, inputs) for inputs, outputs in layer]
+        head = quantised(min(LEARNED_TOKENS, model["vocab_size"]), hidden)
+        for num_rows in GEMM_ROWS:
+            rows = {size: quantised(num_rows, size) for size in {inputs for inputs, _ in layer}}
+
+            def multiply(
+                weights: Sequence[tuple[torch.Tensor, torch.Tensor]],
+                rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = rows,
+            ) -> None:
+                for weight, weight_scale in weights:
+                    data, scale = rows[weight.shape[1]]
+                    ops.cutlass_scaled_mm(data, weight.t(), scale, weight_scale.t(), DTYPE)
+
+            yield {
+                "model": name,
+                "rows": num_rows,
+                "layer": measure([partial(multiply, weights)]),
+                "head": measure([partial(multiply, [head])]),
+            }
+
+
 def sample() -> Iterator[Row]:
     """Sampling and walk: with vLLM's sampler, and as it is, which differs where there is only a temperature."""
     from vllm import SamplingParams
@@ -547,6 +585,7 @@ def learn() -> Iterator[Row]:
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "attention": attention,
     "children": children,
+    "gemms": gemms,
     "sample": sample,
     "compact": compact,
     "copy": copy,

@@ -36,6 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
     monkeypatch.setattr(kernels, "SAMPLED", ((1, 5), (2, 3)))
     monkeypatch.setattr(kernels, "LEVELS", ((1, 3), (2, 4)))
+    monkeypatch.setattr(kernels, "GEMM_ROWS", (1, 3))
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(kernels, "measure_without_graph", lambda call: measure([call]))
     monkeypatch.setattr(kernels.Batch, "prefix_attention", prefix_attention)
@@ -55,6 +56,24 @@ def test_children() -> None:
     rows = list(kernels.children())
     assert [(row["batch"], row["width"]) for row in rows] == [(1, 3), (2, 4)]
     assert list(rows[0]) == ["batch", "width", "no noise", "greedy", "temperature", "temperature and top-p"]
+
+
+def test_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+
+    def cutlass_scaled_mm(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, dtype: Any):
+        """What vLLM's asserts."""
+        assert b.stride() == (1, b.shape[0]) and a.shape[1] == b.shape[0]
+        assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
+        products.append((*a.shape, b.shape[1]))
+
+    monkeypatch.setattr("vllm._custom_ops.cutlass_scaled_mm", cutlass_scaled_mm)
+    rows = list(kernels.gemms())
+    assert [(row["model"], row["rows"]) for row in rows] == [("small", 1), ("small", 3)]
+    hidden, inner, queries = SMALL["hidden_size"], SMALL["intermediate_size"], 4 * 128
+    layer = [(hidden, 2 * queries), (queries, hidden), (hidden, queries), (queries, hidden)]
+    layer += [(hidden, 2 * inner), (inner, hidden)]
+    assert products == [(num_rows, *sizes) for num_rows in (1, 3) for sizes in (*layer, (hidden, 50))]
 
 
 def test_sample() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that quantise what they compute, against the computation and the quantisation one after the other."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.linear import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticTensorSym
 
+from vllm_longspec.proposers.glide import fp8_inputs
 from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
 from vllm_longspec.proposers.glide.fp8_inputs import (
     MAX_ROW,
@@ -19,6 +21,8 @@ from vllm_longspec.proposers.glide.fp8_inputs import (
     add,
     fused_norm,
     normalise,
+    padded_rows,
+    quantise,
     some_rows,
 )
 
@@ -32,12 +36,29 @@ def quantise_rows(rows):
     return (rows.float() / scales).to(FP8), scales
 
 
-def norm_and_quantise(hidden, weight, epsilon, quant_dtype, scale_ub=None, residual=None):
+def norm_and_quantise(norm, hidden, residual, rows, scales):
     """What vLLM's kernel does."""
-    assert quant_dtype == FP8 and scale_ub is None
     if residual is not None:
         hidden = residual.add_(hidden)
-    return quantise_rows(nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], weight.float(), epsilon))
+    normed = nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], norm.weight.float(), norm.variance_epsilon)
+    for written, values in zip((rows, scales), quantise_rows(normed), strict=True):
+        written.copy_(values)
+
+
+@pytest.fixture(params=[80, 90])
+def capability(request, monkeypatch):
+    """Of the device; 90 is Hopper, where rows are padded."""
+    monkeypatch.setattr(
+        fp8_inputs, "current_platform", SimpleNamespace(is_device_capability=lambda asked: asked == request.param)
+    )
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "expected"), [(1, 1), (16, 16), (17, 64), (64, 64), (65, 128), (128, 128), (129, 129), (300, 300)]
+)
+def test_rows_are_padded_to_whole_tiles_on_hopper(capability, num_rows, expected):
+    assert padded_rows(num_rows) == (expected if capability == 90 else num_rows)
 
 
 class Norm(nn.Module):
@@ -65,6 +86,7 @@ class Kernel(CutlassFP8ScaledMMLinearKernel):
         self.quant_fp8: Any = lambda rows, scale, bound: quantise_rows(rows)
 
     def apply_scaled_mm(self, *, A, B, out_dtype, As, Bs, bias, output_shape):
+        self.num_rows = A.shape[0]
         return ((A.float() * As) @ (B.float() * Bs) + bias).to(out_dtype).view(output_shape)
 
 
@@ -82,14 +104,14 @@ def run(layer, norm, hidden, residual):
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 37])
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_a_norm_quantises_what_it_gives(num_tokens, has_residual, monkeypatch):
+def test_a_norm_quantises_what_it_gives(num_tokens, has_residual, capability, monkeypatch):
     calls = []
 
-    def counted(*args, **kw):
+    def counted(*args):
         calls.append(1)
-        return norm_and_quantise(*args, **kw)
+        norm_and_quantise(*args)
 
-    monkeypatch.setattr(ops, "rms_norm_dynamic_per_token_quant", counted)
+    monkeypatch.setattr(fp8_inputs, "_norm_and_quantise", counted)
     torch.manual_seed(num_tokens)
     layer, norm = linear_layer(), Norm(torch.rand(SIZE) + 0.5)
     hidden, residual = torch.randn(2, num_tokens, SIZE)
@@ -99,8 +121,33 @@ def test_a_norm_quantises_what_it_gives(num_tokens, has_residual, monkeypatch):
     accept_quantised_rows(layer)
     at_once = run(*inputs)
     assert calls
+    assert layer.quant_method.fp8_linear.num_rows == (64 if (num_tokens, capability) == (37, 90) else num_tokens)
     torch.testing.assert_close(at_once, apart, rtol=1e-5, atol=1e-5)
     assert torch.equal(at_once[1], hidden + residual if has_residual else hidden)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 37])
+def test_rows_are_quantised_with_padding(num_tokens, capability, monkeypatch):
+    def scaled_fp8_quant(hidden, num_token_padding, use_per_token_if_dynamic):
+        """What vLLM's function does; nothing is said of the padding."""
+        assert use_per_token_if_dynamic
+        rows = torch.full((max(num_token_padding, len(hidden)), SIZE), float("nan")).to(FP8)
+        scales = torch.full((len(rows), 1), float("nan"))
+        rows[:num_tokens], scales[:num_tokens] = quantise_rows(hidden)
+        return rows, scales
+
+    monkeypatch.setattr(ops, "scaled_fp8_quant", scaled_fp8_quant)
+    torch.manual_seed(num_tokens)
+    layer, hidden = linear_layer(), torch.randn(num_tokens, SIZE)
+    kernel = layer.quant_method.fp8_linear
+    assert quantise(layer, hidden) is hidden
+    expected = kernel.apply_weights(layer, hidden, layer.bias)
+    accept_quantised_rows(layer)
+    # Also rows that the layer quantises.
+    for rows, num_rows in ((quantise(layer, hidden), padded_rows(num_tokens)), (hidden, num_tokens)):
+        output = kernel.apply_weights(layer, rows, layer.bias)
+        assert kernel.num_rows == num_rows and output.is_contiguous()
+        assert torch.equal(output, expected)
 
 
 def test_other_layers_read_what_they_always_did(monkeypatch):
@@ -145,6 +192,10 @@ def check_quantised(activation, expected, dtype):
     """Against rows that are not quantised."""
     assert activation.quant_key == kFp8DynamicTokenSym and activation.orig_dtype == dtype
     assert activation.orig_shape == expected.shape
+    num_tokens = len(expected)
+    assert activation.data.shape == (padded_rows(num_tokens), *expected.shape[1:])
+    assert activation.scale.shape == (padded_rows(num_tokens), 1)
+    activation = replace(activation, data=activation.data[:num_tokens], scale=activation.scale[:num_tokens])
     largest = torch.finfo(FP8).max
     scales = (expected.float().abs().amax(dim=-1, keepdim=True) / largest).clamp(min=1 / (largest * 512))
     torch.testing.assert_close(activation.scale, scales, rtol=1e-4, atol=0)
@@ -157,8 +208,8 @@ def check_quantised(activation, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, 16), (3, 704), (5, 2816), (16, 27648)])
-def test_an_activation_is_quantised_by_the_row(num_tokens, size, dtype):
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 16), (3, 704), (5, 2816), (16, 27648), (20, 64)])
+def test_an_activation_is_quantised_by_the_row(num_tokens, size, dtype, capability):
     torch.manual_seed(size)
     gate_up = torch.randn(num_tokens, 2 * size, device=DEVICE).to(dtype)
     # A row of zeros, and one that is large.
@@ -171,8 +222,10 @@ def test_an_activation_is_quantised_by_the_row(num_tokens, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_tokens", "size", "multiplier"), [(1, 16, 1.0), (3, 704, 0.22), (16, 3584, 1.0)])
-def test_a_sum_is_quantised_for_the_head(num_tokens, size, multiplier, dtype):
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "multiplier"), [(1, 16, 1.0), (3, 704, 0.22), (16, 3584, 1.0), (20, 64, 1.0)]
+)
+def test_a_sum_is_quantised_for_the_head(num_tokens, size, multiplier, dtype, capability):
     torch.manual_seed(size)
     hidden, residual = torch.randn(2, num_tokens, size, device=DEVICE).to(dtype)
     hidden[num_tokens // 2] = residual[num_tokens // 2] = 0
@@ -185,14 +238,18 @@ def test_a_sum_is_quantised_for_the_head(num_tokens, size, multiplier, dtype):
     accept_quantised_rows(head)
     summed = add(head, hidden, multiplier, residual)
     check_quantised(summed, expected, dtype)
+    # All of them keep their padding.
+    assert some_rows(summed, slice(0, num_tokens + 2)) is summed
     some = some_rows(summed, slice(1, 3))
     assert torch.equal(some.data.float(), summed.data[1:3].float()) and torch.equal(some.scale, summed.scale[1:3])
     assert some.orig_shape == some.data.shape and torch.equal(some_rows(hidden, slice(1, 3)), hidden[1:3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_tokens", "size", "multiplier"), [(1, 16, 1.0), (5, 100, 12.0), (16, 3584, 1.0)])
-def test_embeddings_are_normalised_at_once(num_tokens, size, multiplier, dtype):
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "multiplier"), [(1, 16, 1.0), (5, 100, 12.0), (16, 3584, 1.0), (20, 64, 1.0)]
+)
+def test_embeddings_are_normalised_at_once(num_tokens, size, multiplier, dtype, capability):
     torch.manual_seed(size)
     embedding = torch.randn(50, size, device=DEVICE).to(dtype)
     norm, linear = Norm((torch.rand(size, device=DEVICE) + 0.5).to(dtype)), linear_layer()
@@ -239,11 +296,29 @@ def test_kernel(num_tokens, has_residual, size):
     torch.manual_seed(size)
     hidden, residual = torch.randn(2, num_tokens, size, device=DEVICE).bfloat16()
     weight = (torch.rand(size, device=DEVICE) + 0.5).bfloat16()
-    expected_residual = residual.clone()
-    expected = norm_and_quantise(hidden, weight, EPSILON, FP8, residual=expected_residual if has_residual else None)
-    rows, scales = ops.rms_norm_dynamic_per_token_quant(
-        hidden, weight, EPSILON, FP8, residual=residual if has_residual else None
-    )
-    assert torch.equal(residual, expected_residual)
-    torch.testing.assert_close(scales, expected[1], rtol=1e-2, atol=0)
-    torch.testing.assert_close(rows.float() * scales, expected[0].float() * expected[1], rtol=0.13, atol=0.02)
+    norm: Any = Norm(weight)
+    expected_residual = residual.clone() if has_residual else None
+    expected_rows = torch.empty_like(hidden, dtype=FP8)
+    expected_scales = torch.empty(num_tokens, 1, device=DEVICE)
+    norm_and_quantise(norm, hidden, expected_residual, expected_rows, expected_scales)
+    rows, scales = torch.empty_like(expected_rows), torch.empty_like(expected_scales)
+    fp8_inputs._norm_and_quantise(norm, hidden, residual if has_residual else None, rows, scales)
+    assert not has_residual or torch.equal(residual, expected_residual)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-2, atol=0)
+    torch.testing.assert_close(rows.float() * scales, expected_rows.float() * expected_scales, rtol=0.13, atol=0.02)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="vLLM has this kernel for GPUs")
+@pytest.mark.parametrize("num_tokens", [17, 24, 65])
+def test_padding_changes_no_product(num_tokens):
+    torch.manual_seed(num_tokens)
+    hidden = torch.randn(num_tokens, 1024, device=DEVICE).bfloat16()
+    weight, weight_scale = (each.t() for each in quantise_rows(torch.randn(512, 1024, device=DEVICE)))
+
+    def product(rows, scales):
+        return ops.cutlass_scaled_mm(rows, weight, scale_a=scales, scale_b=weight_scale, out_dtype=hidden.dtype)
+
+    alone = product(*ops.scaled_fp8_quant(hidden, use_per_token_if_dynamic=True))
+    rows, scales = ops.scaled_fp8_quant(hidden, num_token_padding=128, use_per_token_if_dynamic=True)
+    rows[num_tokens:], scales[num_tokens:] = float("nan"), float("nan")
+    torch.testing.assert_close(product(rows, scales)[:num_tokens], alone, rtol=0.01, atol=0.01)

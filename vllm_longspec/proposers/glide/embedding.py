@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, num_warps_for, quantised, row_scale
+from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, empty_rows, num_warps_for, quantised, row_scale
 
 
 def can_embed(embedding: torch.Tensor, norm: RMSNorm) -> bool:
@@ -34,8 +34,10 @@ def embed_and_normalise(
     num_tokens, hidden_size = tokens.shape[0], embedding.shape[1]
     quantises = get_input_quant_key(linear) == kFp8DynamicTokenSym
     embedded = torch.empty(num_tokens, hidden_size, dtype=embedding.dtype, device=tokens.device)
-    rows = torch.empty_like(embedded, dtype=kFp8DynamicTokenSym.dtype if quantises else embedding.dtype)
-    scales = torch.empty(num_tokens, 1, dtype=torch.float32, device=tokens.device) if quantises else None
+    if quantises:
+        rows, scales = empty_rows(num_tokens, hidden_size, tokens.device)
+    else:
+        rows, scales = torch.empty_like(embedded), None
     block = triton.next_power_of_2(hidden_size)
     # All tokens in the interpreter, one a program on a GPU.
     token_block = triton.next_power_of_2(num_tokens) if interpreting() else 1
@@ -57,7 +59,7 @@ def embed_and_normalise(
     )
     if scales is None:
         return rows, embedded
-    return QuantizedActivation(rows, scales, embedding.dtype, rows.shape, kFp8DynamicTokenSym), embedded
+    return QuantizedActivation(rows, scales, embedding.dtype, embedded.shape, kFp8DynamicTokenSym), embedded
 
 
 @triton.jit(do_not_specialize=["num_tokens", "multiplier", "epsilon"])

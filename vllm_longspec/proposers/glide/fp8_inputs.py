@@ -4,9 +4,14 @@
 A linear layer with fp8 weights otherwise quantises its input in a kernel of its own, whose launch counts in a small
 draft. vLLM's compiler fuses the two; the draft is not compiled, so it calls vLLM's fused norm. vLLM has no fused
 activation or sum with one scale per row, so they are here.
+
+Rows that are quantised here may be followed by padding, with which a GEMM takes less time (`padded_rows`). It is never
+written nor read but by that GEMM, whose rows do not depend on each other.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,17 +27,23 @@ from vllm.model_executor.layers.fusion.quant_activation import (
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
+from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import round_up
 
 # Elements of a row, which a program holds whole.
 MAX_ROW = 32768
 # The largest fp8 value, and the smallest scale of a row in vLLM's kernels.
 FP8_MAX = tl.constexpr(torch.finfo(kFp8DynamicTokenSym.dtype).max)
 LEAST_SCALE = tl.constexpr(1.0 / (FP8_MAX.value * 512.0))
+# vLLM's fp8 GEMMs for Hopper have a kernel for so many rows, and others whose tiles have so many.
+FEW_ROWS, TILE_ROWS = 16, 64
+# Beyond these padding was not measured.
+MOST_PADDED_ROWS = 128
 
 
 def accept_quantised_rows(linear: LinearBase) -> None:
-    """Lets a layer take inputs that the functions below quantised, if its kernel can.
+    """Lets a layer take inputs that the functions below quantised, and padded, if its kernel can.
 
     vLLM's kernel declares this for static scales only, but also reads one scale per row.
     """
@@ -43,7 +54,27 @@ def accept_quantised_rows(linear: LinearBase) -> None:
         and not envs.VLLM_BATCH_INVARIANT
     ):
         kernel.input_quant_key = lambda: kFp8DynamicTokenSym  # type: ignore[method-assign]
+        kernel.apply_scaled_mm = _without_padding(kernel.apply_scaled_mm)  # type: ignore[method-assign]
         expose_input_quant_key(linear, kernel)
+
+
+def _without_padding(multiply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def multiply_padded(*, A: torch.Tensor, output_shape: list[int], **arguments: Any) -> torch.Tensor:
+        product = multiply(A=A, output_shape=[A.shape[0], *output_shape[1:]], **arguments)
+        return product[: output_shape[0]]
+
+    return multiply_padded
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows with which vLLM's fp8 GEMM takes the least time, at least `num_rows`.
+
+    On Hopper it takes the longer the more rows of a tile are missing: with the sizes of QwQ-32B's layers 24 rows take
+    196 us and 64 take 162 (docs/performance.md#what-makes-a-draft-cheaper).
+    """
+    if not FEW_ROWS < num_rows <= MOST_PADDED_ROWS or not current_platform.is_device_capability(90):
+        return num_rows
+    return round_up(num_rows, TILE_ROWS)
 
 
 def normalise(
@@ -59,11 +90,24 @@ def normalise(
         if hidden.is_cuda and norm.weight.dtype == hidden.dtype and not envs.VLLM_BATCH_INVARIANT:
             return fused_norm(norm, hidden, residual)
         return (norm(hidden), hidden) if residual is None else norm(hidden, residual)
-    rows, scales = ops.rms_norm_dynamic_per_token_quant(
-        hidden, norm.weight, norm.variance_epsilon, kFp8DynamicTokenSym.dtype, residual=residual
-    )
+    num_tokens, size = hidden.shape
+    rows, scales = empty_rows(num_tokens, size, hidden.device)
+    _norm_and_quantise(norm, hidden, residual, rows[:num_tokens], scales[:num_tokens])
     activation = QuantizedActivation(rows, scales, hidden.dtype, hidden.shape, kFp8DynamicTokenSym)
     return activation, hidden if residual is None else residual
+
+
+def _norm_and_quantise(
+    norm: RMSNorm,
+    hidden: torch.Tensor,  # [num_tokens, hidden_size]
+    residual: torch.Tensor | None,  # [num_tokens, hidden_size], written
+    rows: torch.Tensor,  # float8_e4m3fn [num_tokens, hidden_size], written
+    scales: torch.Tensor,  # float32 [num_tokens, 1], written
+) -> None:
+    # vLLM's Python function for this kernel allocates what it returns, without padding.
+    torch.ops._C.rms_norm_dynamic_per_token_quant(
+        rows, hidden, norm.weight, scales, norm.variance_epsilon, None, residual
+    )
 
 
 def fused_norm(
@@ -80,6 +124,19 @@ def fused_norm(
     return normalised, hidden
 
 
+def quantise(
+    linear: LinearBase,
+    hidden: torch.Tensor,  # [num_tokens, hidden_size]
+) -> torch.Tensor | QuantizedActivation:
+    """The same rows, quantised if `linear` takes them so."""
+    if get_input_quant_key(linear) != kFp8DynamicTokenSym:
+        return hidden
+    rows, scales = ops.scaled_fp8_quant(
+        hidden, num_token_padding=padded_rows(hidden.shape[0]), use_per_token_if_dynamic=True
+    )
+    return QuantizedActivation(rows, scales, hidden.dtype, hidden.shape, kFp8DynamicTokenSym)
+
+
 def activate(
     activation: SiluAndMul,
     linear: LinearBase,
@@ -89,10 +146,10 @@ def activate(
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     if get_input_quant_key(linear) != kFp8DynamicTokenSym or size > MAX_ROW:
         return activation(gate_up)
-    rows, scales = _empty_rows(num_tokens, size, gate_up.device)
+    rows, scales = empty_rows(num_tokens, size, gate_up.device)
     block = triton.next_power_of_2(size)
     _silu_mul_quantise_kernel[(num_tokens,)](gate_up, rows, scales, size, BLOCK=block, num_warps=num_warps_for(block))
-    return QuantizedActivation(rows, scales, gate_up.dtype, rows.shape, kFp8DynamicTokenSym)
+    return QuantizedActivation(rows, scales, gate_up.dtype, torch.Size((num_tokens, size)), kFp8DynamicTokenSym)
 
 
 def add(
@@ -106,18 +163,20 @@ def add(
     if get_input_quant_key(head) != kFp8DynamicTokenSym or size > MAX_ROW:
         # A kernel less for families without multipliers.
         return hidden + residual if multiplier == 1.0 else hidden * multiplier + residual
-    rows, scales = _empty_rows(num_tokens, size, hidden.device)
+    rows, scales = empty_rows(num_tokens, size, hidden.device)
     block = triton.next_power_of_2(size)
     _add_quantise_kernel[(num_tokens,)](
         hidden, residual, rows, scales, size, multiplier, BLOCK=block, num_warps=num_warps_for(block)
     )
-    return QuantizedActivation(rows, scales, hidden.dtype, rows.shape, kFp8DynamicTokenSym)
+    return QuantizedActivation(rows, scales, hidden.dtype, hidden.shape, kFp8DynamicTokenSym)
 
 
 def some_rows(hidden: torch.Tensor | QuantizedActivation, rows: slice) -> torch.Tensor | QuantizedActivation:
-    """Some of the rows of an input."""
+    """Some of the rows of an input, which are not padded, or all of them."""
     if isinstance(hidden, torch.Tensor):
         return hidden[rows]
+    if rows.indices(hidden.orig_shape[0]) == (0, hidden.orig_shape[0], 1):
+        return hidden
     data = hidden.data[rows]
     return replace(hidden, data=data, scale=hidden.scale[rows], orig_shape=data.shape)
 
@@ -127,9 +186,11 @@ def num_warps_for(block: int) -> int:
     return max(1, min(16, block // 1024))
 
 
-def _empty_rows(num_tokens: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = torch.empty(num_tokens, size, dtype=kFp8DynamicTokenSym.dtype, device=device)
-    return rows, torch.empty(num_tokens, 1, dtype=torch.float32, device=device)
+def empty_rows(num_tokens: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For quantised rows and their scales: float8_e4m3fn [num_rows, size] and float32 [num_rows, 1], with padding."""
+    num_rows = padded_rows(num_tokens)
+    rows = torch.empty(num_rows, size, dtype=kFp8DynamicTokenSym.dtype, device=device)
+    return rows, torch.empty(num_rows, 1, dtype=torch.float32, device=device)
 
 
 @triton.jit

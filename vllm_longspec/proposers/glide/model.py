@@ -31,7 +31,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.platforms import current_platform
 
 from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
-from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, add, normalise
+from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, add, normalise, quantise
 from vllm_longspec.proposers.glide.head import copy_head, has_rows, rows_of_all_ranks, write_rows
 from vllm_longspec.proposers.glide.resemblance import Resemblance
 from vllm_longspec.proposers.glide.rotation import RotaryTable, Rotate, rotary_table, rotate_by
@@ -202,8 +202,11 @@ class GlideForCausalLM(nn.Module):
             quant_config=quant_config,
             prefix=maybe_prefix(prefix, "mlp"),
         )
-        mlp = self.mlp
-        for linear in (self.self_attn.qkv_proj, self.cross_attn.q_proj, mlp.gate_up_proj, mlp.down_proj):
+        for linear in (
+            *(self.self_attn.qkv_proj, self.self_attn.o_proj),
+            *(self.cross_attn.q_proj, self.cross_attn.o_proj),
+            *(self.mlp.gate_up_proj, self.mlp.down_proj),
+        ):
             accept_quantised_rows(linear)
 
     def share_with(self, target: nn.Module) -> None:
@@ -332,13 +335,13 @@ class GlideForCausalLM(nn.Module):
         hidden, residual = self.embed(input_ids)
         query, key, value = self.self_attn.project(hidden, positions, self.rotate if table is None else None)
         attended = attention.self_attention(query, key, value, positions, table)
-        hidden, _ = self.self_attn.o_proj(attended.reshape(num_tokens, -1))
+        hidden, _ = self.self_attn.o_proj(quantise(self.self_attn.o_proj, attended.reshape(num_tokens, -1)))
         hidden = _times(self.multipliers.residual, hidden)
 
         hidden, residual = normalise(self.post_self_attention_layernorm, self.cross_attn.q_proj, hidden, residual)
         query = self.cross_attn.project(hidden, positions, self.rotate)
         attended = attention.cross_attention(query)
-        hidden, _ = self.cross_attn.o_proj(attended.reshape(num_tokens, -1))
+        hidden, _ = self.cross_attn.o_proj(quantise(self.cross_attn.o_proj, attended.reshape(num_tokens, -1)))
         hidden = _times(self.multipliers.residual, hidden)
 
         hidden, residual = normalise(self.post_cross_attention_layernorm, self.mlp.gate_up_proj, hidden, residual)
