@@ -36,9 +36,11 @@ MAX_ROW = 32768
 # The largest fp8 value, and the smallest scale of a row in vLLM's kernels.
 FP8_MAX = tl.constexpr(torch.finfo(kFp8DynamicTokenSym.dtype).max)
 LEAST_SCALE = tl.constexpr(1.0 / (FP8_MAX.value * 512.0))
-# vLLM's fp8 GEMMs for Hopper have a kernel for so many rows, and others whose tiles have so many.
-FEW_ROWS, TILE_ROWS = 16, 64
-# Beyond these padding was not measured.
+# vLLM's fp8 GEMMs for Hopper have a kernel of their own for up to this many rows.
+FEW_ROWS = 16
+# Of the tiles of the others.
+TILE_ROWS = 64
+# Beyond these padding gains nothing.
 MOST_PADDED_ROWS = 128
 
 
@@ -59,6 +61,8 @@ def accept_quantised_rows(linear: LinearBase) -> None:
 
 
 def _without_padding(multiply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The kernel's `apply_scaled_mm` for rows that may be padded; `output_shape` says how many of them count."""
+
     def multiply_padded(*, A: torch.Tensor, output_shape: list[int], **arguments: Any) -> torch.Tensor:
         product = multiply(A=A, output_shape=[A.shape[0], *output_shape[1:]], **arguments)
         return product[: output_shape[0]]
@@ -70,7 +74,7 @@ def padded_rows(num_rows: int) -> int:
     """Rows with which vLLM's fp8 GEMM takes the least time, at least `num_rows`.
 
     On Hopper it takes the longer the more rows of a tile are missing: with the sizes of QwQ-32B's layers 24 rows take
-    196 us and 64 take 162 (docs/performance.md#what-makes-a-draft-cheaper).
+    206 us and 64 take 161 (docs/performance.md#what-makes-a-draft-cheaper).
     """
     if not FEW_ROWS < num_rows <= MOST_PADDED_ROWS or not current_platform.is_device_capability(90):
         return num_rows
