@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many requests of all kinds at once, through `vllm serve` with a GLIDE draft; every output must be plain decoding's.
+"""Many requests of all kinds at once, through `vllm serve` with each method; every output must be plain decoding's.
 
     python -m benchmarks.soak [--requests 300] [--clients 8] [--rounds 5] [--seed 0] [--out FILE]
 
 Each round starts a server whose token budget, threshold of long prompts, number of requests at a time, cache, admission
-of prompts, number of nodes by batch size, tree shape, copied tokens, coupling of noise and way of scheduling are drawn
-from the seed. Budgets go down to one token a request, below the rows of one tree, and caches down to where requests
-preempt each other. Concurrent clients send the round's share of the requests: prompts of random length, some with
-shared prefixes, with random sampling settings, penalties, bad words, structured output, log-probabilities, stop strings
-and stop tokens, and hang up on some of them in mid-stream. The same requests then go to the same server without a
-draft. What is counted, and makes this exit with 1:
+of prompts, method, number of nodes by batch size, tree shape, part of the cache that drafts see, copied tokens,
+coupling of noise and way of scheduling are drawn from the seed: in one of five the target drafts for itself, in the
+others a GLIDE draft. Budgets go down to one token a request, below the rows of one tree, and caches down to where
+requests preempt each other. Concurrent clients send the round's share of the requests: prompts of random length, some
+with shared prefixes, with random sampling settings, penalties, bad words, structured output, log-probabilities, stop
+strings and stop tokens, and hang up on some of them in mid-stream. The same requests then go to the same server without
+a draft. What is counted, and makes this exit with 1:
 
 - mismatches: a finished output (tokens, text, finish reason, log-probabilities) that differs from plain decoding's;
 - failures: requests that did not finish, except where the client hung up. One that gets nothing for `--patience`
@@ -69,10 +70,27 @@ DEFAULTS = OPTIONS if ON_CPU else [option for option in OPTIONS if option != "--
 # vLLM's own command schedules synchronously on a CPU, whatever it is asked for.
 COMMAND = "benchmarks.cpu_async" if ON_CPU else "vllm.entrypoints.cli.main"
 
+METHODS = ("glide", "magicdec")
 # Their fields in `Settings`: options of the draft, which a server without one does not know.
-DRAFT_FIELDS = ("tree_shape", "copy_length", "couple_noise", "num_speculative_tokens_per_batch_size")
+DRAFT_FIELDS = (
+    "tree_shape",
+    "copy_length",
+    "couple_noise",
+    "cross_attention_budget",
+    "sinks",
+    "budget",
+    "selection",
+    "num_speculative_tokens_per_batch_size",
+)
 # The fourth is the sequential method.
 TREE_SHAPES = ([4, 16, 16, 16, 16], [4, 8, 8], [2, 4], [1, 1, 1, 1, 1], "auto")
+# Last tokens that GLIDE drafts see below the root, None for all of a context this short.
+CROSS_ATTENTION_BUDGETS = (None, 1, 64, 200)
+# Tokens of MagicDec's chains; which tokens it sees, and how many besides the first. Six blocks are the least of which
+# some can be chosen.
+GAMMAS = (1, 3, 4, 6)
+PARTS = (("recent", 1), ("recent", 64), ("scores", 200), ("scores", 320))
+SINKS = (32, 0, 1)
 # All nodes of the default tree, and its root.
 TREE_NODES = 68
 TREE_ROWS = 1 + TREE_NODES
@@ -99,10 +117,17 @@ class Settings:
     # Without it prompts begin before their last block is free, and preempt each other.
     scheduler_reserve_full_isl: bool
     async_scheduling: bool
-    # Nodes of each level, or "auto".
+    method: str  # one of METHODS
+    # Nodes of each level, or "auto"; those of a chain with MagicDec.
     tree_shape: list[int] | str
     copy_length: int
     couple_noise: bool
+    # Of GLIDE drafts; None for the engine's default
+    cross_attention_budget: int | None
+    # Of MagicDec, None with GLIDE drafts
+    sinks: int | None
+    budget: int | None
+    selection: str | None
     # (first batch size, last, nodes); None for the engine's default
     num_speculative_tokens_per_batch_size: list[list[int]] | None
 
@@ -110,7 +135,7 @@ class Settings:
         """Of a server with or without a draft."""
         options = ["--max-model-len", str(MAX_MODEL_LEN), "--block-size", str(BLOCK_SIZE)]
         for name, value in asdict(self).items():
-            if name in DRAFT_FIELDS:
+            if name == "method" or name in DRAFT_FIELDS:
                 continue
             flag = name.replace("_", "-")
             if isinstance(value, bool):
@@ -121,19 +146,27 @@ class Settings:
 
     def draft_options(self) -> list[str]:
         draft = {name: value for name in DRAFT_FIELDS if (value := getattr(self, name)) is not None}
-        return ["--speculative-model", DRAFT, "--speculative-config", json.dumps(draft)]
+        if self.method == "glide":
+            return ["--speculative-model", DRAFT, "--speculative-config", json.dumps(draft)]
+        gamma = len(draft.pop("tree_shape"))
+        # Drafts are verified throughout, though for a target this small they are seldom worth it.
+        draft |= {"method": self.method, "gamma": gamma, "adaptive_verification": False}
+        return ["--speculative-config", json.dumps(draft)]
 
 
-def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | str | None = None) -> list[Settings]:
+def draw_settings(
+    rounds: int, clients: int, seed: int, tree_shape: list[int] | str | None = None, method: str | None = None
+) -> list[Settings]:
     """Settings of so many rounds; the same for the same arguments.
 
     Args:
         clients: requests that are sent at a time, of which a server may take fewer.
-        tree_shape: of all rounds; None to draw one for each.
+        tree_shape: of all rounds, which are GLIDE's then; None to draw one for each.
+        method: of all rounds; None to draw one for each.
     """
     source = random.Random(f"settings {seed}")
 
-    def draw(choices: Sequence[T]) -> list[T]:
+    def draw(choices: Sequence[T], source: random.Random = source) -> list[T]:
         # Every choice has its turn before the first comes again, so few rounds have all of them.
         drawn: list[T] = []
         while len(drawn) < rounds:
@@ -150,8 +183,15 @@ def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | 
     schedules = draw(["default", "fixed", "falling"])
     copies = draw([16, 4, 0])
     noises = draw([True, True, False])
+    of_methods = random.Random(f"methods {seed}")
+    one = "glide" if tree_shape else method
+    methods = draw([one] if one else ["glide"] * 4 + ["magicdec"], of_methods)
+    cross_attention_budgets = draw(CROSS_ATTENTION_BUDGETS, of_methods)
+    gammas, parts, sinks = draw(GAMMAS, of_methods), draw(PARTS, of_methods), draw(SINKS, of_methods)
     settings = []
     for i in range(rounds):
+        drafts_itself = methods[i] == "magicdec"
+        shape: list[int] | str = [1] * gammas[i] if drafts_itself else shapes[i]
         # Where there are fewer than clients, some requests wait. With the lowest budget prompts would take too long.
         max_num_seqs = source.randint(min(2, clients), clients) if budgets[i][1] else clients
         settings.append(
@@ -162,11 +202,16 @@ def draw_settings(rounds: int, clients: int, seed: int, tree_shape: list[int] | 
                 num_gpu_blocks_override=MIN_CACHE_BLOCKS + source.randint(*caches[i]),
                 scheduler_reserve_full_isl=reserves[i],
                 async_scheduling=ways[i],
-                tree_shape=shapes[i],
+                method=methods[i],
+                tree_shape=shape,
                 copy_length=copies[i],
                 couple_noise=noises[i],
+                cross_attention_budget=None if drafts_itself else cross_attention_budgets[i],
+                sinks=sinks[i] if drafts_itself else None,
+                budget=parts[i][1] if drafts_itself else None,
+                selection=parts[i][0] if drafts_itself else None,
                 num_speculative_tokens_per_batch_size=_draw_schedule(
-                    source, schedules[i], TREE_NODES if isinstance(shapes[i], str) else sum(map(int, shapes[i]))
+                    source, schedules[i], TREE_NODES if isinstance(shape, str) else sum(shape)
                 ),
             )
         )
@@ -222,15 +267,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="other requests and other settings")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tree-shape", type=int, nargs="+", metavar="N", help="of every round; drawn without it")
+    parser.add_argument("--method", choices=METHODS, help="of every round; drawn without it")
     parser.add_argument("--patience", type=float, default=START_TIMEOUT, metavar="SECONDS")
     parser.add_argument("--out", type=Path, help="write what was counted, as JSON")
     arguments = parser.parse_args()
     if arguments.clients < 1 or not 1 <= arguments.rounds <= arguments.requests:
         parser.error("there must be a client, and a request for every round")
+    if arguments.tree_shape and arguments.method == "magicdec":
+        parser.error("MagicDec drafts chains: give no --tree-shape")
 
     machine = environment(None)
     jobs = make_jobs(arguments.requests, arguments.max_tokens, arguments.seed)
-    settings = draw_settings(arguments.rounds, arguments.clients, arguments.seed, arguments.tree_shape)
+    settings = draw_settings(
+        arguments.rounds, arguments.clients, arguments.seed, arguments.tree_shape, arguments.method
+    )
     rounds = []
     for i, each in enumerate(settings):
         print(f"Round {i + 1} of {len(settings)}: {json.dumps(asdict(each))}\n")
@@ -266,7 +316,7 @@ def run_round(number: int, settings: Settings, jobs: list[Job], arguments: argpa
     """
     options = settings.options() + (EXACT if arguments.dtype == "float32" else ["--dtype", arguments.dtype])
     clients, patience = arguments.clients, arguments.patience
-    print(f"{len(jobs)} requests from {clients} clients, with a GLIDE draft\n")
+    print(f"{len(jobs)} requests from {clients} clients, with {settings.method}\n")
     with serve(f"soak-{number}", *options, *settings.draft_options(), defaults=DEFAULTS, command=COMMAND) as server:
         outcomes, report = run(server, jobs, clients, patience)
         report["leaked_blocks"] = round(report.pop("cache_usage") * settings.num_gpu_blocks_override)
@@ -282,7 +332,7 @@ def run_round(number: int, settings: Settings, jobs: list[Job], arguments: argpa
     ]
     for i in mismatches[:3]:
         expected = plain[finished.index(i)]
-        print(json.dumps({"request": jobs[i].body, "plain": asdict(expected), "glide": asdict(outcomes[i])}))
+        print(json.dumps({"request": jobs[i].body, "plain": asdict(expected), settings.method: asdict(outcomes[i])}))
     for i in [i for i, outcome in enumerate(outcomes) if outcome.error][:3]:
         print(json.dumps({"request": jobs[i].body, "error": outcomes[i].error}))
     return {

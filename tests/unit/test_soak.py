@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What benchmarks.soak draws for its servers and counts of them; tests/e2e/test_soak.py runs it."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,8 @@ def test_few_rounds_have_every_kind_of_setting():
         assert {each.async_scheduling for each in drawn} == {False, True}
         assert {bool(each.long_prefill_token_threshold) for each in drawn} == {False, True}
         assert {len(each.num_speculative_tokens_per_batch_size or []) for each in drawn} == {0, 1, 3}
-        assert {tuple(each.tree_shape) for each in drawn} == set(map(tuple, soak.TREE_SHAPES))
+        assert sorted(each.method for each in drawn) == ["glide"] * 4 + ["magicdec"]
+        assert {tuple(each.tree_shape) for each in drawn if each.method == "glide"} < set(map(tuple, soak.TREE_SHAPES))
         assert {each.copy_length for each in drawn} == {0, 4, 16}
         assert {each.couple_noise for each in drawn} == {False, True}
         budgets = [each.max_num_batched_tokens for each in drawn]
@@ -44,8 +46,25 @@ def test_few_rounds_have_every_kind_of_setting():
     assert soak.draw_settings(5, 8, 0) == soak.draw_settings(5, 8, 0) != soak.draw_settings(5, 8, 1)
 
 
-def test_a_given_tree_shape_is_that_of_all_rounds():
-    assert [each.tree_shape for each in soak.draw_settings(3, 8, 0, [2, 2])] == [[2, 2]] * 3
+def test_a_given_tree_shape_or_method_is_that_of_all_rounds():
+    drawn = soak.draw_settings(10, 8, 0, [2, 2])
+    assert {(each.method, *each.tree_shape) for each in drawn} == {("glide", 2, 2)}
+    assert {each.cross_attention_budget for each in drawn} == set(soak.CROSS_ATTENTION_BUDGETS)
+    for method in soak.METHODS:
+        assert {each.method for each in soak.draw_settings(10, 8, 0, method=method)} == {method}
+
+
+def test_what_magicdec_is_asked_for():
+    drawn = soak.draw_settings(12, 8, 0, method="magicdec")
+    assert {(each.selection, each.budget) for each in drawn} == set(soak.PARTS)
+    for settings in drawn:
+        name, text = settings.draft_options()
+        options = json.loads(text)
+        assert name == "--speculative-config" and options["method"] == "magicdec"
+        assert options["gamma"] in soak.GAMMAS and "tree_shape" not in options
+        assert "cross_attention_budget" not in options and options["sinks"] in soak.SINKS
+        for _, _, num_nodes in options.get("num_speculative_tokens_per_batch_size", []):
+            assert num_nodes <= max(options["gamma"], soak.TREE_ROWS - 1)
 
 
 class Stuck:
