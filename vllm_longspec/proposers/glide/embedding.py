@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, empty_rows, num_warps_for, quantised, row_scale
+from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, empty_activation, num_warps_for, quantised, row_scale
 
 
 def can_embed(embedding: torch.Tensor, norm: RMSNorm) -> bool:
@@ -32,12 +32,14 @@ def embed_and_normalise(
     The norm is computed in float32 and rounded once.
     """
     num_tokens, hidden_size = tokens.shape[0], embedding.shape[1]
-    quantises = get_input_quant_key(linear) == kFp8DynamicTokenSym
     embedded = torch.empty(num_tokens, hidden_size, dtype=embedding.dtype, device=tokens.device)
-    if quantises:
-        rows, scales = empty_rows(num_tokens, hidden_size, tokens.device)
+    normalised: torch.Tensor | QuantizedActivation
+    if get_input_quant_key(linear) == kFp8DynamicTokenSym:
+        normalised = empty_activation(num_tokens, hidden_size, embedding.dtype, tokens.device)
+        rows, scales = normalised.data, normalised.scale
     else:
-        rows, scales = torch.empty_like(embedded), None
+        normalised = rows = torch.empty_like(embedded)
+        scales = None
     block = triton.next_power_of_2(hidden_size)
     # All tokens in the interpreter, one a program on a GPU.
     token_block = triton.next_power_of_2(num_tokens) if interpreting() else 1
@@ -57,9 +59,7 @@ def embed_and_normalise(
         TOKEN_BLOCK=token_block,
         num_warps=num_warps_for(block),
     )
-    if scales is None:
-        return rows, embedded
-    return QuantizedActivation(rows, scales, embedding.dtype, embedded.shape, kFp8DynamicTokenSym), embedded
+    return normalised, embedded
 
 
 @triton.jit(do_not_specialize=["num_tokens", "multiplier", "epsilon"])

@@ -95,9 +95,8 @@ def normalise(
             return fused_norm(norm, hidden, residual)
         return (norm(hidden), hidden) if residual is None else norm(hidden, residual)
     num_tokens, size = hidden.shape
-    rows, scales = empty_rows(num_tokens, size, hidden.device)
-    _norm_and_quantise(norm, hidden, residual, rows[:num_tokens], scales[:num_tokens])
-    activation = QuantizedActivation(rows, scales, hidden.dtype, hidden.shape, kFp8DynamicTokenSym)
+    activation = empty_activation(num_tokens, size, hidden.dtype, hidden.device)
+    _norm_and_quantise(norm, hidden, residual, activation.data[:num_tokens], activation.scale[:num_tokens])
     return activation, hidden if residual is None else residual
 
 
@@ -150,10 +149,12 @@ def activate(
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     if get_input_quant_key(linear) != kFp8DynamicTokenSym or size > MAX_ROW:
         return activation(gate_up)
-    rows, scales = empty_rows(num_tokens, size, gate_up.device)
+    quantised_rows = empty_activation(num_tokens, size, gate_up.dtype, gate_up.device)
     block = triton.next_power_of_2(size)
-    _silu_mul_quantise_kernel[(num_tokens,)](gate_up, rows, scales, size, BLOCK=block, num_warps=num_warps_for(block))
-    return QuantizedActivation(rows, scales, gate_up.dtype, torch.Size((num_tokens, size)), kFp8DynamicTokenSym)
+    _silu_mul_quantise_kernel[(num_tokens,)](
+        gate_up, quantised_rows.data, quantised_rows.scale, size, BLOCK=block, num_warps=num_warps_for(block)
+    )
+    return quantised_rows
 
 
 def add(
@@ -167,12 +168,12 @@ def add(
     if get_input_quant_key(head) != kFp8DynamicTokenSym or size > MAX_ROW:
         # A kernel less for families without multipliers.
         return hidden + residual if multiplier == 1.0 else hidden * multiplier + residual
-    rows, scales = empty_rows(num_tokens, size, hidden.device)
+    total = empty_activation(num_tokens, size, hidden.dtype, hidden.device)
     block = triton.next_power_of_2(size)
     _add_quantise_kernel[(num_tokens,)](
-        hidden, residual, rows, scales, size, multiplier, BLOCK=block, num_warps=num_warps_for(block)
+        hidden, residual, total.data, total.scale, size, multiplier, BLOCK=block, num_warps=num_warps_for(block)
     )
-    return QuantizedActivation(rows, scales, hidden.dtype, hidden.shape, kFp8DynamicTokenSym)
+    return total
 
 
 def some_rows(hidden: torch.Tensor | QuantizedActivation, rows: slice) -> torch.Tensor | QuantizedActivation:
@@ -190,11 +191,16 @@ def num_warps_for(block: int) -> int:
     return max(1, min(16, block // 1024))
 
 
-def empty_rows(num_tokens: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For quantised rows and their scales: float8_e4m3fn [num_rows, size] and float32 [num_rows, 1], with padding."""
+def empty_activation(num_tokens: int, size: int, dtype: torch.dtype, device: torch.device) -> QuantizedActivation:
+    """For `num_tokens` rows of `dtype` that a kernel quantises: float8_e4m3fn data and float32 scales, with padding."""
     num_rows = padded_rows(num_tokens)
-    rows = torch.empty(num_rows, size, dtype=kFp8DynamicTokenSym.dtype, device=device)
-    return rows, torch.empty(num_rows, 1, dtype=torch.float32, device=device)
+    return QuantizedActivation(
+        torch.empty(num_rows, size, dtype=kFp8DynamicTokenSym.dtype, device=device),
+        torch.empty(num_rows, 1, dtype=torch.float32, device=device),
+        dtype,
+        torch.Size((num_tokens, size)),
+        kFp8DynamicTokenSym,
+    )
 
 
 @triton.jit
