@@ -26,7 +26,7 @@ def test_requests_do_not_notice_that_steps_were_timed(tmp_path):
     sizes = {
         name: {int(number): [size for size, _ in points] for number, points in found[name].items()} for name in TABLES
     }
-    assert sizes == {"verify": {0: [1, 2, 4], 7: [1, 2, 4], 20: [1, 2]}, "draft": {7: [1, 2, 4], 20: [1, 2]}}
+    assert sizes == {"verify": {0: [1, 2, 3, 4], 7: [1, 2, 3, 4], 20: [1, 2]}, "draft": {7: [1, 2, 4], 20: [1, 2]}}
     # The clock counts replays, and each of the timed times is one of them.
     assert {time for name in TABLES for points in found[name].values() for _, time in points} == {1.0}
     assert found["max_prefix"] > 256

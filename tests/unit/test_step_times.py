@@ -163,18 +163,29 @@ def test_a_draft_without_its_graph_is_not_worth_it():
     assert cost(8, 7, 100) == math.inf > cost(4, 7, 100)
 
 
-def test_noise_does_not_make_a_larger_batch_cheaper():
+def engine_of(verify: list[tuple[int, float]]) -> MeasuredCost:
+    """Of three nodes, whose verification takes so long; a step of plain decoding takes 10 ms, a draft 1 ms."""
     times = StepTimes(
         "GPU",
-        {0: [(1, 10.0), (2, 10.0), (4, 10.0), (8, 10.0)], 3: [(1, 12.0), (2, 11.5), (4, 13.0)]},
-        {3: [(1, 1.0), (2, 1.0), (4, 1.0)]},
+        {0: [(1, 10.0)], 3: verify},
+        {3: [(size, 1.0) for size, _ in verify]},
         {0: [(1, 0.0)], 3: [(1, 0.0)]},
     )
-    cost = MeasuredCost(times, lambda *_: 0.0, 1.0, lambda *_: 0.0)
-    assert cost(1, 3, 0) == cost(2, 3, 0) == (WALK + 13) / 10
-    assert cost(3, 3, 0) == pytest.approx((WALK + 13.5) / 10)
+    return MeasuredCost(times, lambda *_: 0.0, 1.0, lambda *_: 0.0)
+
+
+def test_noise_does_not_make_a_larger_batch_cheaper():
+    cost = engine_of([(1, 12.0), (2, 11.8), (3, 11.7), (4, 13.0)])
+    assert cost(1, 3, 0) == cost(2, 3, 0) == cost(3, 3, 0) == (WALK + 13) / 10
     # Beyond the largest it goes on as between the last two.
-    assert cost(8, 3, 0) == pytest.approx((WALK + 16) / 10)
+    assert cost(8, 3, 0) == pytest.approx((WALK + 18) / 10)
+
+
+def test_a_larger_batch_may_fill_a_tile():
+    cost = engine_of([(1, 10.0), (4, 10.0), (5, 13.0), (16, 11.0)])
+    assert cost(4, 3, 0) == (WALK + 11) / 10
+    assert cost(5, 3, 0) == (WALK + 14) / 10
+    assert cost(16, 3, 0) == cost(32, 3, 0) == (WALK + 12) / 10
 
 
 def test_a_step_of_a_small_target_takes_as_long_as_the_host():

@@ -4,6 +4,8 @@
 import copy
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +30,12 @@ from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.runner.times_file import TimesFile, what_times_depend_on
 from vllm_longspec.runner.timing import CONTEXT, REPLAYS, WARM_UP, StepTimer, time_of
 from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule, nodes_by_batch_size
-from vllm_longspec.scheduling.step_times import StepTimes, times_of
+from vllm_longspec.scheduling.step_times import MeasuredCost, StepTimes, Times, times_of
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN, VOCAB_SIZE = 16, 4096, 32768, 100
 MAX_NUM_SEQS = 32
 HIDDEN = 8
+POWERS = {1 << power for power in range(10)}
 READ = 1e-5  # milliseconds of a cached token
 DRAFT = 0.5  # milliseconds of a draft, and of each request
 
@@ -73,6 +76,11 @@ def forward(num_rows: int) -> float:
     return 10 + 0.01 * num_rows
 
 
+def forward_by_tiles(num_rows: int) -> float:
+    """As vLLM's GEMMs of fp8 weights: tiles of 16 rows, then of 64, which take longer with few of their rows."""
+    return 10.0 if num_rows <= 16 else 10.8 + 0.045 * (-num_rows % 64) if num_rows <= 128 else 0.08 * num_rows
+
+
 class BlockTables:
     block_sizes = (BLOCK_SIZE,)
 
@@ -86,7 +94,13 @@ class BlockTables:
 class Runner:
     """What `StepTimer` uses of vLLM's runner: buffers, tables and managers are those of vLLM, or like them."""
 
-    def __init__(self, num_nodes: int = 24, has_graphs: bool = True, draft_has_graphs: bool = True):
+    def __init__(
+        self,
+        num_nodes: int = 24,
+        has_graphs: bool = True,
+        draft_has_graphs: bool = True,
+        forward: Callable[[int], float] = forward,
+    ):
         schedule = default_schedule(num_nodes, 5, MOST_ROWS)
         self.vllm_config: Any = config(num_nodes, MAX_NUM_SEQS, schedule, adapt=True)
         self.max_num_reqs, self.max_model_len, self.vocab_size = MAX_NUM_SEQS, MAX_MODEL_LEN, VOCAB_SIZE
@@ -96,6 +110,7 @@ class Runner:
         self.block_tables = BlockTables()
         self.kv_cache_config = SimpleNamespace(num_blocks=NUM_BLOCKS)
         self.attn_groups: list = []
+        self.forward = forward
         mode = CUDAGraphMode.FULL_AND_PIECEWISE if has_graphs else CUDAGraphMode.NONE
         manager: Any = CudaGraphManager(self.vllm_config, "cpu", mode, 1 + num_nodes)
         manager._graphs_captured = True
@@ -136,7 +151,7 @@ class Runner:
             # All blocks that are read exist.
             used = block_tables[0][:, : -(-int(batch.seq_lens[0]) // BLOCK_SIZE)]
             assert used.min() >= 0 and used.max() < NUM_BLOCKS and used.unique().numel() > used.shape[1] // 2
-        Clock.now += forward(desc.num_tokens) + READ * int(contexts.sum()) * (1 + 0.01 * (rows - 1))
+        Clock.now += self.forward(desc.num_tokens) + READ * int(contexts.sum()) * (1 + 0.01 * (rows - 1))
         self.replayed.append(("target", desc))
         return torch.zeros(desc.num_tokens, HIDDEN)
 
@@ -167,9 +182,9 @@ def test_every_number_is_timed_with_the_graphs_that_batches_run():
         for size, time in points:
             graph = runner.cudagraph_manager.dispatch(size, size * (1 + number), 1 + number, 0)
             assert time == pytest.approx(forward(graph.num_tokens))
-            if number:
-                padded = runner.speculator.graphs.find(size, number).num_reqs
-                assert dict(times.draft[number])[size] == pytest.approx(DRAFT * (1 + padded))
+        for size, time in times.draft.get(number, ()):
+            padded = runner.speculator.graphs.find(size, number).num_reqs
+            assert time == pytest.approx(DRAFT * (1 + padded))
         for _, time in times.read[number]:
             assert time == pytest.approx(READ * (1 + 0.01 * number), rel=1e-6)
     # Only the rows of the batch go through the head.
@@ -238,17 +253,57 @@ def test_without_graphs_start_up_says_so_and_keeps_nothing(caplog, monkeypatch, 
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_the_first_rank_decides_for_all(monkeypatch, tmp_path):
-    """Another rank has no file, runs the same graphs and gets the first one's times; or runs none, like that."""
+def test_batches_that_are_not_on_a_line_are_timed_too():
+    runner: Any = Runner(forward=forward_by_tiles)
+    times = timer_of(runner).times()
+    assert times is not None
+
+    def most_off(verify: Times) -> float:
+        """By how much a batch's time, padded to its graph, differs from what is expected."""
+        cost, off = MeasuredCost(replace(times, verify=verify), lambda *_: 0.0, 1.0, lambda *_: 0.0), []
+        for number, points in verify.items():
+            for size in range(1, points[-1][0] + 1):
+                graph = runner.cudagraph_manager.dispatch(size, size * (1 + number), 1 + number, 0)
+                off.append(abs(cost.verify[number](size) / forward_by_tiles(graph.num_tokens) - 1))
+        return max(off)
+
+    powers = {
+        number: [(size, time) for size, time in points if size in POWERS] for number, points in times.verify.items()
+    }
+    assert most_off(times.verify) < 0.12 < 0.2 < most_off(powers)
+    num_powers = sum(map(len, powers.values()))
+    # Only bends are looked for, so there are not many more than the powers of two.
+    assert 2 * num_powers < sum(map(len, times.verify.values())) < 3 * num_powers
+    assert StepTimes.from_json(times.to_json()) == times
+
+
+def test_all_ranks_time_what_the_first_one_does(monkeypatch):
+    """Where there is a bend for its clock, whatever the others find."""
+    sent: list[Any] = []
+
+    def send(sent_by_first: Any = None, src: int = 0) -> Any:
+        sent.append(sent_by_first)
+        return sent_by_first
+
+    monkeypatch.setattr(timing, "get_tp_group", lambda: SimpleNamespace(is_first_rank=True, broadcast_object=send))
+    first: Any = Runner(forward=forward_by_tiles)
+    found = timing.time_steps(worker_of(first))
+    answers = iter(sent)
+    group = SimpleNamespace(is_first_rank=False, broadcast_object=lambda obj=None, src=0: next(answers))
+    monkeypatch.setattr(timing, "get_tp_group", lambda: group)
+    second: Any = Runner()
+    assert timing.time_steps(worker_of(second)) == found is not None
+    assert second.replayed == first.replayed and next(answers, None) is None
+
+
+def test_the_first_rank_has_the_file(monkeypatch, tmp_path):
+    """Another rank reads and writes none, and runs nothing if the first has the times."""
     theirs = timer_of(Runner()).times()
-    for found in (None, theirs):
-        answers = iter([found] if found is not None else [None, theirs])
-        group = SimpleNamespace(is_first_rank=False, broadcast_object=lambda obj=None, src=0: next(answers))  # noqa: B023
-        monkeypatch.setattr(timing, "get_tp_group", lambda group=group: group)
-        runner: Any = Runner()
-        assert timing.time_steps(worker_of(runner)) is theirs
-        assert bool(runner.replayed) == (found is None)
-        assert not list(tmp_path.rglob("*.json"))
+    group = SimpleNamespace(is_first_rank=False, broadcast_object=lambda obj=None, src=0: theirs)
+    monkeypatch.setattr(timing, "get_tp_group", lambda: group)
+    runner: Any = Runner()
+    assert timing.time_steps(worker_of(runner)) is theirs
+    assert runner.replayed == [] and not list(tmp_path.rglob("*.json"))
 
 
 TIMES = StepTimes("GPU", {0: ((1, 10.0),), 4: ((1, 11.0),)}, {4: ((1, 0.5),)}, {0: ((1, 0.0),), 4: ((1, 0.0),)})

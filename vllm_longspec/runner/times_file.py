@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 # Of the file and of how steps are timed.
-FORMAT = 2
+FORMAT = 3
 
 
 def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:

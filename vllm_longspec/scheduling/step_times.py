@@ -33,6 +33,8 @@ WALK = 0.1
 # 242M pair (docs/performance.md#speed-with-trained-weights). A slower host favours drafting.
 HOST = 1.5
 HOST_OF_TREE = 2.3
+# Share of a time that two measurements of the same may differ by.
+NOISE = 0.03
 # Attribute of vLLM's SpeculativeConfig in the process of the scheduler.
 _ATTRIBUTE = "longspec_step_times"
 
@@ -44,7 +46,7 @@ Times = Mapping[int, Sequence[tuple[int, float]]]
 class StepTimes:
     """All in milliseconds. Numbers of nodes without a CUDA graph are in none of the three, and 0 is in all but `draft`.
 
-    Batch sizes are the same in `verify` and `draft` for a number of nodes.
+    Batch sizes of `verify` are those of `draft` for a number of nodes, and some in between.
     """
 
     device: str  # name of the GPU
@@ -101,12 +103,16 @@ def times_of(config: "SpeculativeConfig | None") -> StepTimes | None:
 
 
 class _Curve:
-    """Linear between batch sizes that were timed and beyond the last of them; never falls where `rises`."""
+    """Linear between batch sizes that were timed, and beyond the last of them; there it never falls.
+
+    Where it `rises`, what is less than with fewer requests by up to `NOISE` counts as the same. More than that is not
+    noise: some GEMMs are faster with the rows of a whole tile than with a few of them.
+    """
 
     def __init__(self, points: Sequence[tuple[int, float]], rises: bool):
         self.sizes = [size for size, _ in points]
         times = [time for _, time in points]
-        self.times = list(accumulate(times, max)) if rises else times
+        self.times = list(accumulate(times, _at_least)) if rises else times
         self.rises = rises
         self.known: dict[int, float] = {}  # it is asked for several times a step
 
@@ -124,7 +130,12 @@ class _Curve:
             return times[-1]
         last = next((place for place, size in enumerate(sizes) if size >= batch_size), len(sizes) - 1)
         part = (batch_size - sizes[last - 1]) / (sizes[last] - sizes[last - 1])
-        return times[last - 1] + part * (times[last] - times[last - 1])
+        time = times[last - 1] + part * (times[last] - times[last - 1])
+        return time if batch_size <= sizes[-1] else max(time, times[-1])
+
+
+def _at_least(before: float, time: float) -> float:
+    return before if before * (1 - NOISE) <= time < before else time
 
 
 class MeasuredCost:
