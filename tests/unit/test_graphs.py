@@ -15,7 +15,7 @@ from tests.unit.test_schedule import auto_shape
 from vllm_longspec import plugin
 from vllm_longspec.configure import capture_largest_batch
 from vllm_longspec.options import LongSpecOptions, attach_options
-from vllm_longspec.runner.graphs import DraftGraphs
+from vllm_longspec.runner.graphs import DraftGraphs, run_in_larger_graphs
 from vllm_longspec.scheduling.schedule import MOST_ROWS, default_schedule, nodes_by_batch_size
 from vllm_longspec.tree.shape import TreeShape
 
@@ -47,7 +47,7 @@ def config(num_nodes, max_num_seqs, schedule, adapt, shape=FIXED):
         speculative_config=speculative_config,
         num_speculative_tokens=num_nodes,
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
         compilation_config=SimpleNamespace(
             cudagraph_capture_sizes=CAPTURE_SIZES, max_cudagraph_capture_size=CAPTURE_SIZES[-1]
@@ -102,6 +102,27 @@ def test_the_largest_batch_has_its_graphs(max_num_seqs):
         assert graph.cg_mode == CUDAGraphMode.FULL and graph.num_reqs >= batch_size
         for number in choices[batch_size]:
             assert number == 0 or draft.find(batch_size, number) is not None
+
+
+def test_batches_run_in_the_larger_graphs_that_are_given():
+    """Of their number of nodes, and without adapters."""
+    vllm_config = config(24, 32, default_schedule(24, 5, MOST_ROWS), True)
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    before, target = (CudaGraphManager(vllm_config, "cpu", mode, 25, lora_capture_cases=[0, 2]) for _ in range(2))
+    before._graphs_captured = target._graphs_captured = True
+    run_in_larger_graphs(target, {0: [(16, 32), (24, 32)], 7: [(2, 4)]})
+
+    def sizes(manager: Any, number: int, num_adapters: int = 0) -> list[int]:
+        return [manager.dispatch(size, size * (1 + number), 1 + number, num_adapters).num_reqs for size in range(1, 33)]
+
+    assert sizes(target, 0) == [32 if size in (16, 24) else size for size in sizes(before, 0)] != sizes(before, 0)
+    assert (
+        sizes(before, 7)[:3] == [1, 2, 3]
+        and sizes(target, 7)[:3] == [1, 4, 3]
+        and sizes(target, 7)[3:] == sizes(before, 7)[3:]
+    )
+    assert sizes(target, 3) == sizes(before, 3)
+    assert all(sizes(target, number, 2) == sizes(before, number, 2) for number in (0, 3, 7))
 
 
 @pytest.mark.parametrize("sizes", [None, []])

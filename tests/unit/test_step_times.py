@@ -311,6 +311,9 @@ def test_times_are_read_as_they_were_written():
         lambda found: found["draft"].update({"7": [1, 2]}),
         lambda found: found["draft"].update({"7": [[math.inf, 1.0]]}),
         lambda found: found["draft"].update({"7": [[1, 10**400]]}),
+        lambda found: found.pop("larger"),
+        lambda found: found["larger"].update({"7": [[2, 2]]}),
+        lambda found: found["larger"].update({"6": [[1, 2]]}),
         lambda found: found.update(draft={}, verify={"0": [[1, 1.0]]}, read={"0": [[1, 0.0]]}),
     ],
 )

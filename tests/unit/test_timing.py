@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,6 +101,8 @@ class Runner:
         has_graphs: bool = True,
         draft_has_graphs: bool = True,
         forward: Callable[[int], float] = forward,
+        num_engines: int = 1,
+        padding: float = 0.0,  # milliseconds of a request without a context beside others that have one
     ):
         schedule = default_schedule(num_nodes, 5, MOST_ROWS)
         self.vllm_config: Any = config(num_nodes, MAX_NUM_SEQS, schedule, adapt=True)
@@ -110,7 +113,8 @@ class Runner:
         self.block_tables = BlockTables()
         self.kv_cache_config = SimpleNamespace(num_blocks=NUM_BLOCKS)
         self.attn_groups: list = []
-        self.forward = forward
+        self.forward, self.padding = forward, padding
+        self.vllm_config.parallel_config.data_parallel_size = num_engines
         mode = CUDAGraphMode.FULL_AND_PIECEWISE if has_graphs else CUDAGraphMode.NONE
         manager: Any = CudaGraphManager(self.vllm_config, "cpu", mode, 1 + num_nodes)
         manager._graphs_captured = True
@@ -146,12 +150,15 @@ class Runner:
         assert (batch.num_reqs, batch.num_tokens) == (desc.num_reqs, desc.num_tokens)
         rows = desc.num_tokens // desc.num_reqs
         contexts = batch.seq_lens - rows
-        assert (contexts >= 0).all() and contexts.unique().numel() == 1
+        num_with_context = int((contexts > 0).sum())
+        assert (contexts[:num_with_context] == contexts[0]).all() and not contexts[num_with_context:].any()
         if contexts[0]:
             # All blocks that are read exist.
             used = block_tables[0][:, : -(-int(batch.seq_lens[0]) // BLOCK_SIZE)]
             assert used.min() >= 0 and used.max() < NUM_BLOCKS and used.unique().numel() > used.shape[1] // 2
         Clock.now += self.forward(desc.num_tokens) + READ * int(contexts.sum()) * (1 + 0.01 * (rows - 1))
+        if num_with_context:
+            Clock.now += self.padding * (desc.num_reqs - num_with_context)
         self.replayed.append(("target", desc))
         return torch.zeros(desc.num_tokens, HIDDEN)
 
@@ -254,7 +261,7 @@ def test_without_graphs_start_up_says_so_and_keeps_nothing(caplog, monkeypatch, 
 
 
 def test_batches_that_are_not_on_a_line_are_timed_too():
-    runner: Any = Runner(forward=forward_by_tiles)
+    runner: Any = Runner(forward=forward_by_tiles, num_engines=2)
     times = timer_of(runner).times()
     assert times is not None
 
@@ -274,7 +281,53 @@ def test_batches_that_are_not_on_a_line_are_timed_too():
     num_powers = sum(map(len, powers.values()))
     # Only bends are looked for, so there are not many more than the powers of two.
     assert 2 * num_powers < sum(map(len, times.verify.values())) < 3 * num_powers
-    assert StepTimes.from_json(times.to_json()) == times
+    # Engines that run in step all take the smallest graph.
+    assert times.larger == {}
+
+
+def graph_of(runner: Any, size: int, number: int) -> BatchExecutionDescriptor:
+    return runner.cudagraph_manager.dispatch(size, size * (1 + number), 1 + number, 0)
+
+
+def test_batches_run_in_a_larger_graph_that_takes_less_time():
+    runner, plain = Runner(forward=forward_by_tiles), Runner(forward=forward_by_tiles)
+    times = timing.time_steps(worker_of(runner))
+    assert times is not None and StepTimes.from_json(times.to_json()) == times
+    cost = MeasuredCost(times, lambda *_: 0.0, 1.0, lambda *_: 0.0)
+    saved = []
+    for number, points in times.verify.items():
+        for size in range(1, points[-1][0] + 1):
+            graph, smallest = graph_of(runner, size, number), graph_of(plain, size, number)
+            assert graph.cg_mode == CUDAGraphMode.FULL and graph.uniform_token_count == 1 + number
+            assert graph.num_reqs is not None and graph.num_reqs >= (smallest.num_reqs or 0) >= size
+            time = forward_by_tiles(graph.num_tokens)
+            assert time <= forward_by_tiles(smallest.num_tokens)
+            assert cost.verify[number](size) == pytest.approx(time, rel=0.12)
+            assert graph == smallest or time <= 0.97 * forward_by_tiles(smallest.num_tokens)
+            saved.append(1 - time / forward_by_tiles(smallest.num_tokens))
+    # 18 rows run as 64; 17 of plain decoding do not, for which there are 32 at most.
+    assert graph_of(runner, 9, 1).num_tokens == 64 and graph_of(runner, 3, 7) != graph_of(plain, 3, 7)
+    assert graph_of(runner, 17, 0) == graph_of(plain, 17, 0)
+    assert max(saved) > 0.15
+    # So they do after the next start.
+    later: Any = Runner(forward=forward_by_tiles)
+    assert timing.time_steps(worker_of(later)) is not None and later.replayed == []
+    for size in range(1, MAX_NUM_SEQS + 1):
+        assert graph_of(later, size, 0) == graph_of(runner, size, 0)
+
+
+def test_a_larger_graph_has_to_be_faster_with_a_context_too():
+    runner: Any = Runner(forward=forward_by_tiles, padding=5.0)
+    times = timing.time_steps(worker_of(runner))
+    assert times is not None and times.larger == {}
+    assert graph_of(runner, 3, 7).num_tokens == 24
+
+
+def test_noise_is_no_reason_to_run_in_a_larger_graph():
+    noise = Random(0)
+    runner: Any = Runner(forward=lambda num_rows: 10 + 0.3 * noise.random())
+    times = timing.time_steps(worker_of(runner))
+    assert times is not None and times.larger == {}
 
 
 def test_all_ranks_time_what_the_first_one_does(monkeypatch):

@@ -47,6 +47,7 @@ def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:
         "device": current_platform.get_device_name(),
         "ranks": [
             parallel.tensor_parallel_size,
+            parallel.data_parallel_size,
             parallel.enable_expert_parallel,
             parallel.disable_custom_all_reduce,
         ],

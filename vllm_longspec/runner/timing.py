@@ -20,10 +20,11 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.input_batch import InputBatch, set_dummy_context
 
 from vllm_longspec.options import options_of
+from vllm_longspec.runner.graphs import run_in_larger_graphs
 from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.runner.times_file import TimesFile, what_times_depend_on
 from vllm_longspec.scheduling.schedule import nodes_by_batch_size
-from vllm_longspec.scheduling.step_times import StepTimes
+from vllm_longspec.scheduling.step_times import Curve, StepTimes
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -43,6 +44,8 @@ CONTEXT, CONTEXT_BATCH = 16384, 4
 # of the time. GEMMs may take longer with few rows of a tile than with all of them: a step of Llama-3-8B with weights
 # of fp8 takes 3.4 ms with 16 rows on an H200, 4.3 with 20 and 3.6 with 64.
 OFF_LINE = 0.03
+# Share of a graph's time by which a larger one has to be faster to run its batches, more than noise.
+GAIN = 0.05
 
 
 @torch.inference_mode()
@@ -56,14 +59,20 @@ def time_steps(worker: "WorkerBase") -> StepTimes | None:
     group = get_tp_group()
     first = group.is_first_rank
     file = TimesFile(what_times_depend_on(runner.vllm_config)) if first else None
-    found = group.broadcast_object(file.read() if file is not None else None, src=0)
-    if found is not None:
-        if file is not None:
-            logger.info("The times of steps are those of an earlier start (%s).", file.path)
-        return found
+    times = group.broadcast_object(file.read() if file is not None else None, src=0)
+    if times is None:
+        times = _measure(runner, file)
+    elif file is not None:
+        logger.info("The times of steps are those of an earlier start (%s).", file.path)
+    if times is not None and runner.cudagraph_manager is not None:
+        run_in_larger_graphs(runner.cudagraph_manager, times.larger)
+    return times
 
+
+def _measure(runner: "GPUModelRunner", file: TimesFile | None) -> StepTimes | None:
+    """As `time_steps`, measured now and written to the file, which only the first rank has."""
     start = time.perf_counter()
-    times = group.broadcast_object(StepTimer(runner).times(), src=0)
+    times = get_tp_group().broadcast_object(StepTimer(runner).times(), src=0)
     if file is not None and times is None:
         logger.info(
             "Steps are not timed, since neither target nor draft run in full CUDA graphs: their costs are those of an "
@@ -92,6 +101,7 @@ class StepTimer:
         verify: dict[int, list[tuple[int, float]]] = {}
         draft: dict[int, list[tuple[int, float]]] = {}
         read: dict[int, list[tuple[int, float]]] = {}
+        larger: dict[int, list[tuple[int, int]]] = {}
         for number in sorted(set().union(*self.choices[1:])):
             sizes = [size for size in self._sizes(number) if self._has_graphs(size, number)]
             if not sizes:
@@ -100,18 +110,25 @@ class StepTimer:
                 continue
             # What is timed next depends on these, so all ranks have to have the same.
             coarse = self._agreed([(size, self._time_verification(size, number)) for size in sizes])
-            verify[number] = coarse[:1]
-            for smaller, larger in pairwise(coarse):
-                verify[number] += [*self._time_between(number, smaller, larger), larger]
+            points = coarse[:1]
+            for one, other in pairwise(coarse):
+                points += [*self._time_between(number, one, other), other]
+            if faster := self._faster_graphs(number, points):
+                larger[number] = list(faster.items())
+            known = {self._num_reqs(size, number): time for size, time in points}
+            verify[number] = [
+                (size, known[faster.get(num_reqs := self._num_reqs(size, number), num_reqs)]) for size, _ in points
+            ]
             if number > 0:
                 draft[number] = [(size, self._time_draft(size, number)) for size in sizes]
-            known = dict(verify[number])
             read[number] = [
-                (size, self._time_token(size, number, known[size])) for size in sizes if size in (1, CONTEXT_BATCH)
-            ] or [(sizes[0], self._time_token(sizes[0], number, known[sizes[0]]))]
+                (size, self._time_token(size, number, dict(points)[size]))
+                for size in sizes
+                if size in (1, CONTEXT_BATCH)
+            ] or [(sizes[0], self._time_token(sizes[0], number, points[0][1]))]
         # What padding leaves behind in the tables is zero.
         self.runner.block_tables.get_dummy_block_tables(self.runner.max_num_reqs)
-        return StepTimes(current_platform.get_device_name(), verify, draft, read) if draft else None
+        return StepTimes(current_platform.get_device_name(), verify, draft, read, larger) if draft else None
 
     def _sizes(self, number: int) -> list[int]:
         """Batch sizes for which a number of nodes is timed: powers of two, and the largest that may have it."""
@@ -135,6 +152,32 @@ class StepTimer:
             return [middle]
         return [*self._time_between(number, smaller, middle), middle, *self._time_between(number, middle, larger)]
 
+    def _faster_graphs(self, number: int, points: list[tuple[int, float]]) -> dict[int, int]:
+        """Requests of a graph -> of a larger one that runs its batches in less time, without and with a context."""
+        if self.runner.vllm_config.parallel_config.data_parallel_size > 1:
+            # Engines that run in step have to choose the same, whatever their clocks say.
+            return {}
+        known = {self._num_reqs(size, number): time for size, time in points}
+        time_of_graph = Curve(points, rises=False)
+        faster: dict[int, int] = {}
+        for size in sorted({self._num_reqs(size, number) for size in range(1, points[-1][0] + 1)}):
+            others = {other: time for other, time in known.items() if other >= size}
+            least = min(others.values())
+            if least > (1 - GAIN) * time_of_graph(size):
+                continue
+            # With as little padding as takes no longer.
+            other = next(other for other, time in others.items() if time <= (1 + OFF_LINE) * least)
+            context = self._context(size, number)
+            own, padded = (self._agreed(self._time_verification(size, number, context, of)) for of in (size, other))
+            if padded < own:
+                faster[size] = other
+        return faster
+
+    def _num_reqs(self, batch_size: int, number: int) -> int:
+        num_reqs = self._graph(batch_size, number).num_reqs
+        assert num_reqs is not None
+        return num_reqs
+
     @staticmethod
     def _agreed(times: _T) -> _T:
         """Those of the first rank."""
@@ -155,9 +198,14 @@ class StepTimer:
         has_graph = graph.cg_mode == CUDAGraphMode.FULL and (number == 0 or graph.uniform_token_count == 1 + number)
         return has_graph and (number == 0 or self.speculator.graphs.find(batch_size, number) is not None)
 
-    def _time_verification(self, batch_size: int, number: int, context: int = 0) -> float:
-        """Milliseconds of the target's forward pass, head and greedy sampling, `context` cached tokens a request."""
-        runner, graph = self.runner, self._graph(batch_size, number)
+    def _time_verification(self, batch_size: int, number: int, context: int = 0, graph_of: int | None = None) -> float:
+        """Milliseconds of the target's forward pass, head and greedy sampling.
+
+        Args:
+            context: cached tokens of each request.
+            graph_of: the batch size whose graph runs it; by default its own.
+        """
+        runner, graph = self.runner, self._graph(graph_of or batch_size, number)
         manager = runner.cudagraph_manager
         assert manager is not None and graph.num_reqs is not None
         # The steps of vLLM's dummy runs, which cannot be asked for a number of rows a request.
@@ -174,6 +222,8 @@ class StepTimer:
                 runner.max_model_len,
                 input_block_tables=block_tables,
             )
+            # The others are padding.
+            batch.seq_lens[batch_size:] -= context
         runner.model_state.prepare_attn(
             batch,
             graph.cg_mode,
@@ -199,14 +249,16 @@ class StepTimer:
 
     def _time_token(self, batch_size: int, number: int, without: float) -> float:
         """Milliseconds that a cached token adds; `without` is the time of the same graph without a context."""
-        graph = self._graph(batch_size, number)
-        assert graph.num_reqs is not None
-        cache = self.runner.kv_cache_config.num_blocks * self.runner.block_tables.block_sizes[0]
-        context = min(CONTEXT, self.runner.max_model_len - (1 + number), cache // graph.num_reqs)
+        context = self._context(batch_size, number)
         if context <= 0:
             return 0.0
         time = self._time_verification(batch_size, number, context)
-        return max(0.0, time - without) / (graph.num_reqs * context)
+        return max(0.0, time - without) / (batch_size * context)
+
+    def _context(self, batch_size: int, number: int) -> int:
+        """The most cached tokens of each request that are timed, 0 if the cache has room for none."""
+        cache = self.runner.kv_cache_config.num_blocks * self.runner.block_tables.block_sizes[0]
+        return max(0, min(CONTEXT, self.runner.max_model_len - (1 + number), cache // batch_size))
 
     def _time_draft(self, batch_size: int, number: int) -> float:
         """Milliseconds of a draft of padding requests, for which nothing is written, as when it was captured."""

@@ -18,7 +18,7 @@ slower of the two: no step is shorter than `HOST` or, with nodes, `HOST_OF_TREE`
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,9 @@ class StepTimes:
     verify: Times
     draft: Times
     read: Times  # per cached token of the batch, in all layers
+    # Number of nodes -> (requests of a CUDA graph of the target, requests of a larger one that takes less time). The
+    # times of `verify` are of the latter.
+    larger: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -63,7 +66,11 @@ class StepTimes:
         try:
             found = json.loads(text)
             tables = {name: _read_times(found[name]) for name in ("verify", "draft", "read")}
-            times = cls(str(found["device"]), **tables)
+            larger = {
+                int(number): [(int(size), int(other)) for size, other in pairs]
+                for number, pairs in found["larger"].items()
+            }
+            times = cls(str(found["device"]), **tables, larger=larger)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"these are no times of steps: {error!r}") from None
         if (
@@ -73,6 +80,10 @@ class StepTimes:
             or times.read.keys() != times.verify.keys()
         ):
             raise ValueError("these are no times of steps: a number of nodes is missing")
+        if not (times.larger.keys() <= times.verify.keys()) or any(
+            size >= other for pairs in times.larger.values() for size, other in pairs
+        ):
+            raise ValueError("these are no times of steps: graphs must be larger than those they are taken instead of")
         return times
 
     def numbers(self) -> list[int]:
@@ -102,7 +113,7 @@ def times_of(config: "SpeculativeConfig | None") -> StepTimes | None:
     return getattr(config, _ATTRIBUTE, None)
 
 
-class _Curve:
+class Curve:
     """Linear between batch sizes that were timed, and beyond the last of them; there it never falls.
 
     Where it `rises`, what is less than with fewer requests by up to `NOISE` counts as the same. More than that is not
@@ -155,9 +166,9 @@ class MeasuredCost:
         self.drafting = drafting
         self.token = token
         self.others = others
-        self.verify = {number: _Curve(points, rises=True) for number, points in times.verify.items()}
-        self.draft = {number: _Curve(points, rises=True) for number, points in times.draft.items()}
-        self.read = {number: _Curve(points, rises=False) for number, points in times.read.items()}
+        self.verify = {number: Curve(points, rises=True) for number, points in times.verify.items()}
+        self.draft = {number: Curve(points, rises=True) for number, points in times.draft.items()}
+        self.read = {number: Curve(points, rises=False) for number, points in times.read.items()}
 
     def milliseconds(self, batch_size: int, num_nodes: int, num_tokens: int) -> float:
         """Of a step; `num_nodes` is 0 or was timed."""
@@ -184,8 +195,8 @@ class MeasuredCost:
 def describe_times(times: StepTimes, num_levels: Callable[[int], int]) -> str:
     """What a step, a node and a level take for a single request, for start-up's log."""
     most = max(times.numbers())
-    plain, verify = _Curve(times.verify[0], rises=True)(1), _Curve(times.verify[most], rises=True)(1)
-    draft = _Curve(times.draft[most], rises=True)(1)
+    plain, verify = Curve(times.verify[0], rises=True)(1), Curve(times.verify[most], rises=True)(1)
+    draft = Curve(times.draft[most], rises=True)(1)
     return (
         f"plain decoding {max(HOST, plain):.2f} ms, a node {max(0.0, verify - plain) / most * 1000:.0f} us of "
         f"verification, a level {draft / num_levels(most):.2f} ms of drafting"
