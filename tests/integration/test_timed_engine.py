@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timing of steps in an engine: what it prepares is what the target and the draft run with, and requests do not notice.
 
-Without a GPU stand-ins for the graphs run the same forward pass and the same draft eagerly.
+Nor do they notice that their batch runs in a larger graph than it needs. Without a GPU stand-ins for the graphs run the
+same forward pass, padded like them, and the same draft eagerly.
 """
 
 from typing import Any
@@ -27,9 +28,14 @@ def test_requests_do_not_notice_that_steps_were_timed(tmp_path):
         name: {int(number): [size for size, _ in points] for number, points in found[name].items()} for name in TABLES
     }
     assert sizes == {"verify": {0: [1, 2, 3, 4], 7: [1, 2, 3, 4], 20: [1, 2]}, "draft": {7: [1, 2, 4], 20: [1, 2]}}
-    # The clock counts replays, and each of the timed times is one of them.
+    # The clock counts replays, and each of the timed times is one of them: three requests run in the graph of four.
     assert {time for name in TABLES for points in found[name].values() for _, time in points} == {1.0}
+    assert found["larger"] == {"7": [[3, 4]]}
     assert found["max_prefix"] > 256
+    # Then they ran padded to that graph.
+    assert found["padded"] == found["before"]
+    assert [8, 3, 4] in found["graphs"] and not any(graph[:2] == [8, 3] and graph[2] != 4 for graph in found["graphs"])
+    assert {rows for rows, _, _ in found["graphs"]} == {8, 21}
     # It is kept, and read by the next one.
     (file,) = (tmp_path / "longspec").iterdir()
     assert "the times are kept in" in log and str(file) in log and "of an earlier start" in log
@@ -40,6 +46,7 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
     from vllm.config.compilation import CUDAGraphMode
     from vllm.forward_context import set_forward_context
     from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
     from vllm_longspec.runner.graphs import DraftGraphs
@@ -54,6 +61,8 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
     prompts = [{"prompt_token_ids": prompt} for prompt in source_code((60, 100, 140))]
     replays = Clock()
     prefixes: list[int] = []
+    managers: list[Any] = []
+    graphs: list[list[int]] = []  # rows a request, requests, requests of the graph
 
     def time_in_worker(worker: Any) -> Any:
         runner = worker.model_runner
@@ -72,6 +81,8 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
             return prepared["metadata"]
 
         def run_target(desc: Any) -> torch.Tensor:
+            # Three requests with seven nodes take longer than four.
+            replays.now += 2 if desc.num_tokens == 24 else 1
             batch = prepared["batch"]
             assert (batch.num_reqs, batch.num_tokens) == (desc.num_reqs, desc.num_tokens)
             with set_forward_context(
@@ -84,7 +95,6 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
                     for name in runner.kv_cache_config.kv_cache_groups[0].layer_names
                 },
             ):
-                replays.now += 1
                 return runner.model(input_ids=batch.input_ids, positions=batch.positions)
 
         def run_draft(desc: Any) -> None:
@@ -110,7 +120,34 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
             del runner.model_state.prepare_attn
             runner.cudagraph_manager, speculator.graphs, torch.cuda.Event = given
         assert first == second
+        managers.append(manager)
         return first
+
+    def run_in_graphs(worker: Any) -> None:
+        """From now on batches run as in the graphs of the timed manager, padded."""
+        runner, (manager,) = worker.model_runner, managers
+        prepare_attn = runner.model_state.prepare_attn
+        prepared: dict[str, Any] = {}
+
+        def recording(batch: Any, mode: Any, block_tables: Any, slot_mappings: Any, *arguments: Any, **options: Any):
+            metadata = prepare_attn(batch, mode, block_tables, slot_mappings, *arguments, **options)
+            prepared.update(batch=batch, metadata=metadata, slot_mappings=slot_mappings)
+            return metadata
+
+        def run_target(desc: Any) -> torch.Tensor:
+            batch = prepared["batch"]
+            assert (batch.num_reqs_after_padding, batch.num_tokens_after_padding) == (desc.num_reqs, desc.num_tokens)
+            graphs.append([desc.uniform_token_count, batch.num_reqs, desc.num_reqs])
+            with set_forward_context(
+                prepared["metadata"],
+                runner.vllm_config,
+                num_tokens=desc.num_tokens,
+                slot_mapping=build_slot_mappings_by_layer(prepared["slot_mappings"], runner.kv_cache_config),
+            ):
+                return runner.model(input_ids=batch.input_ids, positions=batch.positions)
+
+        runner.model_state.prepare_attn, manager.run_fullgraph = recording, run_target
+        runner.cudagraph_manager = manager
 
     with running(settings) as llm:
 
@@ -123,11 +160,16 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
         before = tokens()
         (times,) = executor.collective_rpc(time_in_worker)
         after = tokens()
+        executor.collective_rpc(run_in_graphs)
+        padded = tokens()
     return {
         "before": before,
         "after": after,
+        "padded": padded,
+        "graphs": graphs,
         "verify": dict(times.verify),
         "draft": dict(times.draft),
+        "larger": dict(times.larger),
         "max_prefix": max(prefixes),
     }
 
