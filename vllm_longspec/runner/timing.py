@@ -157,6 +157,9 @@ class StepTimer:
         if self.runner.vllm_config.parallel_config.data_parallel_size > 1:
             # Engines that run in step have to choose the same, whatever their clocks say.
             return {}
+        if self._graph(1, number).uniform_token_count is None:
+            # Batches of any query lengths share these.
+            return {}
         known = {self._num_reqs(size, number): time for size, time in points}
         time_of_graph = Curve(points, rises=False)
         faster: dict[int, int] = {}
