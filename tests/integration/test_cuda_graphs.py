@@ -150,13 +150,17 @@ def _count_replays(settings: dict) -> dict[str, int]:
     return dict(replayed)
 
 
-def test_nothing_waits_for_the_gpu(monkeypatch):
+@pytest.mark.parametrize(
+    "drafting",
+    [speculative(PAIR / "draft", DEFAULT_SHAPE), magicdec(), magicdec(sinks=32, budget=192, selection="scores")],
+    ids=["glide", "magicdec", "scores"],
+)
+def test_nothing_waits_for_the_gpu(monkeypatch, drafting):
     """vLLM raises where a step makes the host wait for the GPU."""
     monkeypatch.setenv("VLLM_GPU_SYNC_CHECK", "error")
-    # Another batch than in the test above: its result must not be answered from memory.
+    # Another batch than in the tests above: its result must not be answered from memory.
     requests = [
         [request(prompt, temperature=0.0, max_tokens=32, ignore_eos=True) for prompt in source_code((100, 300))]
     ]
-    mode = settings_of("FULL_AND_PIECEWISE")
-    result = generate(PAIR / "target", requests, **mode, **speculative(PAIR / "draft", DEFAULT_SHAPE))
+    result = generate(PAIR / "target", requests, **settings_of("FULL_AND_PIECEWISE"), **drafting)
     assert result.acceptance_length > 2
