@@ -328,10 +328,8 @@ def test_graphs_of_any_query_lengths_stay():
     runner.cudagraph_manager = CudaGraphManager(runner.vllm_config, "cpu", CUDAGraphMode.FULL, 25)
     runner.cudagraph_manager._graphs_captured, runner.cudagraph_manager.run_fullgraph = True, runner._run_target
     timer = timer_of(runner)
-    assert (
-        timer._graph(9, 0).uniform_token_count is None
-        and timer._faster_graphs(0, [(16, 10.0), (17, 20.0), (32, 10.0)]) == {}
-    )
+    points = [(16, 10.0), (17, 20.0), (32, 10.0)]
+    assert timer._graph(9, 0).uniform_token_count is None and timer._faster_graphs(0, points, dict(points)) == {}
 
 
 def test_noise_is_no_reason_to_run_in_a_larger_graph():

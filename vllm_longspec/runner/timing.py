@@ -108,24 +108,19 @@ class StepTimer:
                 if number == 0:
                     return None
                 continue
-            # What is timed next depends on these, so all ranks have to have the same.
-            coarse = self._agreed([(size, self._time_verification(size, number)) for size in sizes])
-            points = coarse[:1]
-            for one, other in pairwise(coarse):
-                points += [*self._time_between(number, one, other), other]
-            if faster := self._faster_graphs(number, points):
+            points = self._verification_times(number, sizes)
+            of_graph = {self._num_reqs(size, number): time for size, time in points}
+            faster = self._faster_graphs(number, points, of_graph)
+            if faster:
                 larger[number] = list(faster.items())
-            known = {self._num_reqs(size, number): time for size, time in points}
-            verify[number] = [
-                (size, known[faster.get(num_reqs := self._num_reqs(size, number), num_reqs)]) for size, _ in points
-            ]
+            taken = {num_reqs: faster.get(num_reqs, num_reqs) for num_reqs in of_graph}
+            verify[number] = [(size, of_graph[taken[self._num_reqs(size, number)]]) for size, _ in points]
             if number > 0:
                 draft[number] = [(size, self._time_draft(size, number)) for size in sizes]
+            without = dict(points)
             read[number] = [
-                (size, self._time_token(size, number, dict(points)[size]))
-                for size in sizes
-                if size in (1, CONTEXT_BATCH)
-            ] or [(sizes[0], self._time_token(sizes[0], number, points[0][1]))]
+                (size, self._time_token(size, number, without[size])) for size in sizes if size in (1, CONTEXT_BATCH)
+            ] or [(sizes[0], self._time_token(sizes[0], number, without[sizes[0]]))]
         # What padding leaves behind in the tables is zero.
         self.runner.block_tables.get_dummy_block_tables(self.runner.max_num_reqs)
         return StepTimes(current_platform.get_device_name(), verify, draft, read, larger) if draft else None
@@ -134,6 +129,15 @@ class StepTimer:
         """Batch sizes for which a number of nodes is timed: powers of two, and the largest that may have it."""
         largest = max(size for size, numbers in enumerate(self.choices) if size > 0 and number in numbers)
         return sorted({*(1 << power for power in range(largest.bit_length())), largest})
+
+    def _verification_times(self, number: int, sizes: list[int]) -> list[tuple[int, float]]:
+        """Of these batch sizes and of those in between that `_time_between` adds, each in the smallest graph."""
+        # What is timed next depends on these, so all ranks have to have the same.
+        coarse = self._agreed([(size, self._time_verification(size, number)) for size in sizes])
+        points = coarse[:1]
+        for smaller, larger in pairwise(coarse):
+            points += [*self._time_between(number, smaller, larger), larger]
+        return points
 
     def _time_between(
         self, number: int, smaller: tuple[int, float], larger: tuple[int, float]
@@ -152,21 +156,27 @@ class StepTimer:
             return [middle]
         return [*self._time_between(number, smaller, middle), middle, *self._time_between(number, middle, larger)]
 
-    def _faster_graphs(self, number: int, points: list[tuple[int, float]]) -> dict[int, int]:
-        """Requests of a graph -> of a larger one that runs its batches in less time, without and with a context."""
+    def _faster_graphs(
+        self, number: int, points: list[tuple[int, float]], of_graph: dict[int, float]
+    ) -> dict[int, int]:
+        """Requests of a graph -> of a larger one that runs its batches in less time, without and with a context.
+
+        Args:
+            points: times by batch size.
+            of_graph: the same by the requests of the graph, ascending.
+        """
         if self.runner.vllm_config.parallel_config.data_parallel_size > 1:
             # Engines that run in step have to choose the same, whatever their clocks say.
             return {}
         if self._graph(1, number).uniform_token_count is None:
             # Batches of any query lengths share these.
             return {}
-        known = {self._num_reqs(size, number): time for size, time in points}
-        time_of_graph = Curve(points, rises=False)
+        expected = Curve(points, rises=False)
         faster: dict[int, int] = {}
         for size in sorted({self._num_reqs(size, number) for size in range(1, points[-1][0] + 1)}):
-            others = {other: time for other, time in known.items() if other >= size}
+            others = {other: time for other, time in of_graph.items() if other >= size}
             least = min(others.values())
-            if least > (1 - GAIN) * time_of_graph(size):
+            if least > (1 - GAIN) * expected(size):
                 continue
             # With as little padding as takes no longer.
             other = next(other for other, time in others.items() if time <= (1 + OFF_LINE) * least)
