@@ -5,6 +5,7 @@ Nor do they notice that their batch runs in a larger graph than it needs. Withou
 same forward pass, padded like them, and the same draft eagerly.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,68 +65,8 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
     managers: list[Any] = []
     graphs: list[list[int]] = []  # rows a request, requests, requests of the graph
 
-    def time_in_worker(worker: Any) -> Any:
-        runner = worker.model_runner
-        speculator = runner.speculator
-        compilation = runner.vllm_config.compilation_config
-        compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = capture_sizes, capture_sizes[-1]
-        manager: Any = CudaGraphManager(
-            runner.vllm_config, runner.device, CUDAGraphMode.FULL_AND_PIECEWISE, runner.decode_query_len
-        )
-        prepare_attn = runner.model_state.prepare_attn
-        prepared: dict[str, Any] = {}
-
-        def recording(batch: Any, *arguments: Any, **options: Any) -> Any:
-            prepared.update(batch=batch, metadata=prepare_attn(batch, *arguments, **options))
-            prefixes.append(int(batch.seq_lens.max()))
-            return prepared["metadata"]
-
-        def run_target(desc: Any) -> torch.Tensor:
-            # Three requests with seven nodes take longer than four.
-            replays.now += 2 if desc.num_tokens == 24 else 1
-            batch = prepared["batch"]
-            assert (batch.num_reqs, batch.num_tokens) == (desc.num_reqs, desc.num_tokens)
-            with set_forward_context(
-                prepared["metadata"],
-                runner.vllm_config,
-                num_tokens=desc.num_tokens,
-                # Nothing is written to the cache.
-                slot_mapping={
-                    name: torch.full((desc.num_tokens,), -1, dtype=torch.int64)
-                    for name in runner.kv_cache_config.kv_cache_groups[0].layer_names
-                },
-            ):
-                return runner.model(input_ids=batch.input_ids, positions=batch.positions)
-
-        def run_draft(desc: Any) -> None:
-            replays.now += 1
-            speculator._draft(desc.num_reqs, desc.num_speculative_tokens, runner.max_model_len)
-
-        given = runner.cudagraph_manager, speculator.graphs, torch.cuda.Event
-        manager._graphs_captured, manager.run_fullgraph = True, run_target
-        drafts: Any = DraftGraphs(
-            runner.vllm_config,
-            runner.device,
-            CUDAGraphMode.FULL_DECODE_ONLY,
-            nodes_by_batch_size(runner.vllm_config.speculative_config, runner.max_num_reqs, choose=True),
-        )
-        drafts.graphs = dict.fromkeys(drafts._capture_descs[CUDAGraphMode.FULL])
-        drafts._graphs_captured, drafts.run_fullgraph = True, run_draft
-        runner.model_state.prepare_attn = recording
-        runner.cudagraph_manager, speculator.graphs = manager, drafts
-        torch.cuda.Event = replays.event
-        try:
-            first, second = time_steps(worker), time_steps(worker)
-        finally:
-            del runner.model_state.prepare_attn
-            runner.cudagraph_manager, speculator.graphs, torch.cuda.Event = given
-        assert first == second
-        managers.append(manager)
-        return first
-
-    def run_in_graphs(worker: Any) -> None:
-        """From now on batches run as in the graphs of the timed manager, padded."""
-        runner, (manager,) = worker.model_runner, managers
+    def stand_in(runner: Any, manager: Any, observe: Callable[[Any, Any, torch.Tensor], None]) -> None:
+        """Runs the forward pass in the place of the graphs; `observe` gets each graph, its batch and its slots."""
         prepare_attn = runner.model_state.prepare_attn
         prepared: dict[str, Any] = {}
 
@@ -137,7 +78,7 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
         def run_target(desc: Any) -> torch.Tensor:
             batch = prepared["batch"]
             assert (batch.num_reqs_after_padding, batch.num_tokens_after_padding) == (desc.num_reqs, desc.num_tokens)
-            graphs.append([desc.uniform_token_count, batch.num_reqs, desc.num_reqs])
+            observe(desc, batch, prepared["slot_mappings"])
             with set_forward_context(
                 prepared["metadata"],
                 runner.vllm_config,
@@ -146,8 +87,58 @@ def _time_between_requests(settings: dict[str, Any]) -> dict[str, Any]:
             ):
                 return runner.model(input_ids=batch.input_ids, positions=batch.positions)
 
-        runner.model_state.prepare_attn, manager.run_fullgraph = recording, run_target
-        runner.cudagraph_manager = manager
+        manager._graphs_captured, manager.run_fullgraph = True, run_target
+        runner.model_state.prepare_attn, runner.cudagraph_manager = recording, manager
+
+    def time_in_worker(worker: Any) -> Any:
+        runner = worker.model_runner
+        speculator = runner.speculator
+        compilation = runner.vllm_config.compilation_config
+        compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = capture_sizes, capture_sizes[-1]
+        manager: Any = CudaGraphManager(
+            runner.vllm_config, runner.device, CUDAGraphMode.FULL_AND_PIECEWISE, runner.decode_query_len
+        )
+
+        def observe(desc: Any, batch: Any, slot_mappings: torch.Tensor) -> None:
+            # Three requests with seven nodes take longer than four.
+            replays.now += 2 if desc.num_tokens == 24 else 1
+            assert (batch.num_reqs, batch.num_tokens) == (desc.num_reqs, desc.num_tokens)
+            # Nothing is written to the cache.
+            assert (slot_mappings == -1).all()
+            prefixes.append(int(batch.seq_lens.max()))
+
+        def run_draft(desc: Any) -> None:
+            replays.now += 1
+            speculator._draft(desc.num_reqs, desc.num_speculative_tokens, runner.max_model_len)
+
+        given = runner.cudagraph_manager, speculator.graphs, torch.cuda.Event
+        drafts: Any = DraftGraphs(
+            runner.vllm_config,
+            runner.device,
+            CUDAGraphMode.FULL_DECODE_ONLY,
+            nodes_by_batch_size(runner.vllm_config.speculative_config, runner.max_num_reqs, choose=True),
+        )
+        drafts.graphs = dict.fromkeys(drafts._capture_descs[CUDAGraphMode.FULL])
+        drafts._graphs_captured, drafts.run_fullgraph = True, run_draft
+        stand_in(runner, manager, observe)
+        speculator.graphs, torch.cuda.Event = drafts, replays.event
+        try:
+            first, second = time_steps(worker), time_steps(worker)
+        finally:
+            del runner.model_state.prepare_attn
+            runner.cudagraph_manager, speculator.graphs, torch.cuda.Event = given
+        assert first == second
+        managers.append(manager)
+        return first
+
+    def run_in_graphs(worker: Any) -> None:
+        """From now on batches run as in the graphs of the timed manager, padded."""
+        (manager,) = managers
+        stand_in(
+            worker.model_runner,
+            manager,
+            lambda desc, batch, _: graphs.append([desc.uniform_token_count, batch.num_reqs, desc.num_reqs]),
+        )
 
     with running(settings) as llm:
 

@@ -177,6 +177,10 @@ def timer_of(runner: Any) -> StepTimer:
     return StepTimer(runner)
 
 
+def graph_of(runner: Any, size: int, number: int) -> BatchExecutionDescriptor:
+    return runner.cudagraph_manager.dispatch(size, size * (1 + number), 1 + number, 0)
+
+
 def test_every_number_is_timed_with_the_graphs_that_batches_run():
     runner: Any = Runner()
     times = timer_of(runner).times()
@@ -187,8 +191,7 @@ def test_every_number_is_timed_with_the_graphs_that_batches_run():
         largest = max(size for size, numbers in enumerate(runner.choices) if size and number in numbers)
         assert [size for size, _ in points][-1] == largest
         for size, time in points:
-            graph = runner.cudagraph_manager.dispatch(size, size * (1 + number), 1 + number, 0)
-            assert time == pytest.approx(forward(graph.num_tokens))
+            assert time == pytest.approx(forward(graph_of(runner, size, number).num_tokens))
         for size, time in times.draft.get(number, ()):
             padded = runner.speculator.graphs.find(size, number).num_reqs
             assert time == pytest.approx(DRAFT * (1 + padded))
@@ -270,8 +273,8 @@ def test_batches_that_are_not_on_a_line_are_timed_too():
         cost, off = MeasuredCost(replace(times, verify=verify), lambda *_: 0.0, 1.0, lambda *_: 0.0), []
         for number, points in verify.items():
             for size in range(1, points[-1][0] + 1):
-                graph = runner.cudagraph_manager.dispatch(size, size * (1 + number), 1 + number, 0)
-                off.append(abs(cost.verify[number](size) / forward_by_tiles(graph.num_tokens) - 1))
+                time = forward_by_tiles(graph_of(runner, size, number).num_tokens)
+                off.append(abs(cost.verify[number](size) / time - 1))
         return max(off)
 
     powers = {
@@ -283,10 +286,6 @@ def test_batches_that_are_not_on_a_line_are_timed_too():
     assert 2 * num_powers < sum(map(len, times.verify.values())) < 3 * num_powers
     # Engines that run in step all take the smallest graph.
     assert times.larger == {}
-
-
-def graph_of(runner: Any, size: int, number: int) -> BatchExecutionDescriptor:
-    return runner.cudagraph_manager.dispatch(size, size * (1 + number), 1 + number, 0)
 
 
 def test_batches_run_in_a_larger_graph_that_takes_less_time():

@@ -93,27 +93,6 @@ def init_verification_graphs(original: Callable[..., None], self: CudaGraphManag
         candidates[:0] = [desc for desc in smallest.values() if desc not in candidates]
 
 
-def run_in_larger_graphs(manager: CudaGraphManager, larger: Mapping[int, Sequence[tuple[int, int]]]) -> None:
-    """Makes batches run in larger graphs than the smallest that have room for them.
-
-    Args:
-        manager: of the target's graphs.
-        larger: (requests of a graph, requests of the one that is taken instead), by number of nodes.
-    """
-    graphs = {
-        (desc.uniform_token_count, desc.num_reqs): desc
-        for descs in manager._capture_descs.values()
-        for desc in descs
-        if desc.num_active_loras == 0
-    }
-    instead = {
-        graphs[1 + number, size]: graphs[1 + number, other] for number, pairs in larger.items() for size, other in pairs
-    }
-    # vLLM takes the first that fits a batch, and lists the smallest of each kind.
-    for candidates in manager._candidates.values():
-        candidates[:] = [instead.get(desc, desc) for desc in candidates]
-
-
 def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) -> None:
     """Removes the graphs of numbers of nodes that no batch of their size verifies; `choices` are by batch size.
 
@@ -146,3 +125,24 @@ def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) ->
                 larger = size
     for listed in (*manager._capture_descs.values(), *manager._candidates.values()):
         listed[:] = [desc for desc in listed if desc not in unused]
+
+
+def run_in_larger_graphs(manager: CudaGraphManager, larger: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+    """Makes batches run in larger graphs than the smallest that have room for them.
+
+    Args:
+        manager: of the target's graphs.
+        larger: (requests of a graph, requests of the one that is taken instead), by number of nodes.
+    """
+    graphs = {
+        (desc.uniform_token_count, desc.num_reqs): desc
+        for descs in manager._capture_descs.values()
+        for desc in descs
+        if desc.num_active_loras == 0
+    }
+    instead = {
+        graphs[1 + number, size]: graphs[1 + number, other] for number, pairs in larger.items() for size, other in pairs
+    }
+    # vLLM takes the first that fits a batch, and lists the smallest of each kind.
+    for candidates in manager._candidates.values():
+        candidates[:] = [instead.get(desc, desc) for desc in candidates]
