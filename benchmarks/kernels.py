@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python -m benchmarks.kernels [attention children gemms sample compact copy scores learn]
+    python -m benchmarks.kernels [attention splits children gemms sample compact copy scores learn]
         [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
+- splits: the same for one token and the part of a context that a target sees when it drafts for itself, with vLLM's
+  bound on splits within CUDA graphs and with one split for each request and KV head;
 - children: the best (parent, token) pairs of one level of the draft, without noise, with it for greedy requests, for
   sampled ones, and for those with top-p;
 - gemms: those of a draft's layer and of a head of 65,536 rows with fp8 weights, by the number of rows;
@@ -66,6 +68,8 @@ GRAPH_SPLITS = 32
 # Rows of a tile of FlashAttention 3.
 TILE = 128
 DEFAULT_ROWS = 69
+# What a target sees that drafts for itself, and batches of such requests.
+PART, PART_BATCHES = 1088, (1, 2, 4, 8, 12, 16, 32, 64)
 # (batch, rows of a request) that are sampled
 SAMPLED = ((1, 25), (1, 69), (4, 25), (4, 69), (16, 8), (64, 2))
 MAX_DEPTH = 5
@@ -256,15 +260,21 @@ def make_batches(kv_cache: torch.Tensor, num_heads: int, context: int, num_reqs:
     return batches
 
 
+def random_cache(num_kv_heads: int) -> torch.Tensor:
+    """K and V of CACHE_BYTES, [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * HEAD_SIZE]."""
+    num_blocks = CACHE_BYTES // (BLOCK_SIZE * num_kv_heads * 4 * HEAD_SIZE)
+    # As vLLM lays them out by default: tokens first.
+    memory = torch.empty(num_blocks, BLOCK_SIZE, num_kv_heads, 2 * HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+    for chunk in memory.split(1 << 14):
+        chunk.normal_()
+    return memory.transpose(1, 2)
+
+
 def attention() -> Iterator[Row]:
     for model, config in MODELS.items():
         num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        # As vLLM lays them out by default: tokens first.
-        num_blocks = CACHE_BYTES // (BLOCK_SIZE * num_kv_heads * 4 * HEAD_SIZE)
-        memory = torch.empty(num_blocks, BLOCK_SIZE, num_kv_heads, 2 * HEAD_SIZE, device=DEVICE, dtype=DTYPE)
-        for chunk in memory.split(1 << 14):
-            chunk.normal_()
-        kv_cache = memory.transpose(1, 2)
+        kv_cache = random_cache(num_kv_heads)
+        num_blocks = kv_cache.shape[0]
         full_tile = TILE // (num_heads // num_kv_heads)
         for context in CONTEXTS:
             for num_reqs in BATCHES:
@@ -287,6 +297,18 @@ def attention() -> Iterator[Row]:
                         "FA3 + tree": both,
                         "times one query": round(both / one_query, 2),
                     }
+
+
+def splits() -> Iterator[Row]:
+    config = LLAMA_3_8B_262K
+    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    kv_cache = random_cache(num_kv_heads)
+    for num_reqs in PART_BATCHES:
+        batches = make_batches(kv_cache, num_heads, PART, num_reqs, 1)
+        yield {"batch": num_reqs} | {
+            name: measure([batch.prefix_attention(causal=True, num_splits=most) for batch in batches])
+            for name, most in ((f"up to {GRAPH_SPLITS} splits", GRAPH_SPLITS), ("one split", 1))
+        }
 
 
 def children() -> Iterator[Row]:
@@ -487,12 +509,9 @@ def scores() -> Iterator[Row]:
     config = LLAMA_3_8B_262K
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     num_layers = config["num_hidden_layers"]
-    num_blocks = CACHE_BYTES // (BLOCK_SIZE * num_kv_heads * 4 * HEAD_SIZE)
-    memory = torch.empty(num_blocks, BLOCK_SIZE, num_kv_heads, 2 * HEAD_SIZE, device=DEVICE, dtype=DTYPE)
-    for chunk in memory.split(1 << 14):
-        chunk.normal_()
+    kv_cache = random_cache(num_kv_heads)
     for context, num_reqs in SELECTIONS:
-        batches = make_batches(memory.transpose(1, 2), num_heads, context, num_reqs, CHAIN_ROWS)
+        batches = make_batches(kv_cache, num_heads, context, num_reqs, CHAIN_ROWS)
         sinks, budget = 32, 1024
         num_steps = CHAIN_ROWS - 1
         selection = BlockSelection.allocate(sinks, budget, num_steps, num_layers, num_reqs, context, BLOCK_SIZE, DEVICE)
@@ -584,6 +603,7 @@ def learn() -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "attention": attention,
+    "splits": splits,
     "children": children,
     "gemms": gemms,
     "sample": sample,

@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How FlashAttention is called for a prefix, against attention as its definition says."""
+"""How FlashAttention is called, against attention as its definition says."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.oracles.attention import TOLERANCE, attend_slots, make_batch, prefix_slots, quantise, relative_error
+from tests.oracles.attention import (
+    TOLERANCE,
+    attend_slots,
+    make_batch,
+    prefix_slots,
+    quantise,
+    relative_error,
+    row_slots,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("FlashAttention needs a GPU", allow_module_level=True)
 
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-from vllm_longspec.attention.flash import TreeFlashAttentionImpl
+from vllm_longspec.attention import flash
+from vllm_longspec.attention.flash import TreeFlashAttentionImpl, TreeFlashAttentionMetadataBuilder
 
 VERSION = get_flash_attn_version(head_size=128)
 # FlashAttention 3 rounds the weights of the softmax to fp8 as well, of which four bits count.
@@ -57,3 +68,66 @@ def test_prefix(dtype: torch.dtype, quantised: str | None, num_heads: int, num_k
         lse.cpu().double()[:, has_prefix], expected_lse[:, has_prefix], rtol=0, atol=TOLERANCE[torch.bfloat16]
     )
     assert lse.cpu()[:, ~has_prefix].isinf().all()
+
+
+@pytest.mark.parametrize(("num_reqs", "most_splits"), [(3, 32), (40, 1)])
+def test_one_row_a_request(monkeypatch: pytest.MonkeyPatch, num_reqs: int, most_splits: int) -> None:
+    """As a target decodes that drafts for itself within a CUDA graph; with 40 requests no work is split."""
+    if VERSION != 3:
+        pytest.skip("only FlashAttention 3 takes a bound on splits")
+    num_heads, num_kv_heads, head_size, block_size, dtype = 8, 4, 128, 16, torch.bfloat16
+    monkeypatch.setattr(flash, "num_multiprocessors", lambda device: 132)
+    builder = object.__new__(TreeFlashAttentionMetadataBuilder)
+    vars(builder).update(
+        device=torch.device("cuda"),
+        use_full_cuda_graph=True,
+        aot_schedule=True,
+        attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32),
+        num_heads_q=num_heads,
+        num_heads_kv=num_kv_heads,
+        headdim=head_size,
+        block_size=block_size,
+        kv_cache_dtype=dtype,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        aot_sliding_window=(-1, -1),
+    )
+    builder.expect_equal_lengths(num_reqs)
+    assert builder.max_num_splits == most_splits
+
+    lengths = [1000 + request for request in range(num_reqs)]
+    batch = make_batch(
+        lengths, [1] * num_reqs, num_heads, num_kv_heads, head_size, block_size, dtype, "tokens_first", "cuda"
+    )
+    batch.kv_cache.nan_to_num_(0.0)
+    seq_lens = batch.prefix_lens + 1
+    schedule = builder._get_scheduler_metadata(
+        aot_schedule=True,
+        batch_size=num_reqs,
+        cu_query_lens=batch.query_start_loc,
+        max_query_len=1,
+        seqlens=seq_lens,
+        max_seq_len=2048,
+        causal=True,
+        max_num_splits=builder.max_num_splits,
+    )
+    key_cache, value_cache = batch.kv_cache.transpose(1, 2).split(head_size, dim=-1)
+    output, _ = batch.empty_results()
+    flash.flash_attn_varlen_func(
+        q=batch.query.contiguous(),
+        k=key_cache,
+        v=value_cache,
+        out=output,
+        cu_seqlens_q=batch.query_start_loc,
+        max_seqlen_q=1,
+        seqused_k=seq_lens,
+        max_seqlen_k=2048,
+        softmax_scale=batch.scale,
+        causal=True,
+        block_table=batch.block_table,
+        fa_version=VERSION,
+        scheduler_metadata=schedule,
+        num_splits=builder.max_num_splits,
+    )
+    slots = [[prefix_slots(batch, request) + row_slots(batch, request)] for request in range(num_reqs)]
+    expected, _ = attend_slots(batch, slots)
+    assert relative_error(output, expected) < TOLERANCE[dtype]

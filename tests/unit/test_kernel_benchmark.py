@@ -34,6 +34,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "LLAMA_3_8B_262K", SMALL | {"num_hidden_layers": 9})
     monkeypatch.setattr(kernels, "SELECTIONS", ((1500, 1), (64, 2)))
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
+    monkeypatch.setattr(kernels, "PART", 64)
+    monkeypatch.setattr(kernels, "PART_BATCHES", (1, 3))
     monkeypatch.setattr(kernels, "SAMPLED", ((1, 5), (2, 3)))
     monkeypatch.setattr(kernels, "LEVELS", ((1, 3), (2, 4)))
     monkeypatch.setattr(kernels, "GEMM_ROWS", (1, 3))
@@ -50,6 +52,11 @@ def test_attention() -> None:
     ]
     assert {row["times one query"] for row in rows} == {1.0}
     assert kernels.table(rows).splitlines()[0].startswith("| model | context | batch | rows | FA3, one query |")
+
+
+def test_splits() -> None:
+    rows = list(kernels.splits())
+    assert rows == [{"batch": batch, "up to 32 splits": 2.0, "one split": 2.0} for batch in (1, 3)]
 
 
 def test_children() -> None:

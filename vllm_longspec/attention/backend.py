@@ -120,6 +120,9 @@ class TreeMetadataBuilderMixin:
         """How the prefix kernel splits its work, if that can be computed once for all layers."""
         return None
 
+    def expect_equal_lengths(self, num_reqs: int) -> None:
+        """The next batch to build has so many requests, each with one row and about as many tokens to attend."""
+
 
 def _tree_requests(common: CommonAttentionMetadata, to_attend: TreesToAttend) -> TreeRequests:
     num_reqs = to_attend.num_tree_reqs

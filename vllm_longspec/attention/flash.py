@@ -14,6 +14,10 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadataBuilderMixin, TreeRequests
 from vllm_longspec.attention.cache_scales import CacheScales, as_stored
+from vllm_longspec.attention.tree import num_multiprocessors
+
+# From this share of its multiprocessors on a GPU is busy, as FlashAttention has it.
+BUSY = 0.8
 
 
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -22,6 +26,16 @@ class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttention
         # FlashAttention 3's schedule, computed once per step, not per layer. Prompts in the batch have their own.
         if self.use_full_cuda_graph and self.aot_schedule:
             self.tree_schedule = torch.zeros_like(self.scheduler_metadata)
+
+    def expect_equal_lengths(self, num_reqs: int) -> None:
+        if not (self.use_full_cuda_graph and self.aot_schedule):
+            # FlashAttention decides on splits when it is called.
+            return
+        # For CUDA graphs vLLM sets a bound instead, since lengths are other ones in each replay and a long request
+        # among short ones has to be split. Above 1 a kernel that adds the splits up follows in every layer, even where
+        # the schedule has one split each. A request has one thread block for each KV head.
+        busy = num_reqs * self.num_heads_kv >= BUSY * num_multiprocessors(self.device)
+        self.max_num_splits = 1 if busy else self.attention_config.flash_attn_max_num_splits_for_cuda_graph
 
     def schedule_prefix(self, trees: TreeRequests) -> torch.Tensor | None:
         schedule = self._get_scheduler_metadata(

@@ -99,13 +99,15 @@ class MagicDecProposer(Proposer):
         return f"drafts attend {self.part.sinks} first and {self.part.budget} {kind} tokens"
 
     @property
+    def _builders(self) -> list[Any]:
+        return [builder for groups in self.attn_groups for group in groups for builder in group.metadata_builders]
+
+    @property
     def num_bytes(self) -> int:
         """Of all that is allocated on the device beside the CUDA graphs, once the cache is laid out."""
-        builders = [builder for groups in self.attn_groups for group in groups for builder in group.metadata_builders]
-        kept = [tensor for builder in builders for tensor in vars(builder).values() if isinstance(tensor, torch.Tensor)]
-        num_bytes = sum(
-            tensor.nbytes for tensor in (self.query_start_loc, *kept) if tensor.device.type == self.device.type
-        )
+        values = [value for builder in self._builders for value in vars(builder).values()]
+        kept = [self.query_start_loc, *(value for value in values if isinstance(value, torch.Tensor))]
+        num_bytes = sum(tensor.nbytes for tensor in kept if tensor.device.type == self.device.type)
         return num_bytes + self.inputs.num_bytes + (0 if self.selection is None else self.selection.num_bytes)
 
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
@@ -166,6 +168,8 @@ class MagicDecProposer(Proposer):
         Built in every step, in CUDA graphs too: what a backend computes from lengths is then computed anew.
         """
         inputs = self.inputs
+        for builder in self._builders:
+            builder.expect_equal_lengths(num_reqs)
         metadata = build_attn_metadata(
             self.attn_groups,
             num_reqs,
