@@ -338,6 +338,22 @@ def test_noise_is_no_reason_to_run_in_a_larger_graph():
     assert times is not None and times.larger == {}
 
 
+def test_a_graph_is_not_taken_instead_of_itself():
+    """However little its second measurement differs from its first: such times would be refused at the next start."""
+
+    def forward_that_warms_up(num_rows: int) -> float:
+        return 2 + 0.1 * num_rows - 1e-9 * len(runner.replayed)
+
+    runner: Any = Runner(num_nodes=4, forward=forward_that_warms_up)
+    times = timing.time_steps(worker_of(runner))
+    assert times is not None and times.larger == {}
+    # It takes less than what is expected between others, as it ran a batch that is smaller than it is.
+    graphs = {size: graph_of(runner, size, 4).num_reqs for size, _ in times.verify[4]}
+    assert graphs[12] == 12 and graphs[14] == 15 and graphs[16] == 18
+    later: Any = Runner(num_nodes=4)
+    assert timing.time_steps(worker_of(later)) == times and later.replayed == []
+
+
 def test_all_ranks_time_what_the_first_one_does(monkeypatch):
     """Where there is a bend for its clock, whatever the others find."""
     sent: list[Any] = []
