@@ -457,6 +457,19 @@ def test_a_damaged_file_is_said_and_replaced(damage, caplog, monkeypatch):
     assert file.path.read_text() == whole
 
 
+@pytest.mark.parametrize("larger", [{"7": [[2, 513]]}, {"7": [[0, 2]]}])
+def test_times_of_graphs_that_are_not_there_are_measured_again(larger, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    times = timing.time_steps(worker_of(Runner()))
+    (path,) = (tmp_path / "longspec").iterdir()
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"times": whole["times"] | {"larger": larger}}))
+    runner: Any = Runner()
+    assert timing.time_steps(worker_of(runner)) == times and runner.replayed != []
+    assert str(path) in caplog.text and "timed anew" in caplog.text
+    assert json.loads(path.read_text()) == whole
+
+
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     (tmp_path / "longspec").write_text("a file")
