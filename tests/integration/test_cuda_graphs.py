@@ -126,6 +126,46 @@ def test_steps_are_timed_once(tmp_path):
             assert points[-1][1] > 0.5 * points[0][1]
 
 
+def test_batches_run_in_much_larger_graphs(tmp_path):
+    """Each in the largest that was timed, whatever its clock said: the rest is padding, whose rows nothing writes."""
+    mode = settings_of("FULL_AND_PIECEWISE")
+    plain = generate(PAIR / "target", REQUESTS, **mode)
+    settings = {"model": str(PAIR / "target"), **mode, "speculative_config": {"model": str(PAIR / "draft")}}
+    found, _ = run_alone(_run_in_largest_graphs, settings, environment={"VLLM_CACHE_ROOT": str(tmp_path)})
+    assert found["tokens"] == plain.tokens
+    graphs = set(map(tuple, found["graphs"]))
+    # One for each number of rows, with room for more requests than there are.
+    assert len(graphs) == len(dict(graphs)) and min(num_reqs for _, num_reqs in graphs) > len(REQUESTS[0]), graphs
+    assert max(num_rows for num_rows, _ in graphs) > 1
+
+
+def _run_in_largest_graphs(settings: dict) -> dict:
+    """Tokens, and rows of a request and requests of the graphs in which the batches ran."""
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    from vllm_longspec.runner import timing
+
+    run_fullgraph, run_in_larger_graphs = ModelCudaGraphManager.run_fullgraph, timing.run_in_larger_graphs
+    replayed: list[list[int | None]] = []
+
+    def largest(self, number, points, of_graph):
+        sizes = {self._num_reqs(size, number) for size in range(1, points[-1][0] + 1)}
+        return {size: max(of_graph) for size in sizes if size < max(of_graph)}
+
+    def recording(self, desc):
+        replayed.append([desc.uniform_token_count, desc.num_reqs])
+        return run_fullgraph(self, desc)
+
+    def after_timing(manager, larger):
+        run_in_larger_graphs(manager, larger)
+        replayed.clear()
+
+    timing.StepTimer._faster_graphs = largest  # type: ignore[method-assign]
+    timing.run_in_larger_graphs = after_timing
+    ModelCudaGraphManager.run_fullgraph = recording  # type: ignore[method-assign]
+    return {"tokens": run_batches(settings, REQUESTS)["tokens"], "graphs": replayed}
+
+
 def _count_replays(settings: dict) -> dict[str, int]:
     """Full graphs that were replayed, by the manager that has them, and steps of three requests that decode."""
     from vllm import SamplingParams

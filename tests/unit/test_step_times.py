@@ -177,8 +177,18 @@ def engine_of(verify: list[tuple[int, float]]) -> MeasuredCost:
 def test_noise_does_not_make_a_larger_batch_cheaper():
     cost = engine_of([(1, 12.0), (2, 11.8), (3, 11.7), (4, 13.0)])
     assert cost(1, 3, 0) == cost(2, 3, 0) == cost(3, 3, 0) == (WALK + 13) / 10
-    # Beyond the largest it goes on as between the last two.
-    assert cost(8, 3, 0) == pytest.approx((WALK + 18) / 10)
+    # Beyond the largest it goes on as from half of it.
+    assert cost(8, 3, 0) == pytest.approx((WALK + 16) / 10)
+
+
+def test_a_bend_at_the_end_does_not_go_on():
+    """A graph of 72 rows after one of 64, which fill a tile: the next ones do not take as much longer."""
+    cost = engine_of([(1, 10.0), (2, 10.0), (4, 12.0), (7, 10.8), (8, 13.3)])
+    assert cost(8, 3, 0) == (WALK + 14.3) / 10
+    assert cost(64, 3, 0) == pytest.approx((WALK + 1 + 13.3 + 14 * 1.3) / 10)
+    # Nor does noise between neighbours, which is many times as much in a batch of so many more.
+    steady, noisy = engine_of([(32, 10.0), (64, 20.0)]), engine_of([(32, 10.0), (63, 19.4), (64, 20.0)])
+    assert noisy(128, 3, 0) == steady(128, 3, 0)
 
 
 def test_a_larger_batch_may_fill_a_tile():

@@ -338,6 +338,22 @@ def test_noise_is_no_reason_to_run_in_a_larger_graph():
     assert times is not None and times.larger == {}
 
 
+def test_a_graph_is_not_taken_instead_of_itself():
+    """However little its second measurement differs from its first: such times would be refused at the next start."""
+
+    def forward_that_warms_up(num_rows: int) -> float:
+        return 2 + 0.1 * num_rows - 1e-9 * len(runner.replayed)
+
+    runner: Any = Runner(num_nodes=4, forward=forward_that_warms_up)
+    times = timing.time_steps(worker_of(runner))
+    assert times is not None and times.larger == {}
+    # It takes less than what is expected between others, as it ran a batch that is smaller than it is.
+    graphs = {size: graph_of(runner, size, 4).num_reqs for size, _ in times.verify[4]}
+    assert graphs[12] == 12 and graphs[14] == 15 and graphs[16] == 18
+    later: Any = Runner(num_nodes=4)
+    assert timing.time_steps(worker_of(later)) == times and later.replayed == []
+
+
 def test_all_ranks_time_what_the_first_one_does(monkeypatch):
     """Where there is a bend for its clock, whatever the others find."""
     sent: list[Any] = []
@@ -398,7 +414,7 @@ def schemes(num_bits: int) -> dict[str, Any]:
         ({"enable_lora": True, "max_lora_rank": 8}, {"enable_lora": True, "max_lora_rank": 64}),
     ],
 )
-def test_engines_whose_steps_differ_do_not_share_times(one, other):
+def test_engines_whose_steps_differ_do_not_share_times(one, other, monkeypatch):
     def config_of(**settings: Any) -> VllmConfig:
         given = {name: settings.pop(name) for name in list(settings) if name not in EngineArgs.__dataclass_fields__}
         speculative_config = {"model": str(PAIR / "draft"), "copy_length": 0, **given}
@@ -416,8 +432,12 @@ def test_engines_whose_steps_differ_do_not_share_times(one, other):
 
     found = config_of(**one)
     assert path(found) == path(config_of(**one)) != path(config_of(**other))
-    # vLLM sets both for a single rank.
     parallel, before = found.parallel_config, path(found)
+    # GEMMs with other tiles: a larger graph that took less time may take more.
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_BATCH_INVARIANT", "1")
+        assert path(found) != before
+    # vLLM sets both for a single rank.
     for name in ("disable_custom_all_reduce", "enable_expert_parallel"):
         setattr(parallel, name, not getattr(parallel, name))
         assert path(found) != before
@@ -439,6 +459,19 @@ def test_a_damaged_file_is_said_and_replaced(damage, caplog, monkeypatch):
     assert str(file.path) in caplog.text and "timed anew" in caplog.text
     file.write(TIMES)
     assert file.path.read_text() == whole
+
+
+@pytest.mark.parametrize("larger", [{"7": [[2, 513]]}, {"7": [[0, 2]]}])
+def test_times_of_graphs_that_are_not_there_are_measured_again(larger, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    times = timing.time_steps(worker_of(Runner()))
+    (path,) = (tmp_path / "longspec").iterdir()
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"times": whole["times"] | {"larger": larger}}))
+    runner: Any = Runner()
+    assert timing.time_steps(worker_of(runner)) == times and runner.replayed != []
+    assert str(path) in caplog.text and "timed anew" in caplog.text
+    assert json.loads(path.read_text()) == whole
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(caplog, monkeypatch, tmp_path):

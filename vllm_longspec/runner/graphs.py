@@ -127,6 +127,12 @@ def _drop_unused(manager: CudaGraphManager, choices: Sequence[Sequence[int]]) ->
         listed[:] = [desc for desc in listed if desc not in unused]
 
 
+def has_graphs(manager: CudaGraphManager | None, larger: Mapping[int, Sequence[tuple[int, int]]]) -> bool:
+    """Whether the graphs are there that `run_in_larger_graphs` is given."""
+    graphs = {} if manager is None else _graphs_by_size(manager)
+    return all((1 + number, size) in graphs for number, pairs in larger.items() for pair in pairs for size in pair)
+
+
 def run_in_larger_graphs(manager: CudaGraphManager, larger: Mapping[int, Sequence[tuple[int, int]]]) -> None:
     """Makes batches run in larger graphs than the smallest that have room for them.
 
@@ -134,15 +140,20 @@ def run_in_larger_graphs(manager: CudaGraphManager, larger: Mapping[int, Sequenc
         manager: of the target's graphs.
         larger: (requests of a graph, requests of the one that is taken instead), by number of nodes.
     """
-    graphs = {
-        (desc.uniform_token_count, desc.num_reqs): desc
-        for descs in manager._capture_descs.values()
-        for desc in descs
-        if desc.num_active_loras == 0
-    }
+    graphs = _graphs_by_size(manager)
     instead = {
         graphs[1 + number, size]: graphs[1 + number, other] for number, pairs in larger.items() for size, other in pairs
     }
     # vLLM takes the first that fits a batch, and lists the smallest of each kind.
     for candidates in manager._candidates.values():
         candidates[:] = [instead.get(desc, desc) for desc in candidates]
+
+
+def _graphs_by_size(manager: CudaGraphManager) -> dict[tuple[int | None, int | None], BatchExecutionDescriptor]:
+    """(rows of a request, requests) -> the graph without adapters."""
+    return {
+        (desc.uniform_token_count, desc.num_reqs): desc
+        for descs in manager._capture_descs.values()
+        for desc in descs
+        if desc.num_active_loras == 0
+    }

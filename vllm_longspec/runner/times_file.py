@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import envs
+from vllm.config.utils import hash_factors
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.version import __version__ as VLLM_VERSION
@@ -52,6 +53,8 @@ def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:
             parallel.disable_custom_all_reduce,
         ],
         "kernels": vllm_config.kernel_config.compute_hash(),
+        # Variables choose kernels too, such as VLLM_USE_DEEP_GEMM and VLLM_BATCH_INVARIANT.
+        "environment": hash_factors(envs.compile_factors()),
         "target": {
             "architectures": model.architectures,
             "sizes": [*layer_sizes(target), target.num_hidden_layers, model.get_vocab_size()],

@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.input_batch import InputBatch, set_dummy_context
 
 from vllm_longspec.options import options_of
-from vllm_longspec.runner.graphs import run_in_larger_graphs
+from vllm_longspec.runner.graphs import has_graphs, run_in_larger_graphs
 from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.runner.times_file import TimesFile, what_times_depend_on
 from vllm_longspec.scheduling.schedule import nodes_by_batch_size
@@ -60,6 +60,14 @@ def time_steps(worker: "WorkerBase") -> StepTimes | None:
     first = group.is_first_rank
     file = TimesFile(what_times_depend_on(runner.vllm_config)) if first else None
     times = group.broadcast_object(file.read() if file is not None else None, src=0)
+    # An edited file, or one that another commit of this version wrote. All ranks have the same graphs.
+    if times is not None and not has_graphs(runner.cudagraph_manager, times.larger):
+        if file is not None:
+            logger.warning(
+                "The times of steps in %s cannot be used (they are of other CUDA graphs): steps are timed anew.",
+                file.path,
+            )
+        times = None
     if times is None:
         times = _measure(runner, file)
     elif file is not None:
@@ -180,6 +188,9 @@ class StepTimer:
                 continue
             # With as little padding as takes no longer.
             other = next(other for other, time in others.items() if time <= (1 + OFF_LINE) * least)
+            if other == size:
+                # It ran a smaller batch, so it takes less than what is expected of a batch of its size.
+                continue
             context = self._context(size, number)
             own, padded = (self._agreed(self._time_verification(size, number, context, of)) for of in (size, other))
             if padded < own:

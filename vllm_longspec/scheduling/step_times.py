@@ -116,6 +116,8 @@ def times_of(config: "SpeculativeConfig | None") -> StepTimes | None:
 class Curve:
     """Linear between batch sizes that were timed, and beyond the last of them; there it never falls.
 
+    Beyond the last it goes on as from half of it: the last two may be next to each other, with a bend or noise between.
+
     Where it `rises`, what is less than with fewer requests by up to `NOISE` counts as the same. More than that is not
     noise: some GEMMs are faster with the rows of a whole tile than with a few of them.
     """
@@ -140,8 +142,11 @@ class Curve:
         if batch_size >= sizes[-1] and not self.rises:
             return times[-1]
         last = next((place for place, size in enumerate(sizes) if size >= batch_size), len(sizes) - 1)
-        part = (batch_size - sizes[last - 1]) / (sizes[last] - sizes[last - 1])
-        time = times[last - 1] + part * (times[last] - times[last - 1])
+        first = last - 1
+        if batch_size > sizes[-1]:
+            first = max((place for place, size in enumerate(sizes) if 2 * size <= sizes[-1]), default=0)
+        part = (batch_size - sizes[first]) / (sizes[last] - sizes[first])
+        time = times[first] + part * (times[last] - times[first])
         return time if batch_size <= sizes[-1] else max(time, times[-1])
 
 
