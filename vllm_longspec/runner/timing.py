@@ -103,6 +103,7 @@ class StepTimer:
         # vLLM has already seeded the device's own.
         self.generator = torch.Generator(runner.device)
         self.choices = nodes_by_batch_size(config, runner.max_num_reqs, options.chooses_nodes)
+        self.graph_times: dict[BatchExecutionDescriptor, float] = {}
 
     def times(self) -> StepTimes | None:
         """None if plain decoding or every number of nodes lacks graphs."""
@@ -140,8 +141,7 @@ class StepTimer:
 
     def _verification_times(self, number: int, sizes: list[int]) -> list[tuple[int, float]]:
         """Of these batch sizes and of those in between that `_time_between` adds, each in the smallest graph."""
-        # What is timed next depends on these, so all ranks have to have the same.
-        coarse = self._agreed([(size, self._time_verification(size, number)) for size in sizes])
+        coarse = [(size, self._time_graph(size, number)) for size in sizes]
         points = coarse[:1]
         for smaller, larger in pairwise(coarse):
             points += [*self._time_between(number, smaller, larger), larger]
@@ -155,14 +155,19 @@ class StepTimer:
         size = (low + high) // 2
         if size == low:
             return []
-        if self._graph(size, number) == self._graph(high, number):
-            middle = size, high_time
-        else:
-            middle = size, self._agreed(self._time_verification(size, number))
+        middle = size, self._time_graph(size, number)
         line = low_time + (high_time - low_time) * (size - low) / (high - low)
         if abs(middle[1] - line) <= OFF_LINE * line:
             return [middle]
         return [*self._time_between(number, smaller, middle), middle, *self._time_between(number, middle, larger)]
+
+    def _time_graph(self, batch_size: int, number: int) -> float:
+        """Milliseconds of verification in the smallest graph that has room for the batch, which is timed once."""
+        graph = self._graph(batch_size, number)
+        if graph not in self.graph_times:
+            # What is timed next depends on it, so all ranks have to have the same.
+            self.graph_times[graph] = self._agreed(self._time_verification(batch_size, number))
+        return self.graph_times[graph]
 
     def _faster_graphs(
         self, number: int, points: list[tuple[int, float]], of_graph: dict[int, float]
