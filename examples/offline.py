@@ -5,8 +5,7 @@
 
 Without options it is the small pair that ships with the repository; another one is given as vLLM takes it:
 
-    .venv/bin/python -m examples.offline --model TARGET \\
-        --speculative-config '{"model": "DRAFT", "tree_shape": [4, 16, 16]}'
+    .venv/bin/python -m examples.offline --model TARGET --speculative-model DRAFT --speculative-tree-shape 4 16 16
 
 Without a GPU, Triton's interpreter runs the kernels in float32:
 
@@ -17,6 +16,7 @@ Without a GPU, Triton's interpreter runs the kernels in float32:
 import argparse
 
 from vllm import LLM, EngineArgs, SamplingParams
+from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 TARGET = "benchmarks/pair/target"
@@ -30,9 +30,14 @@ def main() -> None:
     # Greedy, a model this small repeats itself, which is easy to draft.
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--max-tokens", type=int, default=64)
+    # Here only because it adds options to the command line; an engine loads plugins itself.
+    load_general_plugins()
     EngineArgs.add_cli_args(parser)
-    parser.set_defaults(model=TARGET, speculative_config={"model": DRAFT})
+    parser.set_defaults(model=TARGET)
     args = parser.parse_args()
+    given = args.speculative_config or {}
+    if not (args.spec_model or args.spec_method or given.keys() & {"model", "method"}):
+        args.spec_model = DRAFT
 
     # A GLIDE draft is recognised from its checkpoint; the plugin needs no import.
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
@@ -43,9 +48,9 @@ def main() -> None:
     counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     drafts = counters["vllm:spec_decode_num_drafts"]
     accepted = counters["vllm:spec_decode_num_accepted_tokens"]
-    print(
-        f"\nAcceptance length: {1 + accepted / drafts:.2f} tokens a step ({drafts} trees, {accepted} accepted tokens)"
-    )
+    # The first token comes with the prompt's step.
+    length = 1 + accepted / drafts if drafts else 1
+    print(f"\nAcceptance length: {length:.2f} tokens a step ({drafts} trees, {accepted} accepted tokens)")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import ValidationError
 
 from vllm_longspec import proposers
 from vllm_longspec.attention.registry import choose_attention_backend
@@ -277,7 +279,10 @@ def create_speculative_config(
 ) -> "SpeculativeConfig | None":
     speculation = configure(self, target_model_config, target_parallel_config)
     if speculation is None:
-        config = original(self, target_model_config, target_parallel_config)
+        try:
+            config = original(self, target_model_config, target_parallel_config)
+        except ValidationError as error:
+            _name_all_methods(error)
         for name in proposers.names():
             proposers.setup_of(name).check_other(config)
         return config
@@ -294,6 +299,18 @@ def create_speculative_config(
         withheld.append((config, config.num_speculative_tokens))
         config.num_speculative_tokens = 0
     return config
+
+
+def _name_all_methods(error: ValidationError) -> NoReturn:
+    """Raises what vLLM says of a speculative configuration; of an unknown method it would list its own only."""
+    for each in error.errors():
+        if each["type"] == "literal_error" and each["loc"] == ("method",):
+            own = " or ".join(sorted(proposers.names() - {proposers.GLIDE}))
+            raise ValueError(
+                f"there is no speculative method {each['input']!r}: give {own}, leave it out for a GLIDE draft, or "
+                f"give one of vLLM's, {each['ctx']['expected']}"
+            ) from None
+    raise error
 
 
 def create_load_config(original: "Callable[..., LoadConfig]", self: "EngineArgs") -> "LoadConfig":

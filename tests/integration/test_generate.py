@@ -40,7 +40,8 @@ TEMPLATE = (
     [
         ("{", "not JSON"),
         ("[1]", "not a JSON object, but list"),
-        ('{"text": "a"}', "has none of messages, prompt, input_ids"),
+        ('{"content": "a"}', "has none of messages, prompt, input_ids, text"),
+        ('{"text": ["a"]}', "text must be a text that is not empty"),
         ('{"prompt": "a", "input_ids": [1]}', "has prompt and input_ids of"),
         ('{"prompt": ""}', "prompt must be a text"),
         ('{"prompt": ["a"]}', "prompt must be a text"),

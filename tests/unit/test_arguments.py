@@ -308,6 +308,27 @@ def test_wrong_options_are_refused_in_one_line(target, draft, options, said):
     assert said in refused(error)
 
 
+@pytest.mark.parametrize("method", ["MagicDec", "chains"])
+def test_an_unknown_method_is_refused_with_the_plugins_among_the_others(target, method):
+    with pytest.raises(ValueError) as error:
+        create(target, speculative_config={"method": method})
+    said = refused(error)
+    assert said.startswith(f"there is no speculative method {method!r}: give ")
+    assert " magicdec" in said and "leave it out for a GLIDE draft" in said and "'ngram'" in said
+    # Whatever else vLLM refuses, it says itself.
+    with pytest.raises(ValueError, match="num_speculative_tokens must be provided") as error:
+        create(target, speculative_config={"method": "ngram"})
+    assert "there is no speculative method" not in str(error.value)
+
+
+def test_the_method_glide_needs_a_draft(target, draft, ordinary_draft):
+    assert options_in(create(target, speculative_config={"method": "glide", "model": draft})) is not None
+    for model, said in ((None, "no draft was given"), (ordinary_draft, f"{ordinary_draft} is not one")):
+        with pytest.raises(ValueError) as error:
+            create(target, speculative_config={"method": "glide", "model": model})
+        assert refused(error).startswith(f"the method glide needs a GLIDE draft: {said}")
+
+
 def find_draft(monkeypatch, on_gpu, target, draft, *, hopper=False, settings=None, num_ranks=1, **options):
     given = {"model": draft, "tree_shape": [2, 4, 4], **options}
     settings = {"dtype": "float16", **(settings or {})}

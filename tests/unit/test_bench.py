@@ -474,11 +474,16 @@ def test_methods_that_cannot_be_are_refused(names, peers, others, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_draft_that_is_not_there_is_said_before_others_are_measured(tmp_path):
+def test_a_draft_that_is_none_is_said_before_others_are_measured(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"--draft {tmp_path}/draft: there is no {tmp_path}/draft; give")):
         read_methods(["vanilla", "tree"], [], [], f"{tmp_path}/draft")
     (tmp_path / "draft").mkdir()
-    assert len(read_methods(["vanilla", "tree"], ["eagle3=someone/head"], [], f"{tmp_path}/draft")) == 3
+    for other in (f"{tmp_path}/draft", TARGET):
+        with pytest.raises(ValueError) as error:
+            read_methods(["vanilla", "seq"], [], [], other)
+        said = str(error.value)
+        assert said.startswith(f"--draft takes a GLIDE draft, and {other} is not one") and "\n" not in said
+    assert len(read_methods(["vanilla", "tree"], ["eagle3=someone/head"], [], str(PAIR / "draft"))) == 3
 
 
 def test_engine_arguments_are_options_of_vllm_serve():

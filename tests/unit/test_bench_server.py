@@ -21,8 +21,8 @@ if "--fail" in sys.argv:
     print("INFO starting")
     place = "11-28 02:23:25 [core.py:12]"
     print(f"(APIServer pid=1) WARNING {place} there may be errors like `OSError: [Errno 24]`")
-    print(f"(Worker pid=12) ERROR {place}     raise ValueError")
-    print(f"(Worker pid=12) ERROR {place} ValueError: no such model")
+    print(f"(VllmWorker-0 pid=12) ERROR {place}     raise ValueError")
+    print(f"(VllmWorker-0 pid=12) ERROR {place} ValueError: no such model")
     print(f"(EngineCore pid=13) ERROR {place} ValueError: no such model")
     print("RuntimeError: the engine failed")
     sys.exit(3)

@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "proposers.magicdec": {"attention", "interpreter", "options", "proposers", "targets", "tree"},
     "proposers.capture": {"attention", "options", "proposers", "tree"},
-    "bench": {"training", "version"},
+    "bench": {"proposers.glide", "training", "version"},
     "training": {
         "compat",
         "copying",

@@ -216,6 +216,19 @@ def test_the_users_prompts_are_rendered_by_kind(tmp_path, tokenizer):
     assert chosen.describe().endswith("; 1 too long for the window were left out")
 
 
+def test_the_prompts_that_ship_are_texts_as_they_are(tmp_path, tokenizer):
+    path = PAIR / "prompts.jsonl"
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    chosen = choose_own(path, Renderer(tokenizer, "a/target", 4096), 4096, None, seed=0)
+    places = [int(prompt.place.rsplit(maxsplit=1)[1]) for prompt in chosen.prompts]
+    assert sorted(places) == list(range(1, len(texts) + 1))
+    assert [tokenizer.decode(prompt.token_ids) for prompt in chosen.prompts] == [texts[place - 1] for place in places]
+    # Data sets have texts beside their prompts, which are not asked.
+    beside = own(tmp_path, {"prompt": "asked", "text": "not asked"})
+    [prompt] = choose_own(beside, Renderer(tokenizer, "a/target", 64), 4096, None, seed=0).prompts
+    assert tokenizer.decode(prompt.token_ids) == "asked"
+
+
 def test_what_is_wrong_with_the_users_prompts_is_said(tmp_path, tokenizer):
     renderer = Renderer(tokenizer, "a/target", 8)
     with pytest.raises(ValueError, match=r"own\.jsonl line 2: token id 5000 is not in the target's vocabulary"):

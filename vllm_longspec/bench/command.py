@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="NAME,...",
-        help=f"of {', '.join(WORKLOADS)}, or files of prompts: JSON lines with messages, prompt or input_ids",
+        help=f"of {', '.join(WORKLOADS)}, or files of prompts: JSON lines with messages, prompt (or text) or input_ids",
     )
     prompts.add_argument(
         "--workload-data", type=Path, metavar="FOLDER", help="read workloads from here, not from the hub"

@@ -82,7 +82,7 @@ def _method(name: str, draft: str | None, gamma: int) -> Method:
         raise ValueError(f"--methods {name}: there is {', '.join(METHODS)}; --peers has vLLM's own: {peers}")
     if draft is None:
         raise ValueError(f"--methods {name} needs a GLIDE draft: give --draft, or leave {name} out")
-    _check_folder("--draft", draft, draft)
+    _check_draft(draft)
     if name == "seq":
         return Method(name, {"model": draft, "gamma": gamma})
     return Method(name, {"model": draft})
@@ -124,6 +124,22 @@ def _other(text: str) -> Method:
         raise ValueError(f"--method {VANILLA} is decoding without speculation: give another name")
     check_name("--method", name)
     return Method(name, config)
+
+
+def _check_draft(draft: str) -> None:
+    """Raises ValueError for a folder that is not there or has no GLIDE draft."""
+    _check_folder("--draft", draft, draft)
+    if not Path(draft).is_dir():
+        return
+    # Imported here: it imports vLLM, which takes seconds.
+    from vllm_longspec.proposers.glide.checkpoint import NoGlideDraftError, read_draft
+
+    try:
+        read_draft(draft, expected=True)
+    except NoGlideDraftError as error:
+        raise ValueError(
+            f"--draft takes a GLIDE draft, and {error}: give one, or --peers draft={draft} for a model of another kind"
+        ) from None
 
 
 def _check_folder(option: str, text: str, model: str) -> None:

@@ -190,8 +190,8 @@ def choose(workload: Workload, folder: Path | None, renderer: Renderer, max_prom
 def choose_own(path: Path, renderer: Renderer, vocab_size: int, max_prompts: int | None, seed: int) -> Chosen:
     """The user's prompts, one a line, in an order that the seed decides.
 
-    A line is what `vllm-longspec generate` reads: `messages`, which go through the chat template, `prompt`, a text that
-    is tokenised as it is, or `input_ids`. What is too long is left out: what it may lose is not known.
+    A line is what `vllm-longspec generate` reads: `messages`, which go through the chat template, `prompt` or `text`,
+    which is tokenised as it is, or `input_ids`. What is too long is left out: what it may lose is not known.
 
     Raises:
         ValueError: a line is no prompt, or none is short enough.

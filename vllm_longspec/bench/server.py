@@ -36,7 +36,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 _VALIDATION = re.compile(r"\d+ validation errors? for \S+$")
 _DETAILS, _MOST_DETAILS = " [type=", 3
 # What vLLM puts before a line of its log; all of it may be missing.
-_PREFIX = re.compile(r"(?:\(\w+(?: pid=\d+)?\) )?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[[^]]+\] )?")
+_PREFIX = re.compile(r"(?:\([\w-]+(?: pid=\d+)?\) )?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[[^]]+\] )?")
 
 
 class ServerError(ValueError):

@@ -6,7 +6,7 @@
 Prompts are JSON objects, one a line, with one of
 
     {"messages": [{"role": "user", "content": "..."}, ...]}     rendered by the target's chat template
-    {"prompt": "..."}                                           text, tokenised as it is
+    {"prompt": "..."}                                           text, tokenised as it is; also as "text"
     {"input_ids": [...]}                                        token ids
 
 A conversation that ends with an answer is answered anew. What comes out are shards that `vllm-longspec train` reads:
@@ -38,6 +38,8 @@ DEFAULT_SHARD_SIZE = 256
 # Added to the name of a file that is being written.
 _UNFINISHED = ".unfinished"
 _KINDS = ("messages", "prompt", "input_ids")
+# Another name of `prompt`, as data sets of plain texts have it. Beside a key of `_KINDS` it is ignored as any other.
+_TEXT = "text"
 # Lines that are named of each kind of prompt that is left out.
 _NAMED_LINES = 20
 # Requests that the engine has at a time, for each that it runs: enough that it never waits for another.
@@ -303,20 +305,21 @@ def parse_prompt(line: bytes) -> tuple[str, Any, list[Any] | None]:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object, but {type(value).__name__}")
-    kinds = [kind for kind in _KINDS if kind in value]
-    if len(kinds) != 1:
-        raise ValueError(f"has {' and '.join(kinds) or 'none'} of {', '.join(_KINDS)}: give one of them")
-    content, tools = value[kinds[0]], value.get("tools")
-    if kinds[0] == "messages":
+    keys = [key for key in _KINDS if key in value] or [key for key in (_TEXT,) if key in value]
+    if len(keys) != 1:
+        raise ValueError(f"has {' and '.join(keys) or 'none'} of {', '.join((*_KINDS, _TEXT))}: give one of them")
+    [key] = keys
+    kind, content, tools = "prompt" if key == _TEXT else key, value[key], value.get("tools")
+    if kind == "messages":
         _check_messages(content)
-    elif kinds[0] == "prompt":
+    elif kind == "prompt":
         if not isinstance(content, str) or not content:
-            raise ValueError("prompt must be a text that is not empty")
+            raise ValueError(f"{key} must be a text that is not empty")
     elif not isinstance(content, list) or not content or not all(map(_is_token_id, content)):
         raise ValueError("input_ids must be a list of token ids that is not empty")
-    if tools is not None and (kinds[0] != "messages" or not isinstance(tools, list)):
+    if tools is not None and (kind != "messages" or not isinstance(tools, list)):
         raise ValueError("tools must be a list, beside messages")
-    return kinds[0], content, tools
+    return kind, content, tools
 
 
 def _check_messages(messages: Any) -> None:

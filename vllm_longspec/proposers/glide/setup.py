@@ -55,16 +55,19 @@ class GlideSetup(DraftSetup):
     @classmethod
     def find(cls, options: Mapping[str, Any], own_options: Mapping[str, Any]) -> "GlideSetup | None":
         model, revision = options.get("model"), options.get("revision")
+        is_named = options.get("method") == proposers.GLIDE
         try:
             if not isinstance(model, str):
                 given = "no draft was given" if model is None else f"the model must be a string, got {model!r}"
                 raise NoGlideDraftError(f"{given}, add --speculative-model DRAFT")
-            return cls(read_draft(model, revision, expected=bool(own_options)), revision)
+            return cls(read_draft(model, revision, expected=is_named or bool(own_options)), revision)
         except NoGlideDraftError as error:
             for name in own_options:
                 others = proposers.others_with(name, proposers.GLIDE)
                 way_out = f"; or give {proposers.ask_for(others)}" if others else ""
                 raise ValueError(f"{name} needs a GLIDE draft: {error}{way_out}") from None
+            if is_named:
+                raise ValueError(f"the method {proposers.GLIDE} needs a GLIDE draft: {error}") from None
             # vLLM needs these options for any other draft, so a user who gave one did not expect a GLIDE draft.
             if isinstance(error, UnseenDraftError) and not options.keys() & {"method", "num_speculative_tokens"}:
                 logger.warning("Draft %s. If it is a GLIDE draft, it is not recognised.", error)
