@@ -95,12 +95,22 @@ def test_fp8_target(quantization):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no fp8 layers for CPUs")
-@pytest.mark.parametrize("enforce_eager", [True, False])
-def test_fp8_draft(enforce_eager):
-    """A draft of fp8 accepts about as much as the one that it was made of."""
-    settings = {"dtype": "bfloat16", "enforce_eager": enforce_eager}
+@pytest.mark.parametrize(("enforce_eager", "target_quantization"), [(True, None), (False, None), (False, "fp8")])
+def test_fp8_draft(enforce_eager, target_quantization):
+    """A draft of fp8 accepts about as much as the one that it was made of, whatever its target is made of."""
+    settings = {"dtype": "bfloat16", "enforce_eager": enforce_eager, "quantization": target_quantization}
     plain = generate(PAIR / "target", REQUESTS, **settings)
     draft = speculative(PAIR / "draft", [4, 16, 16], quantization="fp8_per_channel")
     result = generate(PAIR / "target", REQUESTS, **settings, **draft)
-    # The target is not quantised; trees have other kernels than plain decoding.
-    assert_lossless_up_to_ties(plain, result, 0.2)
+    # Trees have other kernels than plain decoding.
+    assert_lossless_up_to_ties(plain, result, 0.2 if target_quantization is None else 0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no fp8 layers for CPUs")
+def test_fp8_draft_of_a_gptq_target(tmp_path):
+    """Whose head is quantised too, so that the draft has no copy of it."""
+    target, draft = untied(tmp_path / "pair", PAIR / "target", PAIR / "draft")
+    target = write_gptq(tmp_path / "target", target)
+    plain = generate(target, REQUESTS, dtype="float16")
+    drafting = speculative(draft, [4, 16, 16], quantization="fp8_per_channel")
+    assert_lossless_up_to_ties(plain, generate(target, REQUESTS, dtype="float16", **drafting), 0.1)

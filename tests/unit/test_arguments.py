@@ -350,6 +350,8 @@ def find_draft(monkeypatch, on_gpu, target, draft, *, hopper=False, settings=Non
         ({}, "fp8_per_channel"),
         ({"settings": {"dtype": "bfloat16"}}, "fp8_per_channel"),
         ({"settings": {"dtype": "float32"}}, None),
+        # A target that is quantised when it is loaded; one that was before is below.
+        ({"settings": {"quantization": "fp8_per_channel"}}, "fp8_per_channel"),
         # A kernel that cannot compute with it.
         ({"settings": {"linear_backend": "marlin"}}, None),
         ({"settings": {"kernel_config": {"linear_backend": "marlin"}}}, None),
@@ -371,13 +373,17 @@ def test_a_large_draft_is_quantised(monkeypatch, target, draft, given, quantizat
     assert found.vllm_options["quantization"] == quantization
 
 
-def test_no_other_draft_is_quantised(monkeypatch, tmp_path, target, draft):
+def test_no_other_draft_is_quantised(monkeypatch, target, draft):
     # Starting its kernels takes longer than reading its weights.
     assert find_draft(monkeypatch, True, target, draft, hopper=True).vllm_options["quantization"] is None
     monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", 1.0)
     assert find_draft(monkeypatch, False, target, draft, hopper=True).vllm_options["quantization"] is None
+
+
+def test_the_draft_of_a_quantised_target_is_quantised_in_its_own_way(monkeypatch, tmp_path, target, draft):
+    monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", 1.0)
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
-    assert find_draft(monkeypatch, True, quantised, draft, hopper=True).vllm_options["quantization"] is None
+    assert find_draft(monkeypatch, True, quantised, draft, hopper=True).vllm_options["quantization"] == "fp8_per_channel"
 
 
 def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):

@@ -108,6 +108,19 @@ NAMES = [
     "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.head_size",
     "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.num_kv_heads",
     *(
+        f"vllm.v1.attention.backends.flash_attn.FlashAttentionMetadataBuilder.{name}"
+        for name in (
+            "_get_scheduler_metadata",
+            "aot_schedule",
+            "attention_config",
+            "max_num_splits",
+            "num_heads_kv",
+            "scheduler_metadata",
+            "use_full_cuda_graph",
+        )
+    ),
+    "vllm.config.attention.AttentionConfig.flash_attn_max_num_splits_for_cuda_graph",
+    *(
         f"vllm.v1.attention.backends.{module}.{name}"
         for module in ("flash_attn.FlashAttentionImpl", "triton_attn.TritonAttentionImpl")
         for name in ("num_heads", "scale", "do_kv_cache_update")

@@ -20,13 +20,14 @@ def default_quantization(
     """fp8 on the GPUs where it was measured to pay (docs/tuning.md#fp8-drafts), if a level that drafts all tokens
     spends most of its time reading the weights that each rank has.
 
-    Of all tokens, as otherwise a smaller head, chosen to save time, could take it away and cost more than it saves.
+    Of all tokens, as otherwise a smaller head, chosen to save time, could take it away and cost more than it saves. The
+    target may be quantised in any way: a draft has weights, and mostly a copy of the head, of its own.
     """
     from vllm.platforms import current_platform
 
     if not (current_platform.is_cuda() and current_platform.is_device_capability_family(90)):
         return None
-    if target.quantization is not None or target.dtype not in (torch.float16, torch.bfloat16):
+    if target.dtype not in (torch.float16, torch.bfloat16):
         return None
     # Not every linear kernel that a user may choose supports the scales of an fp8 draft.
     kernels = engine_args.kernel_config
