@@ -383,7 +383,9 @@ def test_no_other_draft_is_quantised(monkeypatch, target, draft):
 def test_the_draft_of_a_quantised_target_is_quantised_in_its_own_way(monkeypatch, tmp_path, target, draft):
     monkeypatch.setattr("vllm_longspec.proposers.glide.quantization.LEVEL", 1.0)
     quantised = str(write_gptq(tmp_path / "target", Path(target)))
-    assert find_draft(monkeypatch, True, quantised, draft, hopper=True).vllm_options["quantization"] == "fp8_per_channel"
+    assert (
+        find_draft(monkeypatch, True, quantised, draft, hopper=True).vllm_options["quantization"] == "fp8_per_channel"
+    )
 
 
 def test_a_draft_is_quantised_for_what_a_rank_reads(monkeypatch, target, draft):
