@@ -52,6 +52,7 @@ def main() -> None:
         temperatures=arguments.temperatures,
         tokens=arguments.tokens,
         repeats=arguments.repeats,
+        passes=arguments.passes,
         engine=arguments.engine,
         deadline=time.time() + arguments.minutes * 60,
         again=arguments.again,
@@ -104,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperatures", type=listed(float), default=[0.0])
     add("--tokens", type=int, default=128, help="tokens to decode for each request")
     add("--repeats", type=int, default=3, help="times that a batch is decoded; trained weights decode every prompt")
+    add("--passes", type=int, default=1, help="times that an engine measures all its cells, to see what is disturbed")
     add("--given", type=json.loads, help="JSON of the options of system given; frequent_tokens may be how many")
     add("--engine", type=json.loads, default={}, help="JSON of more arguments for every engine")
     add("--minutes", type=float, default=1e6, help="start no cell after so many minutes")

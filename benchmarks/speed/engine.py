@@ -5,6 +5,7 @@
 the prefix cache, and the clock starts when every request of a batch has its first tokens and stops before any ends.
 """
 
+import itertools
 import json
 import random
 import statistics
@@ -46,10 +47,10 @@ def measure_cells(engine: "Engine", job: dict[str, Any], start_seconds: float) -
         "draft_memory": engine.llm.collective_rpc(draft_memory)[0],
     }
     prompts = TrainedPrompts(Path(job["trained"])) if job["trained"] else RandomPrompts(job["vocab_size"])
-    for cell in job["cells"]:
+    for number, cell in itertools.product(range(job["passes"]), job["cells"]):
         if time.time() >= job["deadline"]:
             break
-        measured = record | cell
+        measured = record | cell | {"pass": 1 + number}
         if cell["acceptance"] is not None:
             engine.llm.collective_rpc(set_acceptance, args=(cell["acceptance"],))
         batches = list(prompts.batches(cell["context"], cell["batch"], job["repeats"]))

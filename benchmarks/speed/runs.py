@@ -41,6 +41,7 @@ class Plan:
     temperatures: list[float]
     tokens: int
     repeats: int
+    passes: int
     # More arguments of the engine, as the user gave them.
     engine: dict[str, Any]
     deadline: float
@@ -86,6 +87,7 @@ def run(plan: Plan, model: Model, system: str, given: dict[str, Any] | None) -> 
         "cells": measurable,
         "tokens": plan.tokens,
         "repeats": plan.repeats,
+        "passes": plan.passes,
         "deadline": plan.deadline,
         "out": str(plan.out.resolve()),
         "trained": model.trained and str(model.trained),

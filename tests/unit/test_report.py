@@ -3,6 +3,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,6 +197,38 @@ def test_summary_of_rounds():
     assert numbers["tokens_per_step"] * numbers["ms_per_token"] == pytest.approx(numbers["ms_per_step"], rel=1e-3)
     # Of different work, the mean.
     assert summary(plain, batch=4, tokens=100, same_work=False)["ms_per_token"] == pytest.approx(11.2e3 / 300, abs=1e-3)
+
+
+def test_all_cells_are_measured_before_any_is_again(tmp_path):
+    measured = []
+    decoded = {"seconds": 1.0, "emitted": 8, "drafts": 0, "drafted": 0, "accepted": 0}
+
+    def measure(batches: list[list[list[int]]], temperature: float) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        measured.append(len(batches[0][0]))
+        return [dict(decoded) for _ in batches], [[0] * 8]
+
+    engine: Any = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            speculative_config=None,
+            model_config=SimpleNamespace(max_model_len=64),
+            scheduler_config=SimpleNamespace(max_num_seqs=1),
+        ),
+        num_blocks=4,
+        block_size=16,
+        llm=SimpleNamespace(collective_rpc=lambda function: [0]),
+        lacking_blocks=lambda context, batch: context // 32,
+        measure=measure,
+    )
+    cells = [{"acceptance": None, "temperature": 0.0, "context": context, "batch": 1} for context in (4, 8, 32)]
+    out = tmp_path / "speed.jsonl"
+    job = {"record": {}, "cells": cells, "passes": 2, "repeats": 3, "tokens": 8, "vocab_size": 9, "trained": None}
+    speed_engine.measure_cells(engine, job | {"deadline": math.inf, "out": str(out)}, 1.0)
+    assert measured == [4, 8, 4, 8]
+    records = read([out])
+    assert [(record["context"], record["pass"]) for record in records] == [
+        (context, number) for number in (1, 2) for context in (4, 8, 32)
+    ]
+    assert [len(record.get("rounds", [])) for record in records] == [3, 3, 0] * 2
 
 
 def test_an_engine_is_closed_whatever_happens(monkeypatch):
