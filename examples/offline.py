@@ -9,7 +9,7 @@ Without options it is the small pair that ships with the repository; another one
 
 Without a GPU, Triton's interpreter runs the kernels in float32:
 
-    TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python -m examples.offline \\
+    TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python -m examples.offline \\
         --dtype float32 --enforce-eager --block-size 32 --kv-cache-memory-bytes 67108864
 """
 
