@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which blocks a step of MagicDec's draft attends, and where it writes, against sets of positions."""
+"""Which blocks a step of MagicDec's draft attends, and where it writes, against sets of positions; how it is split."""
 
+import importlib
 import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,3 +107,36 @@ def test_where_layers_have_tables_of_their_own_none_is_written(block_size):
     assert (scored.block_tables == -5).all()
     for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
         assert torch.equal(getattr(scored, name), getattr(recent, name)), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_kv_heads", "most_splits"),
+    [
+        ({}, 8, {1: 32, 13: 32, 14: 1, 16: 1, 64: 1}),
+        ({}, 1, {64: 32, 106: 1}),
+        # Without full graphs, and on GPUs before Hopper, FlashAttention itself decides.
+        ({"use_full_cuda_graph": False}, 8, {1: 0, 64: 0}),
+        ({"aot_schedule": False}, 8, {1: 0, 64: 0}),
+    ],
+)
+def test_a_batch_that_keeps_the_gpu_busy_is_not_split(monkeypatch, settings, num_kv_heads, most_splits):
+    name = "vllm_longspec.attention.flash"
+    if not torch.cuda.is_available():
+        # What the module imports; vLLM defines it for GPUs only.
+        monkeypatch.setattr("vllm.v1.attention.backends.fa_utils.flash_attn_varlen_func", None, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+    flash = importlib.import_module(name)
+    monkeypatch.setattr(flash, "num_multiprocessors", lambda device: 132)
+    builder = object.__new__(flash.TreeFlashAttentionMetadataBuilder)
+    attention_config = SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32)
+    vars(builder).update(
+        device=torch.device("cuda"), num_heads_kv=num_kv_heads, attention_config=attention_config, max_num_splits=0
+    )
+    vars(builder).update({"use_full_cuda_graph": True, "aot_schedule": True} | settings)
+    found = {}
+    # A large batch leaves nothing behind for the next one.
+    for num_reqs in sorted(most_splits, reverse=True):
+        builder.expect_equal_lengths(num_reqs)
+        found[num_reqs] = builder.max_num_splits
+    assert found == most_splits

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """MagicDec at start-up: its options, what it refuses, what it reserves and what it expects to cost."""
 
-import importlib
 import json
 import math
 import pickle
 import re
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -400,39 +398,6 @@ def test_a_target_without_a_logits_processor_of_its_own_is_loaded():
 
 GAMMA = 4
 PART = 32 + 1024
-
-
-@pytest.mark.parametrize(
-    ("settings", "num_kv_heads", "most_splits"),
-    [
-        ({}, 8, {1: 32, 13: 32, 14: 1, 16: 1, 64: 1}),
-        ({}, 1, {64: 32, 106: 1}),
-        # Without full graphs, and on GPUs before Hopper, FlashAttention itself decides.
-        ({"use_full_cuda_graph": False}, 8, {1: 0, 64: 0}),
-        ({"aot_schedule": False}, 8, {1: 0, 64: 0}),
-    ],
-)
-def test_a_batch_that_keeps_the_gpu_busy_is_not_split(monkeypatch, settings, num_kv_heads, most_splits):
-    name = "vllm_longspec.attention.flash"
-    if not torch.cuda.is_available():
-        # What the module imports; vLLM defines it for GPUs only.
-        monkeypatch.setattr("vllm.v1.attention.backends.fa_utils.flash_attn_varlen_func", None, raising=False)
-        monkeypatch.setitem(sys.modules, name, None)
-        del sys.modules[name]
-    flash = importlib.import_module(name)
-    monkeypatch.setattr(flash, "num_multiprocessors", lambda device: 132)
-    builder = object.__new__(flash.TreeFlashAttentionMetadataBuilder)
-    attention_config = SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32)
-    vars(builder).update(
-        device=torch.device("cuda"), num_heads_kv=num_kv_heads, attention_config=attention_config, max_num_splits=0
-    )
-    vars(builder).update({"use_full_cuda_graph": True, "aot_schedule": True} | settings)
-    found = {}
-    # A large batch leaves nothing behind for the next one.
-    for num_reqs in sorted(most_splits, reverse=True):
-        builder.expect_equal_lengths(num_reqs)
-        found[num_reqs] = builder.max_num_splits
-    assert found == most_splits
 
 
 def cost_of(model: str, num_ranks: int = 1, cache_is_quantised: bool = False) -> StepCost:

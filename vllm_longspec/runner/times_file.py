@@ -111,8 +111,12 @@ class TimesFile:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("The times of steps in %s cannot be used (%s): steps are timed anew.", self.path, error)
+            self.warn(error)
             return None
+
+    def warn(self, reason: object) -> None:
+        """Says that the times are not used, and why."""
+        logger.warning("The times of steps in %s cannot be used (%s): steps are timed anew.", self.path, reason)
 
     def write(self, times: StepTimes) -> None:
         """Replaces the file at once. Warns if that is not possible: the next start measures again."""

@@ -59,21 +59,23 @@ def time_steps(worker: "WorkerBase") -> StepTimes | None:
     group = get_tp_group()
     first = group.is_first_rank
     file = TimesFile(what_times_depend_on(runner.vllm_config)) if first else None
-    times = group.broadcast_object(file.read() if file is not None else None, src=0)
-    # An edited file, or one that another commit of this version wrote. All ranks have the same graphs.
-    if times is not None and not has_graphs(runner.cudagraph_manager, times.larger):
-        if file is not None:
-            logger.warning(
-                "The times of steps in %s cannot be used (they are of other CUDA graphs): steps are timed anew.",
-                file.path,
-            )
-        times = None
+    times = group.broadcast_object(_of_an_earlier_start(runner, file) if file is not None else None, src=0)
     if times is None:
         times = _measure(runner, file)
     elif file is not None:
         logger.info("The times of steps are those of an earlier start (%s).", file.path)
     if times is not None and runner.cudagraph_manager is not None:
         run_in_larger_graphs(runner.cudagraph_manager, times.larger)
+    return times
+
+
+def _of_an_earlier_start(runner: "GPUModelRunner", file: TimesFile) -> StepTimes | None:
+    """The times in the file; None if there are none, or if they are of other graphs, which is warned of."""
+    times = file.read()
+    # An edited file, or one that another commit of this version wrote.
+    if times is not None and not has_graphs(runner.cudagraph_manager, times.larger):
+        file.warn("they are of other CUDA graphs")
+        return None
     return times
 
 
