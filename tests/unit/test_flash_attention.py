@@ -90,6 +90,7 @@ def test_one_row_a_request(monkeypatch: pytest.MonkeyPatch, num_reqs: int, most_
         kv_cache_dtype=dtype,
         cache_config=SimpleNamespace(cache_dtype="auto"),
         aot_sliding_window=(-1, -1),
+        dcp_world_size=1,
     )
     builder.expect_equal_lengths(num_reqs)
     assert builder.max_num_splits == most_splits

@@ -16,8 +16,9 @@ from vllm_longspec.attention.backend import TreeAttentionImplMixin, TreeMetadata
 from vllm_longspec.attention.cache_scales import CacheScales, as_stored
 from vllm_longspec.attention.tree import num_multiprocessors
 
-# From this share of its multiprocessors on a GPU is busy, as FlashAttention has it.
-BUSY = 0.8
+# From this share of its multiprocessors on a GPU is busy without splits: on an H200 0.73 is, 0.48 is not (`splits` of
+# `benchmarks.kernels`).
+BUSY = 0.7
 
 
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
