@@ -146,11 +146,11 @@ def configure(
     # In Triton's interpreter, which is for tests, all nodes are verified by default.
     if needs_schedule and (adaptive_verification or current_platform.is_cuda()):
         num_kv_heads = target.get_num_kv_heads(parallel_config)
-        schedule = setup.schedule(num_nodes) if adaptive_verification else None
+        # A proposer with a schedule of its own keeps to it.
+        schedule = setup.schedule(num_nodes, MOST_ROWS if adaptive_verification else None)
         if schedule is None:
-            # A proposer with a schedule of its own keeps to it, and one that has no costs has nothing to choose by.
-            follows_cost = "step_costs" in known and setup.schedule(num_nodes) is None
-            nodes_by_cost = follows_cost and knows_costs and not adaptive_verification
+            # One that has no costs has nothing to choose by.
+            nodes_by_cost = "step_costs" in known and knows_costs and not adaptive_verification
             batch_rows = MOST_ROWS if adaptive_verification or nodes_by_cost else BATCH_ROWS
             queries_per_kv_head = target.get_num_attention_heads(parallel_config) // num_kv_heads
             schedule = default_schedule(num_nodes, queries_per_kv_head, batch_rows)
@@ -197,8 +197,9 @@ def draft_of(name: str) -> support.Draft:
 def _check_option_names(name: str, own: dict[str, Any]) -> None:
     """Refuses options that the proposer of this name lacks, and says who has them."""
     setup = proposers.setup_of(name)
-    for option in own:
-        if option in setup.option_names:
+    for option, value in own.items():
+        # Null is the default, as of any option.
+        if option in setup.option_names or value is None:
             continue
         way_out = setup.ways_out.get(option, "leave it out")
         if option not in SHARED_OPTIONS:

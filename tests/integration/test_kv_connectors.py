@@ -105,7 +105,11 @@ def test_blocks_that_were_saved_come_back(connector, execution):
     assert second[:2] == first[:2]
     # The last block, with a token that is computed anew, may be missing.
     assert plain["metrics"][HITS] >= sum(length - 32 for length in LENGTHS) + 2 * 32
-    for draft in (speculative(PAIR / "draft", [4, 8, 8]), magicdec(sinks=32, budget=64)):
+    drafts = [speculative(PAIR / "draft", [4, 8, 8])]
+    if connector == "OffloadingConnector":
+        # The others load beside what a target that drafts for itself may still write.
+        drafts.append(magicdec(sinks=32, budget=64))
+    for draft in drafts:
         drafted, _ = run_alone(play, settings | draft, prompts, environment=LMCACHE)
         assert drafted["tokens"] == plain["tokens"]
         assert drafted["metrics"][HITS] == plain["metrics"][HITS]

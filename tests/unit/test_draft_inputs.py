@@ -110,16 +110,18 @@ def test_where_layers_have_tables_of_their_own_none_is_written(block_size):
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_kv_heads", "most_splits"),
+    ("settings", "num_kv_heads", "max_seq_len", "most_splits"),
     [
-        ({}, 8, {1: 32, 11: 32, 12: 1, 16: 1, 64: 1}),
-        ({}, 1, {64: 32, 93: 1}),
+        ({}, 8, 1061, {1: 32, 11: 32, 12: 1, 16: 1, 64: 1}),
+        ({}, 1, 1061, {64: 32, 93: 1}),
+        # One long request among short ones is split.
+        ({}, 8, 4133, {1: 32, 12: 32, 64: 32}),
         # Without full graphs, and on GPUs before Hopper, FlashAttention itself decides.
-        ({"use_full_cuda_graph": False}, 8, {1: 0, 64: 0}),
-        ({"aot_schedule": False}, 8, {1: 0, 64: 0}),
+        ({"use_full_cuda_graph": False}, 8, 1061, {1: 0, 64: 0}),
+        ({"aot_schedule": False}, 8, 1061, {1: 0, 64: 0}),
     ],
 )
-def test_a_batch_that_keeps_the_gpu_busy_is_not_split(monkeypatch, settings, num_kv_heads, most_splits):
+def test_a_batch_that_keeps_the_gpu_busy_is_not_split(monkeypatch, settings, num_kv_heads, max_seq_len, most_splits):
     name = "vllm_longspec.attention.flash"
     if not torch.cuda.is_available():
         # What the module imports; vLLM defines it for GPUs only.
@@ -137,6 +139,6 @@ def test_a_batch_that_keeps_the_gpu_busy_is_not_split(monkeypatch, settings, num
     found = {}
     # A large batch leaves nothing behind for the next one.
     for num_reqs in sorted(most_splits, reverse=True):
-        builder.expect_equal_lengths(num_reqs)
+        builder.expect_equal_lengths(num_reqs, max_seq_len)
         found[num_reqs] = builder.max_num_splits
     assert found == most_splits

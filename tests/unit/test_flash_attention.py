@@ -92,7 +92,7 @@ def test_one_row_a_request(monkeypatch: pytest.MonkeyPatch, num_reqs: int, most_
         aot_sliding_window=(-1, -1),
         dcp_world_size=1,
     )
-    builder.expect_equal_lengths(num_reqs)
+    builder.expect_equal_lengths(num_reqs, max_seq_len=1056)
     assert builder.max_num_splits == most_splits
 
     lengths = [1000 + request for request in range(num_reqs)]

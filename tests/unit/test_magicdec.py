@@ -31,7 +31,7 @@ from vllm_longspec.runner.graphs import DraftGraphs
 from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.scheduling.adaptive import MAX_TRIAL_TIME_OF_PLAIN, TRIAL_INTERVAL, AdaptiveVerification
 from vllm_longspec.scheduling.cost import StepCost
-from vllm_longspec.scheduling.schedule import nodes_by_batch_size, numbers_of
+from vllm_longspec.scheduling.schedule import MOST_ROWS, nodes_by_batch_size, numbers_of
 from vllm_longspec.targets.families import cached_token_weights, target_weights
 from vllm_longspec.tree.shape import TreeShape
 
@@ -200,7 +200,7 @@ def test_the_cost_knows_which_batches_have_graphs(most, monkeypatch):
     module = "vllm.v1.worker.gpu.cudagraph_utils"
     monkeypatch.setattr(f"{module}.get_pp_group", lambda: rank)
     monkeypatch.setattr(f"{module}.current_platform", SimpleNamespace(get_global_graph_pool=lambda: None))
-    vllm_config = graph_config(GAMMA, most, MagicDecSetup().schedule(GAMMA), True, TreeShape((1,) * GAMMA))
+    vllm_config = graph_config(GAMMA, most, MagicDecSetup().schedule(GAMMA, MOST_ROWS), True, TreeShape((1,) * GAMMA))
     vllm_config.speculative_config.enforce_eager = False
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     choices = nodes_by_batch_size(vllm_config.speculative_config, most, True)
@@ -227,7 +227,7 @@ def test_a_size_above_the_largest_batch_is_no_graph_of_the_draft(monkeypatch):
     monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.get_pp_group", lambda: rank)
     platform = SimpleNamespace(get_global_graph_pool=lambda: None)
     monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.current_platform", platform)
-    vllm_config = graph_config(GAMMA, 6, MagicDecSetup().schedule(GAMMA), True, TreeShape((1,) * GAMMA))
+    vllm_config = graph_config(GAMMA, 6, MagicDecSetup().schedule(GAMMA, MOST_ROWS), True, TreeShape((1,) * GAMMA))
     options = options_of(vllm_config.speculative_config)
     assert options is not None
     options = replace(options, partial_attention=PartialAttention())
@@ -375,9 +375,14 @@ def test_a_quantised_target_needs_to_be_timed_or_to_be_told_when_to_draft(monkey
 
 
 @pytest.mark.parametrize(("gamma", "numbers"), [(1, [1]), (2, [2, 1]), (4, [4, 3, 2, 1]), (9, [9, 8, 4, 1])])
-def test_every_batch_may_draft_all_tokens_or_fewer(gamma: int, numbers: list[int]):
-    schedule = MagicDecSetup().schedule(gamma)
+def test_every_batch_may_draft_all_tokens_that_there_are_rows_for_or_fewer(gamma: int, numbers: list[int]):
+    schedule = MagicDecSetup().schedule(gamma, MOST_ROWS)
     assert numbers_of(schedule, gamma) == [*numbers, 0]
+    for batch_size, most in enumerate(build_dynamic_sd_schedule_lookup(schedule, 1024, gamma)[1:], start=1):
+        assert most == max((number for number in numbers if batch_size * (1 + number) <= MOST_ROWS), default=0)
+    # Without adaptive verification it drafts all the same.
+    schedule = MagicDecSetup().schedule(gamma, None)
+    assert numbers_of(schedule, gamma) == [gamma, 0]
     assert build_dynamic_sd_schedule_lookup(schedule, 1024, gamma)[1:] == [gamma] * 1024
 
 
@@ -459,7 +464,7 @@ class Engine:
     def __init__(self, batch_size: int, context: int):
         self.batch_size, self.num_tokens = batch_size, batch_size * context
         shape = TreeShape((1,) * GAMMA)
-        schedule = MagicDecSetup().schedule(GAMMA)
+        schedule = MagicDecSetup().schedule(GAMMA, MOST_ROWS)
         self.choices = nodes_by_batch_size(config(schedule[0][2], schedule), batch_size, choose=True)
         self.cost = cost_of("llama-3-8b-262k")
         self.adaptive = AdaptiveVerification(self.choices, self.cost, lambda: self.num_tokens, shape)

@@ -94,7 +94,7 @@ REQUIRED = {
     "LoRA adapters of the target's head": "lora-target-modules",
     "pipeline parallelism": "pipeline_parallel_size",
     "KV offloading (`--kv-offloading-size`, `OffloadingConnector`)": "kv_transfer_config",
-    "LMCache in the engine's process (`LMCacheConnectorV1`)": '"LMCacheConnectorV1"',
+    "LMCache in the engine's process (`LMCacheConnectorV1`) with a GLIDE draft": '"LMCacheConnectorV1"',
     "sleep mode with a KV connector": "kv_transfer_config",
     "multimodal targets": "is_multimodal_model",
     "sliding-window targets": "get_sliding_window",

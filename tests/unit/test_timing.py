@@ -133,6 +133,7 @@ class Runner:
         graphs.run_fullgraph = self._run_draft
         self.speculator.graphs = graphs
         self.speculator.idx_mapping = torch.zeros(MAX_NUM_SEQS, dtype=torch.int64)
+        self.speculator.tree_batch = SimpleNamespace(idx_mapping=torch.zeros(MAX_NUM_SEQS, dtype=torch.int64))
 
     def prepare_dummy_attn(self, batch: Any) -> tuple:
         return self.block_tables.get_dummy_block_tables(batch.num_reqs), torch.full((1, batch.num_tokens), -1)
@@ -143,9 +144,12 @@ class Runner:
         # A mixture of experts drops padding, and sends the same token to the same experts.
         assert not batch.is_padding.any() and (batch.num_tokens < 8 or batch.input_ids.unique().numel() > 1)
         self.prepared = batch, block_tables
+        self.speculator.tree_batch.idx_mapping[:] = torch.arange(MAX_NUM_SEQS)
 
     def _run_target(self, desc: BatchExecutionDescriptor) -> torch.Tensor:
         assert self.prepared is not None and desc.num_reqs is not None
+        # Blocks are chosen by the scores of nobody.
+        assert (self.speculator.tree_batch.idx_mapping == -1).all()
         batch, block_tables = self.prepared
         assert (batch.num_reqs, batch.num_tokens) == (desc.num_reqs, desc.num_tokens)
         rows = desc.num_tokens // desc.num_reqs
@@ -410,6 +414,9 @@ def schemes(num_bits: int) -> dict[str, Any]:
         ({}, {"linear_backend": "marlin"}),
         ({}, {"couple_noise": False}),
         ({}, {"use_fp64_gumbel": True}),
+        ({}, {"attention_config": {"flash_attn_max_num_splits_for_cuda_graph": 8}}),
+        ({}, {"compilation_config": {"custom_ops": ["+rms_norm"]}}),
+        ({}, {"compilation_config": {"pass_config": {"fuse_norm_quant": True}}}),
         ({}, {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}),
         ({"enable_lora": True, "max_lora_rank": 8}, {"enable_lora": True, "max_lora_rank": 64}),
     ],

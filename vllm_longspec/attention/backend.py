@@ -120,8 +120,8 @@ class TreeMetadataBuilderMixin:
         """How the prefix kernel splits its work, if that can be computed once for all layers."""
         return None
 
-    def expect_equal_lengths(self, num_reqs: int) -> None:
-        """The next batch to build has so many requests, each with one row and about as many tokens to attend."""
+    def expect_equal_lengths(self, num_reqs: int, max_seq_len: int) -> None:
+        """The next batch to build has so many requests, each with one row and most of them `max_seq_len` tokens."""
 
 
 def _tree_requests(common: CommonAttentionMetadata, to_attend: TreesToAttend) -> TreeRequests:

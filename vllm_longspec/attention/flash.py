@@ -19,6 +19,8 @@ from vllm_longspec.attention.tree import num_multiprocessors
 # From this share of its multiprocessors on a GPU is busy without splits: on an H200 0.73 is, 0.48 is not (`splits` of
 # `benchmarks.kernels`).
 BUSY = 0.7
+# With more tokens to attend, one long request among shorter ones would take too long as a single thread block.
+MOST_UNSPLIT = 2048
 
 
 class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -28,7 +30,7 @@ class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttention
         if self.use_full_cuda_graph and self.aot_schedule:
             self.tree_schedule = torch.zeros_like(self.scheduler_metadata)
 
-    def expect_equal_lengths(self, num_reqs: int) -> None:
+    def expect_equal_lengths(self, num_reqs: int, max_seq_len: int) -> None:
         if not (self.use_full_cuda_graph and self.aot_schedule):
             # FlashAttention decides on splits when it is called.
             return
@@ -36,7 +38,8 @@ class TreeFlashAttentionMetadataBuilder(TreeMetadataBuilderMixin, FlashAttention
         # among short ones has to be split. Above 1 a kernel that adds the splits up follows in every layer, even where
         # the schedule has one split each. A request has one thread block for each KV head.
         busy = num_reqs * self.num_heads_kv >= BUSY * num_multiprocessors(self.device)
-        self.max_num_splits = 1 if busy else self.attention_config.flash_attn_max_num_splits_for_cuda_graph
+        most = self.attention_config.flash_attn_max_num_splits_for_cuda_graph
+        self.max_num_splits = 1 if busy and max_seq_len <= MOST_UNSPLIT else most
 
     def schedule_prefix(self, trees: TreeRequests) -> torch.Tensor | None:
         schedule = self._get_scheduler_metadata(

@@ -145,10 +145,12 @@ class DraftSetup(ABC):
         return None
 
     @staticmethod
-    def schedule(num_nodes: int) -> list[tuple[int, int, int]] | None:
-        """Numbers of nodes by batch size (first, last, number) for adaptive verification; None for the core's default.
+    def schedule(num_nodes: int, most_rows: int | None) -> list[tuple[int, int, int]] | None:
+        """Numbers of nodes by batch size (first, last, number); None for the core's default.
 
-        They are bounds. Adaptive verification chooses among all numbers that are listed.
+        Args:
+            most_rows: rows of a batch, roots included, with adaptive verification, for which the numbers are bounds: it
+                chooses among all that are listed. None without it.
         """
         return None
 

@@ -69,7 +69,7 @@ def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:
                 str(model.quantization_config),
             ],
             "lora": vllm_config.lora_config and vllm_config.lora_config.compute_hash(),
-            "attention": str(vllm_config.attention_config.backend),
+            "attention": vllm_config.attention_config.compute_hash(),
             "cache": [vllm_config.cache_config.cache_dtype, vllm_config.cache_config.block_size],
             "max_model_len": model.max_model_len,
         },
@@ -87,7 +87,7 @@ def what_times_depend_on(vllm_config: "VllmConfig") -> dict[str, Any]:
         },
         "graphs": {
             "mode": str(compilation.cudagraph_mode),
-            "compiled": str(compilation.mode),
+            "compiled": [str(compilation.mode), compilation.custom_ops, compilation.pass_config.compute_hash()],
             "sizes": compilation.cudagraph_capture_sizes,
             "nodes": nodes_by_batch_size(config, vllm_config.scheduler_config.max_num_seqs, options.chooses_nodes)[1:],
         },

@@ -264,6 +264,8 @@ class StepTimer:
             runner.kv_cache_config,
             for_capture=True,
         )
+        # An observer has nobody to look at. What it takes, now and then, is in the proposer's model of the cost.
+        self.speculator.tree_batch.idx_mapping.fill_(-1)
         num_rows = batch_size * (1 + number)
 
         def replay() -> None:

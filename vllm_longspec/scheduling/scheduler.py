@@ -109,7 +109,7 @@ class TreeSchedulerMixin(_Base):
             self.dynamic_sd_lookup = table
             self._log_choice(self.chosen)
         elif options.chooses_nodes:
-            if proposers.setup_of(options.proposer).schedule(self.num_spec_tokens) is None:
+            if proposers.setup_of(options.proposer).schedule(self.num_spec_tokens, None) is None:
                 self.dynamic_sd_lookup = within_rows(self.num_spec_tokens, BATCH_ROWS, max_batch_size)
             else:
                 # Whose every batch may draft everything, as cost says.

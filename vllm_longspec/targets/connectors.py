@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
 
-_OFFLOADING = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+# It loads after what the GPU was given before. The other two load beside it.
+_LOADS_IN_ORDER = ("OffloadingConnector",)
+_OFFLOADING = (*_LOADS_IN_ORDER, "SimpleCPUOffloadConnector")
 _LMCACHE = ("LMCacheConnectorV1",)
 _NIXL = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 # With one of them LMCache takes another way through its code, some of it in the forward pass.
@@ -29,8 +31,10 @@ def connector_refusal(vllm_config: "VllmConfig") -> tuple[str, str] | None:
         return None
     name = f"the KV connector {config.kv_connector}"
     others = "serve without --kv-transfer-config and --kv-offloading-size, or with"
-    # The receiver of NIXL's pairs the last blocks of both sides, and the sender's last ones would be its draft's.
-    supported = _OFFLOADING + _LMCACHE + (() if vllm_config.num_lookahead_tokens > 0 else _NIXL)
+    # A draft that writes after its root does so while vLLM already gives the blocks of a request that has ended to
+    # another one, which nothing must be loaded into before. And the receiver of NIXL's pairs the last blocks of both
+    # sides, where the sender's last ones would be its draft's.
+    supported = _LOADS_IN_ORDER if vllm_config.num_lookahead_tokens > 0 else _OFFLOADING + _LMCACHE + _NIXL
     if config.kv_connector_module_path:
         return (
             f"{name} of the module {config.kv_connector_module_path}",

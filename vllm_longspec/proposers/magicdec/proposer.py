@@ -169,7 +169,7 @@ class MagicDecProposer(Proposer):
         """
         inputs = self.inputs
         for builder in self._builders:
-            builder.expect_equal_lengths(num_reqs)
+            builder.expect_equal_lengths(num_reqs, inputs.max_seq_len)
         metadata = build_attn_metadata(
             self.attn_groups,
             num_reqs,

@@ -77,12 +77,19 @@ class MagicDecSetup(DraftSetup):
             )
 
     @staticmethod
-    def schedule(num_nodes: int) -> list[tuple[int, int, int]]:
-        # What pays depends on the context more than on the batch, which the cost of a step knows. So every batch may
-        # have all of them, or fewer; the ranges of the smaller numbers are out of reach.
-        fewer = sorted({1, num_nodes // 2, num_nodes - 1} - {0, num_nodes}, reverse=True)
-        beyond = [(_NO_BATCH + place, _NO_BATCH + place, number) for place, number in enumerate(fewer, start=1)]
-        return [(1, _NO_BATCH, num_nodes), *beyond]
+    def schedule(num_nodes: int, most_rows: int | None) -> list[tuple[int, int, int]]:
+        if most_rows is None:
+            return [(1, _NO_BATCH, num_nodes), (_NO_BATCH + 1, _NO_BATCH + 1, 0)]
+        # What pays depends on the context more than on the batch, which the cost of a step knows. So a batch may have
+        # all of them that its rows leave room for, or fewer.
+        ranges: list[tuple[int, int, int]] = []
+        first = 1
+        for number in sorted({1, num_nodes // 2, num_nodes - 1, num_nodes} - {0}, reverse=True):
+            last = most_rows // (1 + number)
+            if last >= first:
+                ranges.append((first, last, number))
+                first = last + 1
+        return [*ranges, (first, _NO_BATCH, 0)]
 
     def num_lookahead_tokens(self, num_nodes: int) -> int:
         # Step i of a draft writes K and V of the root's position + i.
