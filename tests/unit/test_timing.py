@@ -133,7 +133,8 @@ class Runner:
         graphs.run_fullgraph = self._run_draft
         self.speculator.graphs = graphs
         self.speculator.idx_mapping = torch.zeros(MAX_NUM_SEQS, dtype=torch.int64)
-        self.speculator.tree_batch = SimpleNamespace(idx_mapping=torch.zeros(MAX_NUM_SEQS, dtype=torch.int64))
+        tree_batch: Any = SimpleNamespace(idx_mapping=torch.zeros(MAX_NUM_SEQS, dtype=torch.int64))
+        self.speculator.tree_batch = tree_batch
 
     def prepare_dummy_attn(self, batch: Any) -> tuple:
         return self.block_tables.get_dummy_block_tables(batch.num_reqs), torch.full((1, batch.num_tokens), -1)
