@@ -129,6 +129,7 @@ class TreeSpeculator(DraftModelSpeculator):
     ) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
         self.block_table = torch.zeros_like(block_tables.input_block_tables[0])
+        logger.info_once("Block table of drafts: %d bytes", self.block_table.nbytes, scope="global")
         self.proposer.set_cache(kv_cache_config)
         self.observers.clear()
         self.observers.update(self.proposer.observers())
