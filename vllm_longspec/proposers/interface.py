@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # (requests, nodes per request, K and V of all cached tokens in weights) -> time of drafting, in weights that could be
 # read meanwhile (`vllm_longspec/scheduling/cost.py`)
 DraftingCost = Callable[[int, int, float], float]
+# More requests than a batch ever has: the last of a range of batch sizes without an end.
+ANY_BATCH = 1 << 16
 # The plugin's options that every proposer has unless it says otherwise.
 SHARED_OPTIONS = frozenset(
     {

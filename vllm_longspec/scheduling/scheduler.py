@@ -112,7 +112,7 @@ class TreeSchedulerMixin(_Base):
             if proposers.setup_of(options.proposer).schedule(self.num_spec_tokens, None) is None:
                 self.dynamic_sd_lookup = within_rows(self.num_spec_tokens, BATCH_ROWS, max_batch_size)
             else:
-                # Whose every batch may draft everything, as cost says.
+                # Whose batches draft as much as pays, which nothing says.
                 self.dynamic_sd_lookup = [0] * (max_batch_size + 1)
             logger.info_once(
                 "Steps were not timed, and what a quantised target's cost is not known without: nodes by batch size %s",

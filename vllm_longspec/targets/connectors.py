@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
 
-# It loads after what the GPU was given before. The other two load beside it.
-_LOADS_IN_ORDER = ("OffloadingConnector",)
-_OFFLOADING = (*_LOADS_IN_ORDER, "SimpleCPUOffloadConnector")
 _LMCACHE = ("LMCacheConnectorV1",)
+# Loads wait for what the GPU was given before, or run beside it.
+_LOADS_IN_ORDER = ("OffloadingConnector",)
+_LOADS_BESIDE = ("SimpleCPUOffloadConnector", *_LMCACHE)
 _NIXL = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 # With one of them LMCache takes another way through its code, some of it in the forward pass.
 _LMCACHE_MODES = ("use_layerwise", "enable_blending", "enable_async_loading", "enable_pd", "enable_p2p")
@@ -34,7 +34,7 @@ def connector_refusal(vllm_config: "VllmConfig") -> tuple[str, str] | None:
     # A draft that writes after its root does so while vLLM already gives the blocks of a request that has ended to
     # another one, which nothing must be loaded into before. And the receiver of NIXL's pairs the last blocks of both
     # sides, where the sender's last ones would be its draft's.
-    supported = _LOADS_IN_ORDER if vllm_config.num_lookahead_tokens > 0 else _OFFLOADING + _LMCACHE + _NIXL
+    supported = _LOADS_IN_ORDER + (() if vllm_config.num_lookahead_tokens > 0 else _LOADS_BESIDE + _NIXL)
     if config.kv_connector_module_path:
         return (
             f"{name} of the module {config.kv_connector_module_path}",

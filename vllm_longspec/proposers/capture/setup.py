@@ -4,14 +4,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.proposers.interface import DraftingCost, DraftSetup, word_of_another_method
+from vllm_longspec.proposers.interface import ANY_BATCH, DraftingCost, DraftSetup, word_of_another_method
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
-
-# More requests than a batch ever has.
-_ANY_BATCH = 1 << 16
 
 
 class CaptureSetup(DraftSetup):
@@ -60,7 +57,7 @@ class CaptureSetup(DraftSetup):
             "model": target.model,
             "revision": target.revision,
             "code_revision": target.code_revision,
-            "num_speculative_tokens_per_batch_size": [(1, _ANY_BATCH, 0)],
+            "num_speculative_tokens_per_batch_size": [(1, ANY_BATCH, 0)],
             "enforce_eager": True,
         }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_longspec.options import DEFAULT_GAMMA, options_of, times_steps
-from vllm_longspec.proposers.interface import SHARED_OPTIONS, DraftSetup, word_of_another_method
+from vllm_longspec.proposers.interface import ANY_BATCH, SHARED_OPTIONS, DraftSetup, word_of_another_method
 from vllm_longspec.proposers.magicdec.cost import MagicDecCost, largest_batch_with_graph
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 # Below vLLM's logger, whose handlers it uses.
 logger = init_logger(f"vllm.{__name__}")
 
-# More requests than a batch ever has.
-_NO_BATCH = 1 << 16
 # Options of vLLM's that are about a draft with weights.
 _DRAFT_OPTIONS = ("model", "revision", "code_revision", "draft_load_config", "quantization")
 
@@ -79,7 +77,7 @@ class MagicDecSetup(DraftSetup):
     @staticmethod
     def schedule(num_nodes: int, most_rows: int | None) -> list[tuple[int, int, int]]:
         if most_rows is None:
-            return [(1, _NO_BATCH, num_nodes), (_NO_BATCH + 1, _NO_BATCH + 1, 0)]
+            return [(1, ANY_BATCH, num_nodes)]
         # What pays depends on the context more than on the batch, which the cost of a step knows. So a batch may have
         # all of them that its rows leave room for, or fewer.
         ranges: list[tuple[int, int, int]] = []
@@ -89,7 +87,7 @@ class MagicDecSetup(DraftSetup):
             if last >= first:
                 ranges.append((first, last, number))
                 first = last + 1
-        return [*ranges, (first, _NO_BATCH, 0)]
+        return [*ranges, (first, ANY_BATCH, 0)]
 
     def num_lookahead_tokens(self, num_nodes: int) -> int:
         # Step i of a draft writes K and V of the root's position + i.
