@@ -6,6 +6,8 @@ import torch
 
 from tests.oracles.tree import describe_tree, mask_to_rows
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
+from vllm_longspec.tree.best_children import request_arguments
+from vllm_longspec.tree.block import block_of
 from vllm_longspec.tree.shape import TreeShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,3 +69,19 @@ def test_levels(levels: tuple[int, ...], num_reqs: int, has_token_ids: bool) -> 
     for request in range(num_reqs):
         _, _, ancestors = describe_tree(list(range(len(parents[request]))), parents[request])
         assert [mask_to_rows(words) for words in trees.masks[request].tolist()] == ancestors[:num_rows]
+
+
+def test_trees_for_fewer_nodes_need_few_kernels_of_their_own() -> None:
+    shape = TreeShape((4, 16, 16, 16, 16))
+    numbers_of_nodes = (31, 24, 15, 7, 5, 3, 1)
+    shapes = [shape.for_best(num_nodes) for num_nodes in numbers_of_nodes]
+    levels = [
+        tuple(
+            request_arguments(narrower.width(depth - 1), width, width)[name]
+            for name in ("CANDIDATES", "CHILDREN_BLOCK", "num_warps")
+        )
+        for narrower in shapes
+        for depth, width in enumerate(narrower.levels, start=1)
+    ]
+    assert set(levels) == {(32, 32, 1), (64, 32, 1), (256, 32, 1)}
+    assert {block_of(narrower.num_nodes) for narrower in shapes} == {32, 64, 128}

@@ -15,6 +15,7 @@ high bits and an index in the low bits.
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.tree.block import block_of
 from vllm_longspec.tree.coupling import LevelNoise, add_noise, has_cutoff, level_noise, noised_logits
 
 # Tokens of a program of one warp, 32 per thread.
@@ -73,11 +74,11 @@ def best_children(
 
 def request_arguments(width: int, num_kept: int, num_children: int) -> dict[str, int]:
     """The arguments of a kernel in which a program calls `best_of_request`."""
-    candidates = triton.next_power_of_2(width * num_kept)
+    candidates = block_of(width * num_kept)
     return {
         "num_candidates": width * num_kept,
         "CANDIDATES": candidates,
-        "CHILDREN_BLOCK": triton.next_power_of_2(num_children),
+        "CHILDREN_BLOCK": block_of(num_children),
         "num_warps": max(1, min(16, candidates // 512)),
     }
 
@@ -104,7 +105,7 @@ def best_of_rows(
     num_chosen = min(num_kept, num_chunks)
     num_maxima = triton.cdiv(num_chunks, CHUNKS_READ)
     chunk_block = triton.next_power_of_2(num_chunks)
-    kept_block = triton.next_power_of_2(num_kept)
+    kept_block = block_of(num_kept)
     logit_max = None
     if noise is not None:
         # The highest logits, which only rows with a cutoff need.
@@ -164,7 +165,7 @@ def best_of_rows(
     )
     row_tokens = torch.empty(num_rows, num_kept, dtype=torch.int64, device=device)
     row_log_probs = torch.empty(num_rows, num_kept, dtype=torch.float32, device=device)
-    row_candidates = triton.next_power_of_2(num_chosen * num_kept)
+    row_candidates = block_of(num_chosen * num_kept)
     _best_of_row_kernel[(num_rows,)](
         chosen_best,
         chunk_max,

@@ -12,7 +12,8 @@ from vllm_longspec.tree.batch import TreeBatch
 from vllm_longspec.tree.state import TreeState
 
 
-@triton.jit
+# It differs between batches and must not trigger recompilation.
+@triton.jit(do_not_specialize=["num_tree_reqs"])
 def _lay_out_trees_kernel(
     input_ids_ptr,  # [num_tokens]
     positions_ptr,  # [num_tokens]

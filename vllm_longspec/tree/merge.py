@@ -10,6 +10,8 @@ to child, so the greater one does not either, and every prefix of the ordered li
 import torch
 from vllm.triton_utils import tl, triton
 
+from vllm_longspec.tree.block import block_of
+
 
 def merge_path(
     draft_tokens: torch.Tensor,  # int64 [num_reqs, num_drafted] in draft order: every parent before its children
@@ -47,13 +49,18 @@ def merge_path(
         parents,
         num_drafted,
         path_length,
-        BLOCK=triton.next_power_of_2(num_merged),
+        BLOCK=block_of(num_merged),
         num_warps=1,
     )
     return tokens, merged_log_probs, parents
 
 
-@triton.jit(do_not_specialize=["num_drafted", "path_length"])
+# They differ between numbers of nodes and must not trigger recompilation.
+@triton.jit(
+    do_not_specialize=[
+        *("draft_tokens_stride", "log_probs_stride", "draft_parents_stride", "num_drafted", "path_length")
+    ]
+)
 def _merge_path_kernel(
     draft_tokens_ptr,
     draft_tokens_stride,

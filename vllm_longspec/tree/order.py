@@ -11,6 +11,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.tree.block import LANES, block_of
 
 
 def order_tree(
@@ -42,7 +43,7 @@ def order_tree(
         raise ValueError(f"cannot list {num_nodes} nodes of {num_drafted} drafted")
     if num_rows != num_nodes + 1 or num_rows > 32 * num_words:
         raise ValueError(f"{num_nodes} nodes do not fit ancestor masks of {num_rows} rows and {num_words} words")
-    block = triton.next_power_of_2(num_drafted)
+    block = block_of(num_drafted)
     _order_tree_kernel[(num_reqs,)](
         draft_tokens,
         draft_tokens.stride(0),
@@ -66,12 +67,17 @@ def order_tree(
         NUM_WORDS=num_words,
         BLOCK=block,
         # All pairs of nodes are compared, in strips that fit into registers.
-        STRIP=block if interpreting() else min(block, 32),
+        STRIP=block if interpreting() else LANES,
         WORD_BLOCK=triton.next_power_of_2(num_words),
     )
 
 
-@triton.jit
+# They differ between numbers of nodes and must not trigger recompilation.
+@triton.jit(
+    do_not_specialize=[
+        *("draft_tokens_stride", "log_probs_stride", "draft_parents_stride", "num_drafted", "num_nodes", "max_depth")
+    ]
+)
 def _order_tree_kernel(
     draft_tokens_ptr,
     draft_tokens_stride,

@@ -13,6 +13,8 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
 
+from vllm_longspec.tree.block import block_of
+
 
 def list_a_path_early(
     log_probs: torch.Tensor,  # float32 [num_reqs, num_drafted] cumulative, at most 0; nodes level by level
@@ -34,14 +36,14 @@ def list_a_path_early(
         num_drafted,
         num_drafted - levels[-1],
         len(levels),
-        HAS_HOLE=with_another,
-        BLOCK=triton.next_power_of_2(num_drafted),
+        int(with_another),
+        BLOCK=block_of(num_drafted),
     )
     return listed
 
 
 # Triton specialises arguments of value 1 to constants, which a loop variable such as `node` must not be.
-@triton.jit(do_not_specialize=["num_drafted", "first_of_last_level", "num_levels"])
+@triton.jit(do_not_specialize=["num_drafted", "first_of_last_level", "num_levels", "has_hole"])
 def _list_a_path_early_kernel(
     log_probs_ptr,  # float32 [num_reqs, num_drafted]
     parents_ptr,  # int32 [num_reqs, num_drafted]
@@ -49,7 +51,7 @@ def _list_a_path_early_kernel(
     num_drafted,
     first_of_last_level,
     num_levels,
-    HAS_HOLE: tl.constexpr,
+    has_hole,  # 0 or 1
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
@@ -65,8 +67,8 @@ def _list_a_path_early_kernel(
         listed = tl.where(index == node, 1.0, listed)
         node = tl.load(parents_ptr + node)
     listed = tl.where(index == node, 1.0, listed)
-    if HAS_HOLE:
-        listed = tl.where(index == tl.where(node == 0, 1, 0), 2.0, listed)
+    is_hole = (index == tl.where(node == 0, 1, 0)) & (has_hole != 0)
+    listed = tl.where(is_hole, 2.0, listed)
     tl.store(listed_ptr + index, listed, mask=is_drafted)
 
 

@@ -52,7 +52,7 @@ class GrowingTrees:
             self.masks.stride(0),
             num_reqs,
             self.max_position,
-            NUM_WORDS=self.masks.shape[2],
+            self.masks.shape[2],
             BLOCK=ROOT_BLOCK,
         )
         return positions, log_probs
@@ -97,14 +97,15 @@ class GrowingTrees:
             depth,
             self.max_position,
             num_kept,
-            WRITES_MASKS=depth < self.shape.max_depth,
-            NUM_WORDS=self.masks.shape[2],
+            # Nodes of the last level have no rows.
+            self.masks.shape[2] if depth < self.shape.max_depth else 0,
             **request_arguments(self.shape.width(depth - 1), num_kept, width),
         )
         return tokens, positions, log_probs
 
 
-@triton.jit(do_not_specialize=["num_reqs", "max_position"])
+# They differ between batches and trees and must not trigger recompilation.
+@triton.jit(do_not_specialize=["masks_request_stride", "num_reqs", "max_position", "num_words"])
 def _plant_kernel(
     root_positions_ptr,  # int64 [num_reqs]
     positions_ptr,  # int64 [num_reqs]
@@ -113,7 +114,7 @@ def _plant_kernel(
     masks_request_stride,
     num_reqs,
     max_position,
-    NUM_WORDS: tl.constexpr,
+    num_words,
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -121,15 +122,17 @@ def _plant_kernel(
     position = tl.load(root_positions_ptr + request, mask=is_request, other=0)
     tl.store(positions_ptr + request, tl.minimum(position, max_position), mask=is_request)
     tl.store(log_probs_ptr + request, tl.zeros([BLOCK], tl.float32), mask=is_request)
-    for word in tl.static_range(NUM_WORDS):
-        own = tl.full([BLOCK], 1 if word == 0 else 0, tl.int32)
+    for word in range(0, num_words):
+        # A loop's index is no tensor in the interpreter.
+        own = (tl.zeros([BLOCK], tl.int32) + word == 0).to(tl.int32)
         tl.store(masks_ptr + request * masks_request_stride + word, own, mask=is_request)
 
 
-# They differ between levels and must not trigger recompilation.
+# They differ between levels and trees and must not trigger recompilation.
 @triton.jit(
     do_not_specialize=[
-        *("width", "num_nodes", "first_row", "first_parent_row", "depth", "max_position", "num_kept", "num_candidates")
+        *("masks_request_stride", "masks_row_stride", "width", "num_nodes", "first_row", "first_parent_row", "depth"),
+        *("max_position", "num_kept", "num_words", "num_candidates"),
     ]
 )
 def _add_level_kernel(
@@ -153,9 +156,8 @@ def _add_level_kernel(
     depth,
     max_position,
     num_kept,
+    num_words,  # of the level's masks, 0 if they are not written
     num_candidates,
-    WRITES_MASKS: tl.constexpr,
-    NUM_WORDS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     CHILDREN_BLOCK: tl.constexpr,
 ):
@@ -187,9 +189,8 @@ def _add_level_kernel(
     tl.store(tree_log_probs_ptr + in_tree, log_prob, mask=is_node)
     tl.store(tree_parents_ptr + in_tree, (parent_row - 1).to(tl.int32), mask=is_node)
 
-    if WRITES_MASKS:
-        masks_ptr += request * masks_request_stride
-        for word in tl.static_range(NUM_WORDS):
-            ancestors = tl.load(masks_ptr + parent_row * masks_row_stride + word, mask=is_node, other=0)
-            own = tl.where(row // 32 == word, 1 << (row % 32), 0)
-            tl.store(masks_ptr + row * masks_row_stride + word, ancestors | own, mask=is_node)
+    masks_ptr += request * masks_request_stride
+    for word in range(0, num_words):
+        ancestors = tl.load(masks_ptr + parent_row * masks_row_stride + word, mask=is_node, other=0)
+        own = tl.where(row // 32 == word, 1 << (row % 32), 0)
+        tl.store(masks_ptr + row * masks_row_stride + word, ancestors | own, mask=is_node)

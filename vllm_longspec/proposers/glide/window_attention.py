@@ -136,8 +136,8 @@ def write_window(
     )
 
 
-# They differ between levels and must not trigger recompilation.
-@triton.jit(do_not_specialize=["width", "first_row", "depth"])
+# They differ between levels and trees and must not trigger recompilation.
+@triton.jit(do_not_specialize=["masks_request_stride", "masks_row_stride", "width", "first_row", "depth"])
 def _window_attention_kernel(
     query_ptr,
     query_request_stride,
