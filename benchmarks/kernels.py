@@ -519,14 +519,14 @@ def scores() -> Iterator[Row]:
         seen = [batch.seen(indices) for batch in batches]
         row: Row = {"context": context, "batch": num_reqs}
         row["FA3"] = measure([batch.prefix_attention() for batch in batches])
-        count = torch.zeros_like(selection.num_verified)
-        # Before its first verification all is due; then it depends on layer, place and count.
-        for name, num_verified, layers in (
-            ("all", count, [0]),
-            ("in turn", count + selection.interval, range(selection.interval)),
-            ("none", 1 + selection.interval - indices.int() % selection.interval, [0]),
+        verified_len = torch.full_like(selection.verified_len, context)
+        # Before its first verification all is due; then it depends on layer, place and the tokens that were emitted.
+        for name, lengths, layers in (
+            ("all", torch.zeros_like(verified_len), [0]),
+            ("in turn", verified_len - num_steps, range(num_layers)),
+            ("none", verified_len, [0]),
         ):
-            selection.num_verified.copy_(num_verified)
+            selection.verified_len.copy_(lengths)
             selection.chosen_at.fill_(context)
             pairs = [(layer, attention) for layer in layers for attention in seen]
             row[f"scores, {name}"] = measure([partial(selection.score, *pair) for pair in pairs])

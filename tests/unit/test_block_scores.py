@@ -33,7 +33,7 @@ NOT_A_BLOCK = -77
 
 def refresh(
     indices: list[int],
-    num_verified: list[int],
+    verified_len: list[int],
     interval: int = 4,
     phase: int = 0,
     min_prefix_len: int = 0,
@@ -42,8 +42,8 @@ def refresh(
 ) -> Refresh:
     return Refresh(
         torch.tensor(indices, device=DEVICE),
-        torch.tensor(num_verified, dtype=torch.int32, device=DEVICE),
-        torch.tensor(chosen_at or [0] * len(num_verified), dtype=torch.int32, device=DEVICE),
+        torch.tensor(verified_len, dtype=torch.int32, device=DEVICE),
+        torch.tensor(chosen_at or [0] * len(verified_len), dtype=torch.int32, device=DEVICE),
         interval,
         phase,
         min_prefix_len,
@@ -175,16 +175,17 @@ def test_only_what_is_due_is_written(phase: int) -> None:
     lse = log_sum_exps(batch)
     batch.prefix_lens[1] = 1 << 30
     batch.block_table[1] = 1 << 30
-    indices, num_verified, interval = [5, -1, 0, 3, 2, 4], [0, 99, 6, 2, 5, 1], 3
-    chosen_at = [0, 0, 30, 55, 0, 35]
-    when = refresh(indices, num_verified, interval, phase, 33, chosen_at, max_age=6)
+    indices, verified_len, interval = [5, -1, 0, 3, 2, 4], [0, 99, 18, 58, 30, 39], 3
+    chosen_at = [0, 0, 30, 55, 28, 39]
+    when = refresh(indices, verified_len, interval, phase, 33, chosen_at, max_age=6)
     scores = run(batch, lse, 16, when)
     due = [
         index >= 0
         and length >= 33
         and (
-            num_verified[index] == 0
-            or (num_verified[index] + phase + index) % interval == 0
+            verified_len[index] == 0
+            # A multiple of the interval was passed.
+            or any((reached + phase + index) % interval == 0 for reached in range(verified_len[index] + 1, length + 1))
             or length - chosen_at[index] > 6
         )
         for index, length in zip(indices, prefix_lens, strict=True)
@@ -202,9 +203,9 @@ def choose(
     num_recent: int,
     block_size: int,
     unit_blocks: int,
-    counts: bool = False,
+    is_last_layer: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    max_num_reqs = len(when.num_verified)
+    max_num_reqs = len(when.verified_len)
     blocks = torch.full((max_num_reqs, num_chosen), NOT_A_BLOCK, dtype=torch.int32, device=DEVICE)
     num_blocks = torch.full((max_num_reqs,), NOT_A_BLOCK, dtype=torch.int32, device=DEVICE)
     choose_blocks(
@@ -217,7 +218,7 @@ def choose(
         unit_blocks,
         blocks,
         num_blocks,
-        counts,
+        is_last_layer,
     )
     return blocks.cpu(), num_blocks.cpu()
 
@@ -254,16 +255,16 @@ def test_choices_are_the_best_units(kind: str, block_size: int, unit_blocks: int
     assert all(int(num_blocks[index]) == NOT_A_BLOCK for index in unused)
 
 
-def test_what_is_not_due_keeps_its_choice_and_the_last_layer_counts() -> None:
-    indices, num_verified = [2, -1, 0, 1, 4], [0, 1, 2, 9, 3]
-    prefix_lens, scores = [400, 400, 400, 400, 99], torch.rand(5, 30)
-    when = refresh(indices, num_verified, interval=4, phase=2, min_prefix_len=100)
-    before = when.num_verified.tolist()
-    for counts in (False, True):
-        _, num_blocks = choose(scores, prefix_lens, when, 4, 1, 64, 16, 1, counts)
-        # Requests 2 (4 + 2 is no multiple) and 4 (too short) are not due; 0 is new and 1 has its turn: 1 + 2 + 1.
+def test_what_is_not_due_keeps_its_choice_and_the_last_layer_keeps_lengths() -> None:
+    indices, verified_len = [2, -1, 0, 1, 4], [0, 396, 397, 9, 3]
+    prefix_lens, scores = [399, 400, 400, 400, 99], torch.rand(5, 30)
+    when = refresh(indices, verified_len, interval=4, phase=2, min_prefix_len=100)
+    for is_last_layer in (False, True):
+        _, num_blocks = choose(scores, prefix_lens, when, 4, 1, 64, 16, 1, is_last_layer)
+        # Requests 2 (401 to 403 have no multiple of 4) and 4 (too short) are not due; 0 is new and 1 has its turn, as
+        # 399 to 403 do.
         assert [int(count) for count in num_blocks] == [4, 4, NOT_A_BLOCK, NOT_A_BLOCK, NOT_A_BLOCK]
-        assert when.num_verified.tolist() == [count + counts * (index in indices) for index, count in enumerate(before)]
+        assert when.verified_len.tolist() == ([400, 400, 399, 9, 99] if is_last_layer else verified_len)
 
 
 def shorten(
@@ -376,7 +377,7 @@ def test_what_the_last_blocks_leave_was_chosen_from(gamma: int) -> None:
     chosen_from = (prefix_len - selection.num_recent) // unit_size * unit_size
     num_chosen = selection.blocks.shape[2]
     # Rows of the draft after the last verification before the layer's next turn, if all was accepted.
-    position = prefix_len + INTERVAL * (1 + gamma) + gamma
+    position = prefix_len + INTERVAL - 1 + (1 + gamma) + gamma
     assert position - prefix_len <= selection.max_age
     first_of_last = (max(position + 1 - budget, 0) // block_size + num_chosen) * block_size
     assert first_of_last <= chosen_from
@@ -404,8 +405,8 @@ def allocate(**changes: int) -> BlockSelection:
 def test_settings_of_a_selection() -> None:
     selection = allocate()
     assert (selection.num_sinks, selection.unit_blocks, selection.interval) == (2, 1, INTERVAL)
-    # Of 13 blocks 8 are the last tokens': 64, a unit, and nine steps of four tokens.
-    assert selection.max_age == 36
+    # Of 13 blocks 8 are the last tokens': 64, a unit, 32 to the next turn, and two steps of four tokens.
+    assert selection.max_age == 40
     assert selection.blocks.shape == (2, 3, 5)
     assert selection.scores.shape == (3, 63)
     assert selection.num_bytes == 2 * 3 * (5 + 2) * 4 + 3 * 4 + 3 * 63 * 4
@@ -466,29 +467,28 @@ def test_verifications_choose_in_turn() -> None:
     chosen = first.verify()
     # The third is attended as a whole.
     assert chosen == [[first.expected(1), [], first.expected(0)]] * 2
-    assert first.selection.num_verified.tolist() == [1, 1, 1]
+    assert first.selection.verified_len.tolist() == [300, 150, 500]
 
     # The same requests later: other queries, other keys.
-    later = Attended(first.selection, [520, 310, 160], [2, 0, 1], seed=1)
-    assert all(later.expected(request) != first.expected(request) for request in (0, 1))
     renewed = set()
-    for step in range(INTERVAL):
+    for length in range(1, INTERVAL + 1):
+        later = Attended(first.selection, [500 + length, 300 + length, 160], [2, 0, 1], seed=length)
         before, chosen = chosen, later.verify()
         for layer in (0, 1):
             for request, index in ((0, 2), (1, 0)):
                 if chosen[layer][index] != before[layer][index]:
                     assert chosen[layer][index] == later.expected(request)
-                    renewed.add((layer, index, step))
+                    renewed.add((layer, index, length))
     # Every layer of every request once, and not all in the same step.
     assert len(renewed) == len({pair[:2] for pair in renewed}) == 4
-    assert len({step for layer, index, step in renewed if index == 2}) == 2
-    assert len({step for layer, index, step in renewed if layer == 0}) == 2
+    assert len({length for layer, index, length in renewed if index == 2}) == 2
+    assert len({length for layer, index, length in renewed if layer == 0}) == 2
 
     # What starts in the place of request 2 has no choice, and chooses in its first verification.
     selection = later.selection
     selection.start(torch.tensor([2], device=DEVICE))
     assert [counts.tolist()[2] for counts in selection.num_blocks] == [0, 0]
-    assert selection.num_verified.tolist()[2] == 0 and selection.num_blocks[:, 0].tolist() == [5, 5]
+    assert selection.verified_len.tolist()[2] == 0 and selection.num_blocks[:, 0].tolist() == [5, 5]
     assert [layer[2] for layer in later.verify()] == [later.expected(0)] * 2
 
 

@@ -166,7 +166,7 @@ def test_a_budget_that_is_too_small_for_scores_is_refused_at_once(target):
     )
     engine_config(target, {**scores, "budget": 192}, block_size=32)
     # A longer draft needs more.
-    assert "at least 288" in refused(target, {**scores, "budget": 192, "gamma": 15}, block_size=32)
+    assert "at least 224" in refused(target, {**scores, "budget": 192, "gamma": 31}, block_size=32)
     engine_config(target, {"method": "magicdec", "budget": 1}, block_size=32)
 
 
@@ -429,15 +429,19 @@ def test_a_step_of_drafting_reads_the_weights_and_its_part_of_the_cache():
     # No more than there is.
     assert cost.drafting(16, 1, 100 * cost.token) == STEP + cost.target + 100 * cost.token
     assert cost.drafting(16, 0, cache) == 0
-    # Blocks by scores: a sixteenth of the cache once a verification.
-    scored = replace(cost.drafting, rescored=1 / 16)
+    # Blocks by scores: a 64th of the cache for each token.
+    scored = replace(cost.drafting, rescored=1 / 64)
     assert scored(16, 3, cache) == cost.drafting(16, 3, cache) + cache / 16
     assert scored(16, 0, cache) == 0
 
 
-@pytest.mark.parametrize(("selection", "rescored"), [("recent", 0.0), ("scores", 1.9 / 16)])
-def test_the_cost_knows_how_blocks_are_chosen(target, selection, rescored):
+@pytest.mark.parametrize(
+    ("selection", "cache", "rescored"),
+    [("recent", "auto", 0.0), ("scores", "auto", 1.9 / 64), ("scores", "fp8", 3.8 / 64)],
+)
+def test_the_cost_knows_how_blocks_are_chosen(target, selection, cache, rescored):
     config = engine_config(target, {"method": "magicdec", "selection": selection})
+    config.cache_config.cache_dtype = cache
     assert MagicDecCost.of(config).rescored == rescored
 
 

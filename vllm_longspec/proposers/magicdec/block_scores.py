@@ -9,11 +9,11 @@ FlashAttention returns no weights, only their log-sum-exp, so K is read once mor
 where a unit is one block of the cache, or some consecutive ones. The weights of a row and head sum to 1.
 
 **What it costs.** Reading K of all heads is half of what attention reads. So a layer's scores of a request are due only
-in every `interval`-th verification of the request, and its layers take turns: every step reads 1 / (2 * interval) of
+once in `interval` verified tokens, and its layers take turns: a step that emits n tokens reads n / (2 * interval) of
 the cached K and V once more. Example: 16 requests of 32k tokens with the shape of Llama-3-8B (32 layers, 8 KV heads of
 128, bfloat16) cache 69 GB. At 4.3 TB/s a verification takes 16 ms to read them and 4 ms for the weights, and each of
-four drafted tokens 0.25 of that, 42 ms in all. With an interval of 8 the scores read 4.3 GB: 1.0 ms. Measured on an
-H200, with the choice, it is 1.9 ms, 4.4% of the step (docs/performance.md#blocks-by-scores).
+four drafted tokens 0.25 of that, 42 ms in all. With 4 tokens a step and an interval of 32 the scores read 4.3 GB:
+1.0 ms. Measured on an H200, with the choice, it is 1.9 ms, 4.4% of the step (docs/performance.md#blocks-by-scores).
 
 **No atomics.** A program sums over the heads and rows of its units itself, so a sum depends on nothing but its request.
 Ranks hold other heads and may choose other blocks; what they draft comes from logits that they all have.
@@ -43,14 +43,14 @@ MIN_LANES = 256
 
 
 class Refresh(NamedTuple):
-    """When a layer's selection of a request is renewed: in its first verification, then in every `interval`-th, and
-    when it is more than `max_age` tokens old.
+    """When a layer's selection of a request is renewed: in its first verification, then whenever `interval` more tokens
+    have been verified, and when it is more than `max_age` tokens old.
     """
 
     idx_mapping: torch.Tensor  # int64 [num_reqs] req_state_idx; -1 for padding
-    num_verified: torch.Tensor  # int32 [max_num_reqs] verifications since the request left its prompt
+    verified_len: torch.Tensor  # int32 [max_num_reqs] length of the prefix at the last verification; 0 if none
     chosen_at: torch.Tensor  # int32 [max_num_reqs] length of the prefix that the layer's selection is of; 0 if none
-    interval: int
+    interval: int  # tokens
     phase: int  # of the layer; another one for each, so that they take turns
     min_prefix_len: int  # shorter prefixes have nothing to choose from
     max_age: int
@@ -59,7 +59,7 @@ class Refresh(NamedTuple):
 @triton.jit
 def is_due(
     req_state_idx,  # -1 for padding
-    num_verified,
+    verified_len,
     prefix_len,
     chosen_at,
     interval,
@@ -68,8 +68,9 @@ def is_due(
     max_age,
 ):
     """`Refresh` of one request, or of a vector of requests."""
-    turn = (num_verified + phase + req_state_idx.to(tl.int32)) % interval == 0
-    due = turn | (num_verified == 0) | (prefix_len - chosen_at > max_age)
+    shift = phase + req_state_idx.to(tl.int32)
+    turn = (prefix_len + shift) // interval != (verified_len + shift) // interval
+    due = turn | (verified_len == 0) | (prefix_len - chosen_at > max_age)
     return (req_state_idx >= 0) & (prefix_len >= min_prefix_len) & due
 
 
@@ -92,7 +93,7 @@ def _block_scores_kernel(
     scores_ptr,  # [num_reqs, max_num_units]
     scores_stride,
     idx_mapping_ptr,  # [num_reqs]
-    num_verified_ptr,  # [max_num_reqs]
+    verified_len_ptr,  # [max_num_reqs]
     chosen_at_ptr,  # [max_num_reqs]
     interval,
     phase,
@@ -124,9 +125,9 @@ def _block_scores_kernel(
     is_lane = lane < num_reqs
     lane_idx = tl.load(idx_mapping_ptr + lane, mask=is_lane, other=-1)
     lane_prefix_len = tl.load(prefix_lens_ptr + lane, mask=is_lane, other=0)
-    num_verified = tl.load(num_verified_ptr + lane_idx, mask=lane_idx >= 0, other=0)
+    verified_len = tl.load(verified_len_ptr + lane_idx, mask=lane_idx >= 0, other=0)
     chosen_at = tl.load(chosen_at_ptr + lane_idx, mask=lane_idx >= 0, other=0)
-    due = is_due(lane_idx, num_verified, lane_prefix_len, chosen_at, interval, phase, min_prefix_len, max_age)
+    due = is_due(lane_idx, verified_len, lane_prefix_len, chosen_at, interval, phase, min_prefix_len, max_age)
     num_tiles = tl.where(due, tl.cdiv(lane_prefix_len, UNITS * UNIT_SIZE), 0)
     ends = tl.cumsum(num_tiles, axis=0)
     for work in range(tl.program_id(0), tl.sum(num_tiles), tl.num_programs(0)):
@@ -241,7 +242,7 @@ def block_scores(
         scores,
         scores.stride(0),
         refresh.idx_mapping,
-        refresh.num_verified,
+        refresh.verified_len,
         refresh.chosen_at,
         refresh.interval,
         refresh.phase,

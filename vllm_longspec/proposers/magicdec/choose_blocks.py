@@ -30,7 +30,7 @@ def _choose_blocks_kernel(
     scores_stride,
     prefix_lens_ptr,  # [num_reqs]
     idx_mapping_ptr,  # [num_reqs]
-    num_verified_ptr,  # [max_num_reqs]
+    verified_len_ptr,  # [max_num_reqs]
     chosen_at_ptr,  # [max_num_reqs]
     interval,
     phase,
@@ -45,20 +45,20 @@ def _choose_blocks_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCKS_PER_UNIT: tl.constexpr,
     UNITS: tl.constexpr,
-    COUNTS: tl.constexpr,
+    IS_LAST: tl.constexpr,
 ):
     request = tl.program_id(0)
     req_state_idx = tl.load(idx_mapping_ptr + request)
     if req_state_idx < 0:
         return
     prefix_len = tl.load(prefix_lens_ptr + request)
-    num_verified = tl.load(num_verified_ptr + req_state_idx)
-    if COUNTS:
+    verified_len = tl.load(verified_len_ptr + req_state_idx)
+    if IS_LAST:
         # After all warps have read it; the step's other layers have.
         tl.debug_barrier()
-        tl.store(num_verified_ptr + req_state_idx, num_verified + 1)
+        tl.store(verified_len_ptr + req_state_idx, prefix_len)
     chosen_at = tl.load(chosen_at_ptr + req_state_idx)
-    if not is_due(req_state_idx, num_verified, prefix_len, chosen_at, interval, phase, min_prefix_len, max_age):
+    if not is_due(req_state_idx, verified_len, prefix_len, chosen_at, interval, phase, min_prefix_len, max_age):
         return
 
     unit = tl.arange(0, UNITS)
@@ -101,7 +101,7 @@ def choose_blocks(
     unit_blocks: int,  # blocks of a unit
     blocks: torch.Tensor,  # int32 [max_num_reqs, num_chosen], written by req_state_idx: ascending blocks of a request
     num_blocks: torch.Tensor,  # int32 [max_num_reqs], written: how many
-    counts: bool,  # whether this layer is the step's last, which counts the verification
+    is_last_layer: bool,  # of the step, which keeps the lengths that were verified
 ) -> None:
     """Chooses, for the requests that are due, the units with the highest scores; of equal ones the later.
 
@@ -117,7 +117,7 @@ def choose_blocks(
         scores.stride(0),
         prefix_lens,
         refresh.idx_mapping,
-        refresh.num_verified,
+        refresh.verified_len,
         refresh.chosen_at,
         refresh.interval,
         refresh.phase,
@@ -132,7 +132,7 @@ def choose_blocks(
         BLOCK_SIZE=block_size,
         BLOCKS_PER_UNIT=unit_blocks,
         UNITS=units,
-        COUNTS=counts,
+        IS_LAST=is_last_layer,
         # 16 units a thread.
         num_warps=max(1, min(32, units // 512)),
     )

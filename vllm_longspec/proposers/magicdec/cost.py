@@ -11,6 +11,9 @@ from vllm_longspec.targets.families import cached_token_weights, target_weights
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# How long scoring cached tokens and choosing takes, over reading their K at the speed of an H200's memory: for bfloat16
+# and for fp8, which the kernel converts (docs/performance.md#blocks-by-scores).
+SCORING, SCORING_QUANTISED = 1.9, 3.8
 # Constant time of a step in a CUDA graph, in weights that could be read meanwhile. Fitted to steps that draft four
 # tokens with Llama-3-8B's shape, contexts of 16k to 128k, batches of 4 and 16 (docs/performance.md#self-drafting).
 STEP = 2.5e9
@@ -36,7 +39,8 @@ class MagicDecCost:
     # Requests of the largest batch whose steps are a CUDA graph. Elsewhere the host launches every kernel of a step, as
     # it does for a step of decoding, and drafting never pays.
     largest_batch: float = math.inf
-    rescored: float = 0.0  # share of cached K and V that a verification reads once more, to choose blocks
+    # For each token that a verification emits, the share of cached K and V that could be read while blocks are chosen.
+    rescored: float = 0.0
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "MagicDecCost":
@@ -50,13 +54,14 @@ class MagicDecCost:
         num_ranks = vllm_config.parallel_config.tensor_parallel_size
         is_quantised = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
         config = model_config.hf_text_config
+        scoring = SCORING_QUANTISED if is_quantised else SCORING
         return cls(
             target_weights(config, model_config.get_vocab_size(), num_ranks),
             cached_token_weights(config, num_ranks, is_quantised),
             options.partial_attention.sinks + options.partial_attention.budget,
             largest_batch_with_graph(vllm_config),
-            # K is half of the cache. Reading it by Triton with the choices took 1.9 ms where that would take 1.0 ms.
-            1.9 * 0.5 / INTERVAL if options.partial_attention.selection == "scores" else 0.0,
+            # K is half of the cache.
+            scoring * 0.5 / INTERVAL if options.partial_attention.selection == "scores" else 0.0,
         )
 
     def __call__(self, batch_size: int, num_nodes: int, cache: float) -> float:
@@ -65,4 +70,5 @@ class MagicDecCost:
         if batch_size > self.largest_batch:
             return math.inf
         attended = min(cache, batch_size * self.num_attended * self.token)
-        return num_nodes * (STEP + self.target + attended) + self.rescored * cache
+        # At most as many tokens are emitted.
+        return num_nodes * (STEP + self.target + attended) + self.rescored * (1 + num_nodes) * cache

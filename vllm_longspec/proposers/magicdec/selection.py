@@ -17,8 +17,9 @@ from vllm_longspec.proposers.magicdec.choose_blocks import blocks_per_unit, choo
 
 # Last tokens that a choice leaves out, since they are attended whatever the scores say.
 RECENT = 64
-# Verifications from one choice of a layer to the next.
-INTERVAL = 8
+# Tokens from one choice of a layer to the next: eight verifications of four drafted tokens. Not fewer verifications of
+# shorter drafts, in which choosing would take more of a step.
+INTERVAL = 32
 
 
 class Choice(NamedTuple):
@@ -34,8 +35,8 @@ def plan_choice(budget: int, num_steps: int, max_model_len: int, block_size: int
         ValueError: the budget leaves no block to choose.
     """
     unit_blocks = blocks_per_unit(max_model_len, block_size)
-    # What is emitted until a layer has its turn again, and the draft after it.
-    max_age = (INTERVAL + 1) * (1 + num_steps)
+    # What a layer may have emitted when it has its turn again, and the draft after it.
+    max_age = INTERVAL + 2 * (1 + num_steps)
     # The last blocks slide on while a choice is kept. They reach back to what it was made from: to the last tokens that
     # it left out, and the unit that these cut.
     num_last = cdiv(RECENT + unit_blocks * block_size + max_age, block_size)
@@ -63,11 +64,11 @@ class BlockSelection:
     max_age: int  # tokens after which a choice is too old
     block_size: int
     unit_blocks: int
-    interval: int
+    interval: int  # tokens
     blocks: torch.Tensor  # int32 [num_layers, max_num_reqs, num_chosen] ascending, by req_state_idx
     num_blocks: torch.Tensor  # int32 [num_layers, max_num_reqs]
     chosen_at: torch.Tensor  # int32 [num_layers, max_num_reqs] lengths of the prefixes that were chosen from
-    num_verified: torch.Tensor  # int32 [max_num_reqs] verifications since the request left its prompt
+    verified_len: torch.Tensor  # int32 [max_num_reqs] lengths of the prefixes of the last verification; 0 if none
     scores: torch.Tensor  # float32 [max_num_reqs, max_num_units] of the current layer, by batch position
 
     @classmethod
@@ -103,20 +104,20 @@ class BlockSelection:
             blocks=zeros(num_layers, max_num_reqs, num_chosen),
             num_blocks=zeros(num_layers, max_num_reqs),
             chosen_at=zeros(num_layers, max_num_reqs),
-            num_verified=zeros(max_num_reqs),
+            verified_len=zeros(max_num_reqs),
             scores=torch.zeros(max_num_reqs, max_num_units, device=device),
         )
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.blocks, self.num_blocks, self.chosen_at, self.num_verified, self.scores)
+        tensors = (self.blocks, self.num_blocks, self.chosen_at, self.verified_len, self.scores)
         return sum(tensor.nbytes for tensor in tensors)
 
     def start(self, req_state_indices: torch.Tensor) -> None:
         """Forgets what was chosen in these places, int64 [num_started]; their first verification chooses anew."""
         self.num_blocks.index_fill_(1, req_state_indices, 0)
         self.chosen_at.index_fill_(1, req_state_indices, 0)
-        self.num_verified.index_fill_(0, req_state_indices, 0)
+        self.verified_len.index_fill_(0, req_state_indices, 0)
 
     def observer(self, layer: int) -> Callable[[PrefixAttention], None]:
         """What chooses the blocks of the layer with this index after its attention to the prefix."""
@@ -146,7 +147,7 @@ class BlockSelection:
         )
 
     def choose(self, layer: int, trees: TreeRequests) -> None:
-        """Renews what is due in this layer, by `scores`. The last layer counts the verification."""
+        """Renews what is due in this layer, by `scores`. The last layer keeps the lengths that were verified."""
         choose_blocks(
             self.scores[: trees.num_reqs],
             trees.prefix_lens,
@@ -157,7 +158,7 @@ class BlockSelection:
             self.unit_blocks,
             self.blocks[layer],
             self.num_blocks[layer],
-            counts=layer == len(self.blocks) - 1,
+            is_last_layer=layer == len(self.blocks) - 1,
         )
 
     def _refresh(self, layer: int, trees: TreeRequests) -> Refresh:
@@ -165,7 +166,7 @@ class BlockSelection:
         min_prefix_len = self.num_sinks * self.block_size + self.budget
         return Refresh(
             trees.idx_mapping,
-            self.num_verified,
+            self.verified_len,
             self.chosen_at[layer],
             self.interval,
             layer,
