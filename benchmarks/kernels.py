@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python -m benchmarks.kernels [attention splits children gemms sample compact copy scores learn]
+    python -m benchmarks.kernels [attention splits children gemms norms sample compact copy scores learn]
         [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
@@ -11,6 +11,8 @@
 - children: the best (parent, token) pairs of one level of the draft, without noise, with it for greedy requests, for
   sampled ones, and for those with top-p;
 - gemms: those of a draft's layer and of a head of 65,536 rows with fp8 weights, by the number of rows;
+- norms: the norm that quantises the input of such a GEMM, with a residual to add and without, by vLLM's kernel and by
+  the draft's; of rows in the L2 cache, where the GEMM before leaves them;
 - sample: sampling all rows of a tree with vLLM's sampler, and with the draw that takes its place, each with the walk;
 - compact: moving accepted K and V in all layers;
 - copy: what copied paths add to a draft;
@@ -33,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -79,6 +82,8 @@ LEVELS = ((1, 16), (4, 16), (16, 16), (16, 7), (16, 6), (16, 5))
 LEARNED_TOKENS = 65536
 # Rows that a level of drafts may have.
 GEMM_ROWS = (1, 8, 16, 17, 20, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 136, 160, 192, 200, 224, 256)
+# Sizes and numbers of rows that are normalised.
+NORM_SIZES, NORM_ROWS = (3584, 4096, 5120), (1, 4, 16, 64, 256)
 # Of inputs that are used in turn.
 MAX_COPIES = 32
 
@@ -377,6 +382,25 @@ def gemms() -> Iterator[Row]:
             }
 
 
+def norms() -> Iterator[Row]:
+    from vllm_longspec.proposers.glide.fp8_inputs import _norm_and_quantise
+
+    for size, num_rows in product(NORM_SIZES, NORM_ROWS):
+        norm: Any = SimpleNamespace(weight=torch.rand(size, device=DEVICE, dtype=DTYPE), variance_epsilon=1e-6)
+        # What is added again and again stops growing where it is rounded away.
+        hidden, residual = torch.randn(2, num_rows, size, device=DEVICE, dtype=DTYPE)
+        rows = torch.empty(num_rows, size, device=DEVICE, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(num_rows, 1, device=DEVICE)
+        row: Row = {"size": size, "rows": num_rows}
+        for suffix, added in (("", None), (", residual", residual)):
+            vllm_norm = torch.ops._C.rms_norm_dynamic_per_token_quant
+            row[f"vLLM's kernel{suffix}"] = measure(
+                [partial(vllm_norm, rows, hidden, norm.weight, scales, norm.variance_epsilon, None, added)]
+            )
+            row[f"as it is{suffix}"] = measure([partial(_norm_and_quantise, norm, hidden, added, rows, scales)])
+        yield row
+
+
 def sample() -> Iterator[Row]:
     """Sampling and walk: with vLLM's sampler, and as it is, which differs where there is only a temperature."""
     from vllm import SamplingParams
@@ -606,6 +630,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "splits": splits,
     "children": children,
     "gemms": gemms,
+    "norms": norms,
     "sample": sample,
     "compact": compact,
     "copy": copy,

@@ -42,7 +42,7 @@ from vllm_longspec.copying.lookup import find_copies
 from vllm_longspec.copying.trust import CopyTrust
 from vllm_longspec.options import PartialAttention
 from vllm_longspec.proposers.glide.embedding import embed_and_normalise
-from vllm_longspec.proposers.glide.fp8_inputs import activate, add
+from vllm_longspec.proposers.glide.fp8_inputs import activate, add, normalise
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.learned_head import count_tokens
 from vllm_longspec.proposers.glide.rotation import RotaryTable
@@ -286,6 +286,10 @@ def compile_draft_kernels(dtype: torch.dtype) -> None:
         norm: Any = SimpleNamespace(weight=hidden[0], variance_epsilon=1e-6)
         for layer in (linear, unused):
             embed_and_normalise(torch.zeros(width, dtype=torch.int64), hidden, 12.0, norm, layer)
+        for weight in (hidden[0], hidden[0].float()):
+            norm.weight = weight
+            for residual in (None, hidden):
+                normalise(norm, linear, hidden, residual)
 
 
 def compile_window_kernels(max_new: int) -> None:

@@ -39,6 +39,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SAMPLED", ((1, 5), (2, 3)))
     monkeypatch.setattr(kernels, "LEVELS", ((1, 3), (2, 4)))
     monkeypatch.setattr(kernels, "GEMM_ROWS", (1, 3))
+    monkeypatch.setattr(kernels, "NORM_SIZES", (64, 96))
+    monkeypatch.setattr(kernels, "NORM_ROWS", (1, 3))
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(kernels, "measure_without_graph", lambda call: measure([call]))
     monkeypatch.setattr(kernels.Batch, "prefix_attention", prefix_attention)
@@ -81,6 +83,28 @@ def test_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = [(hidden, 2 * queries), (queries, hidden), (hidden, queries), (queries, hidden)]
     layer += [(hidden, 2 * inner), (inner, hidden)]
     assert products == [(num_rows, *sizes) for num_rows in (1, 3) for sizes in (*layer, (hidden, 50))]
+
+
+def test_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = []
+
+    def vllm_norm(
+        rows: torch.Tensor,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        epsilon: float,
+        bound: torch.Tensor | None,
+        residual: torch.Tensor | None,
+    ) -> None:
+        assert rows.shape == hidden.shape and weight.shape == hidden.shape[1:] and scales.shape == (len(hidden), 1)
+        added.append(residual is not None)
+
+    monkeypatch.setattr(torch.ops._C, "rms_norm_dynamic_per_token_quant", vllm_norm, raising=False)
+    rows = list(kernels.norms())
+    assert [(row["size"], row["rows"]) for row in rows] == [(64, 1), (64, 3), (96, 1), (96, 3)]
+    assert list(rows[0])[2:] == ["vLLM's kernel", "as it is", "vLLM's kernel, residual", "as it is, residual"]
+    assert added == [False, True] * 4
 
 
 def test_sample() -> None:

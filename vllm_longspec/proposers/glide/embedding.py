@@ -12,7 +12,14 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
-from vllm_longspec.proposers.glide.fp8_inputs import MAX_ROW, empty_activation, num_warps_for, quantised, row_scale
+from vllm_longspec.proposers.glide.fp8_inputs import (
+    MAX_ROW,
+    empty_activation,
+    num_warps_for,
+    quantised,
+    rms_normalised,
+    row_scale,
+)
 
 
 def can_embed(embedding: torch.Tensor, norm: RMSNorm) -> bool:
@@ -89,8 +96,7 @@ def _embed_and_normalise_kernel(
     # Rounded, as the residual is.
     embedded = (embedded.to(tl.float32) * multiplier).to(embedded.dtype)
     tl.store(embedded_ptr + index[:, None] * size + column, embedded, mask=mask)
-    value = embedded.to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value, axis=1) / size + epsilon)[:, None] * weight
+    value = rms_normalised(embedded.to(tl.float32), weight, size, epsilon)
     if scales_ptr is not None:
         scale = row_scale(value)
         tl.store(scales_ptr + index, scale, mask=is_token)

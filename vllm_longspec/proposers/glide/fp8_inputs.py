@@ -2,8 +2,9 @@
 """Norms of the draft; norms, activations and sums that quantise the input of the fp8 layer after them, row by row.
 
 A linear layer with fp8 weights otherwise quantises its input in a kernel of its own, whose launch counts in a small
-draft. vLLM's compiler fuses the two; the draft is not compiled, so it calls vLLM's fused norm. vLLM has no fused
-activation or sum with one scale per row, so they are here.
+draft. vLLM's compiler fuses the two; the draft is not compiled. vLLM has no fused activation or sum with one scale per
+row, so they are here. So is the norm: for 4 to 16 rows of 5,120 vLLM's takes 4.7 to 5.2 us on an H200 where activation
+and sum, a program a row, take 2.0.
 
 Rows that are quantised here may be followed by padding, with which a GEMM takes less time (`padded_rows`). It is never
 written nor read but by that GEMM, whose rows do not depend on each other.
@@ -84,8 +85,8 @@ def padded_rows(num_rows: int) -> int:
 def normalise(
     norm: RMSNorm,
     linear: LinearBase,
-    hidden: torch.Tensor,  # [num_tokens, hidden_size]
-    residual: torch.Tensor | None = None,  # [num_tokens, hidden_size]; with one both may be written
+    hidden: torch.Tensor,  # [num_tokens, hidden_size], contiguous
+    residual: torch.Tensor | None = None,  # [num_tokens, hidden_size], contiguous; with one both may be written
 ) -> tuple[torch.Tensor | QuantizedActivation, torch.Tensor]:
     """Returns the norm of hidden + residual, quantised if `linear` takes it so, and the sum itself."""
     if get_input_quant_key(linear) != kFp8DynamicTokenSym:
@@ -107,9 +108,24 @@ def _norm_and_quantise(
     rows: torch.Tensor,  # float8_e4m3fn [num_tokens, hidden_size], written
     scales: torch.Tensor,  # float32 [num_tokens, 1], written
 ) -> None:
-    # vLLM's Python function for this kernel allocates what it returns, without padding.
-    torch.ops._C.rms_norm_dynamic_per_token_quant(
-        rows, hidden, norm.weight, scales, norm.variance_epsilon, None, residual
+    num_tokens, size = hidden.shape
+    if size > MAX_ROW:
+        # vLLM's Python function for this kernel allocates what it returns, without padding.
+        torch.ops._C.rms_norm_dynamic_per_token_quant(
+            rows, hidden, norm.weight, scales, norm.variance_epsilon, None, residual
+        )
+        return
+    block = triton.next_power_of_2(size)
+    _norm_quantise_kernel[(num_tokens,)](
+        hidden,
+        residual,
+        norm.weight,
+        rows,
+        scales,
+        size,
+        norm.variance_epsilon,
+        BLOCK=block,
+        num_warps=num_warps_for(block),
     )
 
 
@@ -218,6 +234,42 @@ def quantised(
 ):
     """What is to be rounded to fp8."""
     return tl.clamp(value / scale[:, None], -FP8_MAX, FP8_MAX)
+
+
+@triton.jit
+def rms_normalised(
+    value,  # float32 [num_rows, n], 0 from `size` on
+    weight,  # float32 [1, n]
+    size,
+    epsilon,
+):
+    """The norm of each row, float32 [num_rows, n]."""
+    return value * tl.rsqrt(tl.sum(value * value, axis=1) / size + epsilon)[:, None] * weight
+
+
+@triton.jit(do_not_specialize=["epsilon"])
+def _norm_quantise_kernel(
+    hidden_ptr,  # [num_tokens, size]
+    residual_ptr,  # [num_tokens, size], written, or None
+    weight_ptr,  # [size], of any type
+    rows_ptr,  # float8_e4m3fn [num_tokens, size]
+    scales_ptr,  # float32 [num_tokens, 1]
+    size,
+    epsilon,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    is_column = column < size
+    hidden = tl.load(hidden_ptr + token[:, None] * size + column, mask=is_column, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + token[:, None] * size + column, mask=is_column, other=0.0)
+        # The norm is that of the sum as it is written.
+        hidden = (hidden.to(tl.float32) + residual.to(tl.float32)).to(hidden.dtype)
+        tl.store(residual_ptr + token[:, None] * size + column, hidden, mask=is_column)
+    value = rms_normalised(hidden.to(tl.float32), weight, size, epsilon)
+    _store_quantised(value, token, rows_ptr, scales_ptr, size, is_column)
 
 
 @triton.jit
