@@ -512,6 +512,20 @@ def test_each_rank_has_the_rows_of_its_slots(tmp_path, monkeypatch, num_ranks, n
     check()
 
 
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_logits_of_the_ranks_are_side_by_side(tmp_path, monkeypatch, num_rows):
+    """And those of the padding at the end are left out."""
+    pair = load(*write_pair(tmp_path, "llama"))
+    with set_current_vllm_config(pair.speculator.vllm_config):
+        logits_processor = head.DraftLogits(20)
+    whole = torch.arange(num_rows * 24.0).view(num_rows, 24)
+    shards = whole.chunk(3, dim=1)
+    monkeypatch.setattr(head, "sp_all_gather", lambda logits: torch.cat(shards))
+    applied = SimpleNamespace(apply=lambda layer, hidden, bias: shards[1])
+    layer: Any = SimpleNamespace(tp_size=3, quant_method=applied)
+    assert torch.equal(logits_processor(layer, torch.zeros(num_rows, 8)), whole[:, :20])
+
+
 def test_every_rank_copies_of_a_head_that_is_not_divided(tmp_path):
     """Such as vLLM's with `disable_tp`, whatever the rank."""
     pair = load(*write_pair(tmp_path, "llama"), dtype="bfloat16")

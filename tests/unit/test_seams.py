@@ -83,6 +83,7 @@ OVERRIDES = {
         "postprocess_state",
         "prepare_attn",
     },
+    "DraftLogits": {"_gather_logits"},
     "PathPenaltiesState": {"apply"},
     "PathBadWordsState": {"apply"},
     "PathThinkingBudgetState": {"apply"},

@@ -32,7 +32,7 @@ from vllm.platforms import current_platform
 
 from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
 from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, add, normalise, quantise
-from vllm_longspec.proposers.glide.head import copy_head, has_rows, rows_of_all_ranks, write_rows
+from vllm_longspec.proposers.glide.head import DraftLogits, copy_head, has_rows, rows_of_all_ranks, write_rows
 from vllm_longspec.proposers.glide.resemblance import Resemblance
 from vllm_longspec.proposers.glide.rotation import RotaryTable, Rotate, rotary_table, rotate_by
 from vllm_longspec.targets.families import modules_of, multipliers_of
@@ -242,7 +242,7 @@ class GlideForCausalLM(nn.Module):
             assert token_ids is not None
             self.token_counts = token_ids.new_zeros(targets.org_vocab_size)
         self.lm_head = copy_head(self.lm_head, token_ids, self.quant_config, writable=learns)
-        self.logits_processor = LogitsProcessor(
+        self.logits_processor = DraftLogits(
             targets.org_vocab_size if token_ids is None else len(token_ids),
             scale=targets.scale,
             soft_cap=targets.soft_cap,
