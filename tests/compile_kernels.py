@@ -46,7 +46,7 @@ from vllm_longspec.proposers.glide.fp8_inputs import activate, add, normalise
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.learned_head import count_tokens
 from vllm_longspec.proposers.glide.rotation import RotaryTable
-from vllm_longspec.proposers.glide.window import DraftWindow
+from vllm_longspec.proposers.glide.window import DraftWindow, list_settled
 from vllm_longspec.proposers.glide.window_attention import window_attention, write_window
 from vllm_longspec.proposers.interface import Roots
 from vllm_longspec.proposers.magicdec import block_scores as scores_module
@@ -304,6 +304,7 @@ def compile_window_kernels(max_new: int) -> None:
     window = DraftWindow(4, model, torch.float32, torch.device("cpu"))
     token_ids = torch.zeros(4, 100, dtype=torch.int32)
     window.append(token_ids, slots, roots.positions, counts[:2], max_new)
+    list_settled(token_ids, slots, roots.positions, counts[:2], max_new, roots.tokens, max_position=99)
     count_tokens(torch.zeros(50, dtype=torch.int64), token_ids, slots, roots.positions, counts[:2], max_new)
 
 

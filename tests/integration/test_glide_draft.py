@@ -34,7 +34,7 @@ from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.proposer import GlideProposer
-from vllm_longspec.proposers.glide.window import MAX_REBUILD_REQS, DraftWindow
+from vllm_longspec.proposers.glide.window import MAX_REBUILD_REQS, DraftWindow, list_settled
 from vllm_longspec.runner.model_state import TreeModelState
 from vllm_longspec.runner.speculator import TreeSpeculator
 from vllm_longspec.tree.order import order_tree
@@ -249,11 +249,20 @@ class Batch:
         return attend
 
     @torch.inference_mode()
-    def grow(self, draft: GlideForCausalLM, levels: tuple[int, ...], window: DraftWindow) -> GrowingTrees:
+    def grow(
+        self,
+        draft: GlideForCausalLM,
+        levels: tuple[int, ...],
+        window: DraftWindow,
+        num_new: list[int] | None = None,  # tokens before each root that the window lacks, by default none
+    ) -> GrowingTrees:
+        settled = torch.tensor(num_new or [0] * self.num_reqs, dtype=torch.int32, device=DEVICE)
+        max_new = max(1, int(settled.max()))
+        requests = self.token_ids, self.idx_mapping, self.root_positions, settled, max_new
         return grow_trees(
             draft,
             TreeShape(levels),
-            self.root_tokens,
+            list_settled(*requests, self.root_tokens, max_position=MAX_MODEL_LEN - 1),
             self.root_positions,
             self.idx_mapping,
             window.kv,
@@ -627,6 +636,36 @@ def test_window_holds_the_last_tokens_however_it_came_about(pairs):
                 live_window(appended, slot, root_position), live_window(rebuilt, slot, root_position), strict=True
             ):
                 torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rotates_in_kernels", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2 tied", "granite"])
+def test_settled_tokens_run_with_the_roots(pairs, monkeypatch, name, rotates_in_kernels):
+    """The windows and trees of a pass of their own before the draft, with as many passes as the draft has levels."""
+    draft, levels, max_new = pairs(name).draft, (2, 4, 3), 4
+    if not rotates_in_kernels:
+        monkeypatch.setattr(GlideForCausalLM, "rotary_table", None)
+    # The fourth only pads the batch: nothing of it is written, however many tokens it seems to have.
+    batch, num_new = Batch([1, 60, 514, 300, 700], draft), [1, 4, 2, 4, 3]
+    apart = batch.new_window(draft)
+    settled = torch.tensor(num_new, dtype=torch.int32, device=DEVICE)
+    with torch.inference_mode():
+        apart.rebuild(batch.token_ids, batch.idx_mapping, batch.root_positions - settled, 700)
+        batch.idx_mapping[3], batch.root_tokens[3], batch.root_positions[3] = -1, 0, 0
+        together = batch.new_window(draft)
+        together.kv.copy_(apart.kv)
+        apart.append(batch.token_ids, batch.idx_mapping, batch.root_positions, settled, max_new)
+    assert not torch.equal(apart.kv.nan_to_num(), together.kv.nan_to_num())
+    expected = batch.grow(draft, levels, apart)
+
+    rows: list[int] = []
+    hook = draft.self_attn.qkv_proj.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    drafted = batch.grow(draft, levels, together, num_new)
+    hook.remove()
+    assert rows == [len(num_new) * (1 + max_new), *(len(num_new) * width for width in levels[:-1])]
+    torch.testing.assert_close(together.kv, apart.kv, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(drafted.tokens, expected.tokens) and torch.equal(drafted.parents, expected.parents)
+    torch.testing.assert_close(drafted.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
 
 
 def test_shares_the_modules_of_the_target(pairs):

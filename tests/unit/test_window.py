@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_longspec.proposers.glide.model import WINDOW_SIZE
-from vllm_longspec.proposers.glide.window import MAX_REBUILD_REQS, DraftWindow
+from vllm_longspec.proposers.glide.window import MAX_REBUILD_REQS, DraftWindow, list_settled
 from vllm_longspec.runner.roots import read_roots
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +62,27 @@ def test_append_writes_the_tokens_before_the_root(token_ids, window, max_new):
     }
     for slot in range(NUM_SLOTS):
         assert torch.equal(window.kv[slot].cpu(), expected_window(token_ids, slot, written.get(slot, ())))
+
+
+@pytest.mark.parametrize("max_new", [1, 6, 33, 100])
+def test_roots_are_listed_before_the_settled_tokens(token_ids, max_new):
+    # The second root is past the last position, the last but one only pads the batch.
+    slots, roots, num_new = [7, 2, 3, 0, -1, 11], [1000, 1500, 600, 2, 0, 511], [max_new, 1, 0, max_new, max_new, 1]
+    root_tokens = torch.tensor([40, 41, 42, 43, 0, 45], device=DEVICE)
+    requests = (
+        token_ids,
+        torch.tensor(slots, device=DEVICE),
+        torch.tensor(roots, device=DEVICE),
+        torch.tensor(num_new, dtype=torch.int32, device=DEVICE),
+        max_new,
+    )
+    rows = list_settled(*requests, root_tokens, max_position=MAX_MODEL_LEN - 1)
+    num_reqs = len(slots)
+    assert torch.equal(rows.tokens[:num_reqs], root_tokens)
+    assert rows.positions[:num_reqs].tolist() == [1000, 1499, 600, 2, 0, 511]
+    assert rows.expanded_idx_mapping[:num_reqs].tolist() == [-1] * num_reqs
+    for column, expected in zip(rows, list_settled(*requests), strict=True):
+        assert column.dtype == torch.int64 and torch.equal(column[num_reqs:], expected)
 
 
 @pytest.mark.parametrize("roots", [[3], [512, 1, 1499, 0, 513, 700, 20, 1024, 511, 30]])

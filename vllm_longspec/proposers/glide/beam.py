@@ -18,7 +18,8 @@ from vllm_longspec.proposers.glide.fp8_inputs import some_rows
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.rotation import RotaryTable
-from vllm_longspec.proposers.glide.window_attention import window_attention
+from vllm_longspec.proposers.glide.window import TokenRows
+from vllm_longspec.proposers.glide.window_attention import window_attention, write_window
 from vllm_longspec.tree.best_children import best_of_rows, best_of_rows_in_pytorch
 from vllm_longspec.tree.coupling import LevelNoise, TargetNoise
 from vllm_longspec.tree.shape import TreeShape
@@ -29,7 +30,7 @@ CrossAttention = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 @dataclass
 class _LevelAttention:
-    """Attention of the nodes of one level, or the root: a `GlideAttention`."""
+    """Attention of the nodes of one level: a `GlideAttention`."""
 
     trees: GrowingTrees
     depth: int
@@ -73,24 +74,42 @@ class _LevelAttention:
         return self.attend_target(query, self.width, self.depth)
 
 
+@dataclass
+class _RootAttention(_LevelAttention):
+    """Attention of the roots, behind which the settled tokens come that the windows lack."""
+
+    expanded_idx_mapping: torch.Tensor  # of `TokenRows`
+
+    def self_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        table: RotaryTable | None,
+    ) -> torch.Tensor:
+        # Roots are skipped, not sliced off: Triton would compile the kernel again for addresses of another alignment.
+        write_window(self.window_kv, key, value, self.expanded_idx_mapping, positions, table)
+        end = self.idx_mapping.shape[0]
+        return super().self_attention(query[:end], key[:end], value[:end], positions[:end], table)
+
+
 def grow_trees(
     model: GlideForCausalLM,
     shape: TreeShape,
-    root_tokens: torch.Tensor,  # int64 [num_reqs]
+    rows: TokenRows,  # the roots, then the settled tokens that the windows lack
     root_positions: torch.Tensor,  # int64 [num_reqs]
     idx_mapping: torch.Tensor,  # int64 [num_reqs]
-    window_kv: torch.Tensor,  # [max_num_reqs, window, K or V, num_kv_heads, head_size], up to date
+    window_kv: torch.Tensor,  # [max_num_reqs, window, K or V, num_kv_heads, head_size], brought up to date
     cross_attention: CrossAttention,
     max_position: int,  # the last one of the rotary embedding
     noise: TargetNoise | None = None,
 ) -> GrowingTrees:
     trees = GrowingTrees(shape, root_positions, window_kv, max_position)
-    tokens = root_tokens
-    positions, log_probs = trees.plant()
+    tokens, positions, log_probs = rows.tokens, rows.positions, trees.plant()
     for depth, width in enumerate(shape.levels, start=1):
-        attention = _LevelAttention(
-            trees, depth - 1, window_kv, idx_mapping, cross_attention, model.multipliers.attention
-        )
+        level = trees, depth - 1, window_kv, idx_mapping, cross_attention, model.multipliers.attention
+        attention = _RootAttention(*level, rows.expanded_idx_mapping) if depth == 1 else _LevelAttention(*level)
         hidden = model(tokens, positions, attention)
         level_noise = None if noise is None else LevelNoise(noise, idx_mapping, root_positions, depth - 1)
         choices, choice_log_probs = _best_of_nodes(model, hidden, log_probs, width, level_noise)

@@ -39,23 +39,19 @@ class GrowingTrees:
         num_words = triton.cdiv(max_rows, MASK_BITS)
         self.masks = torch.empty(num_reqs, max_rows, num_words, dtype=torch.int32, device=device)
 
-    def plant(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the roots. Returns their positions, int64 [num_reqs], and log-probabilities, float32 [num_reqs, 1]."""
+    def plant(self) -> torch.Tensor:
+        """Adds the roots. Returns their log-probabilities, float32 [num_reqs, 1]."""
         num_reqs = self.root_positions.shape[0]
-        positions = torch.empty_like(self.root_positions)
-        log_probs = torch.empty(num_reqs, 1, dtype=torch.float32, device=positions.device)
+        log_probs = torch.empty(num_reqs, 1, dtype=torch.float32, device=self.root_positions.device)
         _plant_kernel[(triton.cdiv(num_reqs, ROOT_BLOCK),)](
-            self.root_positions,
-            positions,
             log_probs,
             self.masks,
             self.masks.stride(0),
             num_reqs,
-            self.max_position,
             self.masks.shape[2],
             BLOCK=ROOT_BLOCK,
         )
-        return positions, log_probs
+        return log_probs
 
     def first_row(self, depth: int) -> int:
         return sum(map(self.shape.width, range(depth)))
@@ -105,22 +101,17 @@ class GrowingTrees:
 
 
 # They differ between batches and trees and must not trigger recompilation.
-@triton.jit(do_not_specialize=["masks_request_stride", "num_reqs", "max_position", "num_words"])
+@triton.jit(do_not_specialize=["masks_request_stride", "num_reqs", "num_words"])
 def _plant_kernel(
-    root_positions_ptr,  # int64 [num_reqs]
-    positions_ptr,  # int64 [num_reqs]
     log_probs_ptr,  # float32 [num_reqs, 1]
     masks_ptr,  # int32 [num_reqs, max_rows, num_words]
     masks_request_stride,
     num_reqs,
-    max_position,
     num_words,
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_request = request < num_reqs
-    position = tl.load(root_positions_ptr + request, mask=is_request, other=0)
-    tl.store(positions_ptr + request, tl.minimum(position, max_position), mask=is_request)
     tl.store(log_probs_ptr + request, tl.zeros([BLOCK], tl.float32), mask=is_request)
     for word in range(0, num_words):
         # A loop's index is no tensor in the interpreter.

@@ -51,13 +51,13 @@ class GlideAttention(Protocol):
         value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
         positions: torch.Tensor,  # int64 [num_tokens]
         table: RotaryTable | None,  # rotates query and key at their positions; None if they are rotated
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
+    ) -> torch.Tensor:  # [num_nodes, num_heads, head_size] of the first tokens; the others go no further
         ...
 
     def cross_attention(
         self,
-        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
+        query: torch.Tensor,  # [num_nodes, num_heads, head_size]
+    ) -> torch.Tensor:  # [num_nodes, num_heads, head_size]
         ...
 
 
@@ -330,18 +330,21 @@ class GlideForCausalLM(nn.Module):
         input_ids: torch.Tensor,  # [num_tokens]
         positions: torch.Tensor,  # [num_tokens]
         attention: GlideAttention,
-    ) -> torch.Tensor | QuantizedActivation:  # [num_tokens, hidden_size], as the head takes it
-        num_tokens, table = input_ids.shape[0], self.rotary_table
+    ) -> torch.Tensor | QuantizedActivation:  # [num_nodes, hidden_size], as the head takes it
+        table = self.rotary_table
         hidden, residual = self.embed(input_ids)
         query, key, value = self.self_attn.project(hidden, positions, self.rotate if table is None else None)
         attended = attention.self_attention(query, key, value, positions, table)
-        hidden, _ = self.self_attn.o_proj(quantise(self.self_attn.o_proj, attended.reshape(num_tokens, -1)))
+        # Tokens of which only K and V are needed come last, so that rows which go on are contiguous.
+        num_nodes = attended.shape[0]
+        positions, residual = positions[:num_nodes], residual[:num_nodes]
+        hidden, _ = self.self_attn.o_proj(quantise(self.self_attn.o_proj, attended.reshape(num_nodes, -1)))
         hidden = _times(self.multipliers.residual, hidden)
 
         hidden, residual = normalise(self.post_self_attention_layernorm, self.cross_attn.q_proj, hidden, residual)
         query = self.cross_attn.project(hidden, positions, self.rotate)
         attended = attention.cross_attention(query)
-        hidden, _ = self.cross_attn.o_proj(quantise(self.cross_attn.o_proj, attended.reshape(num_tokens, -1)))
+        hidden, _ = self.cross_attn.o_proj(quantise(self.cross_attn.o_proj, attended.reshape(num_nodes, -1)))
         hidden = _times(self.multipliers.residual, hidden)
 
         hidden, residual = normalise(self.post_cross_attention_layernorm, self.mlp.gate_up_proj, hidden, residual)

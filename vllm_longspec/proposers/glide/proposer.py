@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLIDE's `Proposer`: updates the window of the last tokens, then drafts a tree by beam search."""
+"""GLIDE's `Proposer`: drafts a tree by beam search, and keeps the window of the last tokens up to date."""
 
 from copy import copy
 
@@ -23,7 +23,7 @@ from vllm_longspec.proposers.glide.head import can_be_quantised, has_rows
 from vllm_longspec.proposers.glide.learned_head import HeadLearner
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
 from vllm_longspec.proposers.glide.resemblance import Resemblance
-from vllm_longspec.proposers.glide.window import DraftWindow
+from vllm_longspec.proposers.glide.window import DraftWindow, TokenRows, list_settled
 from vllm_longspec.proposers.interface import Candidates, ComputedStep, Proposer, Requests, Roots
 from vllm_longspec.tree.shape import TreeShape
 
@@ -139,12 +139,22 @@ class GlideProposer(Proposer):
         )
 
     def propose(self, requests: Requests, num_nodes: int) -> Candidates:
-        self.skip(requests)
+        if self.learner is not None:
+            self.learner.count_emitted(requests)
         shape = self.shape.for_best(num_nodes)
+        rows = list_settled(
+            requests.token_ids,
+            requests.idx_mapping,
+            requests.roots.positions,
+            requests.num_new_tokens,
+            requests.max_new_tokens,
+            requests.roots.tokens,
+            self.max_position,
+        )
         drafted = grow_trees(
             self.model,
             shape,
-            requests.roots.tokens,
+            rows,
             requests.roots.positions,
             requests.idx_mapping,
             self.window.kv,
@@ -182,10 +192,14 @@ class GlideProposer(Proposer):
     def profile(self, num_reqs: int) -> None:
         idx_mapping = torch.arange(num_reqs, device=self.device)
         zeros = torch.zeros_like(idx_mapping)
+        options = options_of(self.speculative_config)
+        assert options is not None
+        # Each request's root, and as many settled tokens as a step emits at most; no window keeps them.
+        tokens = zeros.repeat(2 + options.max_depth)
         grow_trees(
             self.model,
             self.shape,
-            zeros,
+            TokenRows(tokens, tokens, tokens - 1),
             zeros,
             idx_mapping,
             self.window.kv,

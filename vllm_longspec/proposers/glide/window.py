@@ -4,6 +4,8 @@
 It is a function of the last token ids alone, so it is recomputed whenever it is missing; see docs/design.md#window.
 """
 
+from typing import NamedTuple
+
 import torch
 from vllm.triton_utils import tl, triton
 
@@ -13,8 +15,20 @@ from vllm_longspec.proposers.glide.window_attention import write_window
 
 # Up to WINDOW_SIZE tokens per request are rebuilt at a time; more requests would only take more memory.
 MAX_REBUILD_REQS = 8
-# One size for `append` and `rebuild`, so that no prompt triggers compilation.
+# One size for any number of tokens, so that no prompt triggers compilation.
 TOKEN_BLOCK = 64
+
+
+class TokenRows(NamedTuple):
+    """Tokens that the draft embeds and projects in one pass: the roots, if a draft follows, then settled tokens.
+
+    Of so few rows each kernel takes longer to launch than to run, so the roots have no pass of their own.
+    """
+
+    tokens: torch.Tensor  # int64 [num_rows]
+    positions: torch.Tensor  # int64 [num_rows]
+    # int64 [num_rows] req_state_idx of the window that keeps K and V; -1 for none: of roots and padding
+    expanded_idx_mapping: torch.Tensor
 
 
 class DraftWindow:
@@ -38,25 +52,10 @@ class DraftWindow:
         num_new: torch.Tensor,  # int32 [num_reqs] tokens right before the root to add
         max_new: int,  # upper bound of num_new
     ) -> None:
-        """Adds the tokens that the last step emitted."""
-        num_reqs = idx_mapping.shape[0]
-        tokens = torch.empty(num_reqs * max_new, dtype=torch.int64, device=idx_mapping.device)
-        positions, expanded_idx_mapping = torch.empty_like(tokens), torch.empty_like(tokens)
-        block = triton.next_power_of_2(max_new) if interpreting() else TOKEN_BLOCK
-        _settled_tokens_kernel[(num_reqs, triton.cdiv(max_new, block))](
-            token_ids,
-            token_ids.stride(0),
-            idx_mapping,
-            root_positions,
-            num_new,
-            tokens,
-            positions,
-            expanded_idx_mapping,
-            max_new,
-            BLOCK=block,
-        )
-        keys, values, table = self.model.window_kv(tokens, positions)
-        write_window(self.kv, keys, values, expanded_idx_mapping, positions, table)
+        """Adds the tokens that the last step emitted. Where a draft follows, its first level does that instead."""
+        rows = list_settled(token_ids, idx_mapping, root_positions, num_new, max_new)
+        keys, values, table = self.model.window_kv(rows.tokens, rows.positions)
+        write_window(self.kv, keys, values, rows.expanded_idx_mapping, rows.positions, table)
 
     def rebuild(
         self,
@@ -73,30 +72,69 @@ class DraftWindow:
             self.append(token_ids, idx_mapping[chunk], root_positions[chunk], num_new, width)
 
 
-@triton.jit(do_not_specialize=["max_new"])
+def list_settled(
+    token_ids: torch.Tensor,  # [max_num_reqs, max_model_len] by req_state_idx
+    idx_mapping: torch.Tensor,  # int64 [num_reqs]; -1 for padding
+    root_positions: torch.Tensor,  # int64 [num_reqs]
+    num_new: torch.Tensor,  # int32 [num_reqs] tokens right before the root to list
+    max_new: int,  # upper bound of num_new
+    root_tokens: torch.Tensor | None = None,  # int64 [num_reqs]; with them the roots are the first num_reqs rows
+    max_position: int = 0,  # roots are clamped to it, as nodes are
+) -> TokenRows:
+    """The settled tokens of each request, padded to `max_new`, and before all of them perhaps the roots."""
+    num_reqs = idx_mapping.shape[0]
+    num_rows = num_reqs * (max_new if root_tokens is None else 1 + max_new)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=idx_mapping.device)
+    rows = TokenRows(tokens, torch.empty_like(tokens), torch.empty_like(tokens))
+    block = triton.next_power_of_2(max_new) if interpreting() else TOKEN_BLOCK
+    _settled_tokens_kernel[(num_reqs, triton.cdiv(max_new, block))](
+        token_ids,
+        token_ids.stride(0),
+        idx_mapping,
+        root_tokens,
+        root_positions,
+        num_new,
+        *rows,
+        max_new,
+        max_position,
+        BLOCK=block,
+    )
+    return rows
+
+
+@triton.jit(do_not_specialize=["max_new", "max_position"])
 def _settled_tokens_kernel(
     token_ids_ptr,  # [max_num_reqs, max_model_len]
     token_ids_stride,
     idx_mapping_ptr,  # int64 [num_reqs]
+    root_tokens_ptr,  # int64 [num_reqs], or None: roots are not listed
     root_positions_ptr,  # int64 [num_reqs]
     num_new_ptr,  # int32 [num_reqs]
-    tokens_ptr,  # int64 [num_reqs, max_new]
-    positions_ptr,  # int64 [num_reqs, max_new]
-    expanded_idx_mapping_ptr,  # int64 [num_reqs, max_new]
+    tokens_ptr,  # int64 [num_rows]: [num_reqs] roots, if they are listed, then [num_reqs, max_new]
+    positions_ptr,  # int64 [num_rows]
+    expanded_idx_mapping_ptr,  # int64 [num_rows]
     max_new,
+    max_position,
     BLOCK: tl.constexpr,
 ):
     """Lists the last `num_new` tokens before each root, the latest first, padded to `max_new` by req_state_idx -1."""
     request = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     req_state_idx = tl.load(idx_mapping_ptr + request)
-    position = tl.load(root_positions_ptr + request) - 1 - offset
+    root_position = tl.load(root_positions_ptr + request)
+    first_row = 0
+    if root_tokens_ptr is not None:
+        first_row = tl.num_programs(0)
+        tl.store(tokens_ptr + request, tl.load(root_tokens_ptr + request))
+        tl.store(positions_ptr + request, tl.minimum(root_position, max_position))
+        tl.store(expanded_idx_mapping_ptr + request, -1)
+    position = root_position - 1 - offset
     # Padding has no tokens.
     num_new = tl.where(req_state_idx >= 0, tl.load(num_new_ptr + request), 0)
     is_new = (offset < num_new) & (position >= 0)
     position = tl.maximum(position, 0)
     token = tl.load(token_ids_ptr + req_state_idx * token_ids_stride + position, mask=is_new, other=0)
-    index = request * max_new + offset
+    index = first_row + request * max_new + offset
     is_index = offset < max_new
     tl.store(tokens_ptr + index, token.to(tl.int64), mask=is_index)
     tl.store(positions_ptr + index, position, mask=is_index)
