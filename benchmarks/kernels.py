@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of the kernels that a step adds to plain decoding, on one GPU:
 
-    python -m benchmarks.kernels [attention splits children gemms norms sample compact copy scores learn]
+    python -m benchmarks.kernels [attention splits window children gemms norms sample compact copy scores learn]
         [--out benchmarks/results/kernels.json]
 
 - attention, of one layer: FlashAttention 3 for one token, as vLLM calls it for plain decoding; FlashAttention 3 for the
   prefix of a tree; the tree itself; and both together, which is what verifying costs;
 - splits: the same for one token and the part of a context that a target sees when it drafts for itself, with vLLM's
   bound on splits within CUDA graphs and with one split for each request and KV head;
+- window: a draft's attention to its window of 512 tokens and its tree, with what prepares the next layer's input, for
+  one with fp8 weights and one without, by the number of splits of the window; and how many are taken by default;
 - children: the best (parent, token) pairs of one level of the draft, without noise, with it for greedy requests, for
   sampled ones, and for those with top-p;
 - gemms: those of a draft's layer and of a head of 65,536 rows with fp8 weights, by the number of rows;
@@ -27,6 +29,7 @@ of; the median of some replays. What no graph can hold is the sum of its kernels
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -73,6 +76,10 @@ TILE = 128
 DEFAULT_ROWS = 69
 # What a target sees that drafts for itself, and batches of such requests.
 PART, PART_BATCHES = 1088, (1, 2, 4, 8, 12, 16, 32, 64)
+# (KV heads of a draft's rank, query heads of each), batches, and nodes of a level, of which the root is one
+WINDOW_HEADS = ((4, 4), (4, 5), (8, 4), (8, 5))
+WINDOW_BATCHES, WINDOW_WIDTHS = (1, 2, 4, 8, 16), (1, 5, 16)
+WINDOW_SPLITS = (1, 2, 4, 8)
 # (batch, rows of a request) that are sampled
 SAMPLED = ((1, 25), (1, 69), (4, 25), (4, 69), (16, 8), (64, 2))
 MAX_DEPTH = 5
@@ -314,6 +321,48 @@ def splits() -> Iterator[Row]:
             name: measure([batch.prefix_attention(causal=True, num_splits=most) for batch in batches])
             for name, most in ((f"up to {GRAPH_SPLITS} splits", GRAPH_SPLITS), ("one split", 1))
         }
+
+
+def window() -> Iterator[Row]:
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
+
+    from vllm_longspec.proposers.glide.attention_splits import AttentionSplits, merge_splits
+    from vllm_longspec.proposers.glide.model import WINDOW_SIZE
+    from vllm_longspec.proposers.glide.rotation import RotaryTable
+    from vllm_longspec.proposers.glide.window_attention import window_attention
+
+    def attend(layer: Any, num_splits: int, inputs: tuple[Any, ...]) -> None:
+        merge_splits(layer, window_attention(*inputs, num_splits=num_splits))
+
+    root = 4096
+    table = RotaryTable(torch.randn(root + MAX_DEPTH, HEAD_SIZE, device=DEVICE, dtype=DTYPE), True)
+    layers: dict[str, Any] = {"fp8": SimpleNamespace(_input_quant_key=kFp8DynamicTokenSym), "bf16": SimpleNamespace()}
+    for num_kv_heads, group in WINDOW_HEADS:
+        num_slots = COLD_BYTES // (WINDOW_SIZE * 2 * num_kv_heads * HEAD_SIZE * DTYPE.itemsize)
+        ring_shape = (max(num_slots, *WINDOW_BATCHES), WINDOW_SIZE, 2, num_kv_heads, HEAD_SIZE)
+        ring = torch.randn(ring_shape, device=DEVICE, dtype=DTYPE)
+        for num_reqs, width in itertools.product(WINDOW_BATCHES, WINDOW_WIDTHS):
+            # Below the root, levels as wide as this one.
+            depth = 0 if width == 1 else MAX_DEPTH - 1
+            first_row = 1 + (depth - 1) * width if depth else 0
+            num_rows = first_row + width
+            num_heads = num_kv_heads * (group + 2)
+            qkv = torch.randn(num_reqs, width, num_heads, HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+            query, key, value = qkv.split([num_kv_heads * group, num_kv_heads, num_kv_heads], dim=2)
+            positions = torch.full((num_reqs, width), root + depth, device=DEVICE)
+            nodes = torch.randn(num_reqs, num_rows, 2, num_kv_heads, HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+            masks = torch.full((num_reqs, num_rows, -(-num_rows // 32)), -1, device=DEVICE, dtype=torch.int32)
+            roots = positions[:, 0] - depth
+            level = roots, positions, table, nodes, masks, first_row, depth, HEAD_SIZE**-0.5
+            slots = torch.arange(len(ring), device=DEVICE).split(num_reqs)[: len(ring) // num_reqs]
+            inputs = [(query, key, value, ring, each, *level) for each in slots]
+            by_default = window_attention(*inputs[0])
+            for name, layer in layers.items():
+                row: Row = {"KV heads": num_kv_heads, "group": group, "batch": num_reqs, "width": width, "o_proj": name}
+                for num_splits in WINDOW_SPLITS:
+                    way = f"{num_splits} splits" if num_splits > 1 else "whole"
+                    row[way] = measure([partial(attend, layer, num_splits, each) for each in inputs])
+                yield row | {"default": len(by_default.values) if isinstance(by_default, AttentionSplits) else 1}
 
 
 def children() -> Iterator[Row]:
@@ -628,6 +677,7 @@ def learn() -> Iterator[Row]:
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "attention": attention,
     "splits": splits,
+    "window": window,
     "children": children,
     "gemms": gemms,
     "norms": norms,

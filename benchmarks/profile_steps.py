@@ -56,7 +56,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("compaction", "compaction", r"compact"),
     ("update of request states", "compaction", r""),
     ("draft: attention to the target's cache", "draft", ATTENTION_PREFIX),
-    ("draft: attention to window and tree", "draft", r"window_attention"),
+    ("draft: attention to window and tree", "draft", r"window_attention|merge_splits"),
     ("draft: roots, K and V of window and tree", "draft", r"write_window|settled_tokens|read_roots|plant"),
     ("draft: tokens of the head", "draft", r"count_tokens"),
     ("draft: copied paths", "draft", r"find_matches|best_match|_copies|update_rates|merge_path|list_a_path"),

@@ -41,6 +41,7 @@ from vllm_longspec.attention.tree import tree_attention
 from vllm_longspec.copying.lookup import find_copies
 from vllm_longspec.copying.trust import CopyTrust
 from vllm_longspec.options import PartialAttention
+from vllm_longspec.proposers.glide.attention_splits import merge_splits
 from vllm_longspec.proposers.glide.embedding import embed_and_normalise
 from vllm_longspec.proposers.glide.fp8_inputs import activate, add, normalise
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
@@ -206,22 +207,28 @@ def compile_attention_kernels(dtype: torch.dtype, head_size: int) -> None:
         RotaryTable(torch.zeros(100, head_size // 2, dtype=dtype), False),
         None,
     ):
-        window_attention(
-            level,
-            level_key,
-            level_key,
-            window_kv,
-            requests,
-            requests,
-            slots.view(num_reqs, width),
-            table,
-            node_kv,
-            masks,
-            0,
-            0,
-            0.1,
-        )
+        for num_splits in (1, 4):
+            splits = window_attention(
+                level,
+                level_key,
+                level_key,
+                window_kv,
+                requests,
+                requests,
+                slots.view(num_reqs, width),
+                table,
+                node_kv,
+                masks,
+                0,
+                0,
+                0.1,
+                num_splits=num_splits,
+            )
         write_window(window_kv, key, key, slots, slots, table)
+    unquantised: Any = None
+    quantised: Any = SimpleNamespace(_input_quant_key=kFp8DynamicTokenSym)
+    for layer in (unquantised, quantised):
+        merge_splits(layer, splits)
 
 
 def compile_score_kernel(

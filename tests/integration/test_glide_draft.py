@@ -29,7 +29,7 @@ from tests.models import LLAMA3_ROPE, write_draft, write_target
 from tests.oracles import tree as tree_oracle
 from tests.oracles.glide import PlainDraft
 from vllm_longspec.attention.prefix import prefix_attention
-from vllm_longspec.proposers.glide import head
+from vllm_longspec.proposers.glide import head, window_attention
 from vllm_longspec.proposers.glide.beam import CrossAttention, grow_trees
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
@@ -360,6 +360,19 @@ def test_drafts_what_the_plain_layer_drafts(pairs, name, levels, histories):
         assert parent_rows[slot].tolist() == expected_parent_rows
         assert depths[slot].tolist() == expected_depths
         assert [tree_oracle.mask_to_rows(words) for words in masks[slot].tolist()] == expected_masks
+
+
+def test_a_split_window_drafts_the_same(pairs, monkeypatch):
+    pair = pairs("llama")
+    batch = Batch(SOME_HISTORIES, pair.draft)
+    window = batch.rebuilt_window(pair.draft)
+    drafted = []
+    for num_splits in (1, 4):
+        monkeypatch.setattr(window_attention, "choose_num_splits", lambda *_, chosen=num_splits: chosen)
+        drafted.append(batch.grow(pair.draft, (2, 4, 4), window))
+    whole, split = drafted
+    assert torch.equal(split.tokens, whole.tokens) and torch.equal(split.parents, whole.parents)
+    torch.testing.assert_close(split.log_probs, whole.log_probs, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2 tied"])

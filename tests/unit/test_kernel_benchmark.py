@@ -36,6 +36,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "DEFAULT_ROWS", 12)
     monkeypatch.setattr(kernels, "PART", 64)
     monkeypatch.setattr(kernels, "PART_BATCHES", (1, 3))
+    monkeypatch.setattr(kernels, "WINDOW_HEADS", ((1, 2), (2, 1)))
+    monkeypatch.setattr(kernels, "WINDOW_BATCHES", (1, 2))
+    monkeypatch.setattr(kernels, "WINDOW_WIDTHS", (1, 3))
     monkeypatch.setattr(kernels, "SAMPLED", ((1, 5), (2, 3)))
     monkeypatch.setattr(kernels, "LEVELS", ((1, 3), (2, 4)))
     monkeypatch.setattr(kernels, "GEMM_ROWS", (1, 3))
@@ -59,6 +62,24 @@ def test_attention() -> None:
 def test_splits() -> None:
     rows = list(kernels.splits())
     assert rows == [{"batch": batch, "up to 32 splits": 2.0, "one split": 2.0} for batch in (1, 3)]
+
+
+def test_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantised = []
+
+    def scaled_fp8_quant(rows: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        quantised.append(rows.shape)
+        return rows.to(torch.float8_e4m3fn), torch.ones(len(rows), 1)
+
+    monkeypatch.setattr("vllm._custom_ops.scaled_fp8_quant", scaled_fp8_quant)
+    rows = list(kernels.window())
+    assert [tuple(row.values())[:4] for row in rows[::2]] == [
+        (*heads, batch, width) for heads in ((1, 2), (2, 1)) for batch in (1, 2) for width in (1, 3)
+    ]
+    assert [row["o_proj"] for row in rows[:2]] == ["fp8", "bf16"]
+    assert list(rows[0])[5:] == ["whole", "2 splits", "4 splits", "8 splits", "default"]
+    # Of a window that is split the merge does it. Two calls have other requests if each has one.
+    assert quantised == 2 * [(1, 256), (1, 256), (3, 256), (3, 256), (2, 256), (6, 256)]
 
 
 def test_children() -> None:

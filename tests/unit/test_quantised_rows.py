@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that quantise what they compute, against the computation and the quantisation one after the other."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.kernels.linear import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticTensorSym
 
-from vllm_longspec.proposers.glide import fp8_inputs
+from vllm_longspec.proposers.glide import attention_splits, fp8_inputs
+from vllm_longspec.proposers.glide.attention_splits import AttentionSplits, merge_splits
 from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
 from vllm_longspec.proposers.glide.fp8_inputs import (
     MAX_ROW,
@@ -295,6 +297,46 @@ def test_a_sum_is_quantised_for_the_head(num_tokens, size, multiplier, dtype, ca
     some = some_rows(summed, slice(1, 3))
     assert torch.equal(some.data.float(), summed.data[1:3].float()) and torch.equal(some.scale, summed.scale[1:3])
     assert some.orig_shape == some.data.shape and torch.equal(some_rows(hidden, slice(1, 3)), hidden[1:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("num_splits", "num_tokens", "num_heads", "head_size"),
+    [(2, 1, 1, 16), (4, 3, 5, 80), (8, 16, 40, 128), (8, 20, 4, 32), (3, 2, 12, 256)],
+)
+def test_splits_of_attention_are_merged_and_quantised(
+    num_splits, num_tokens, num_heads, head_size, dtype, capability, monkeypatch
+):
+    torch.manual_seed(num_heads)
+    values = torch.randn(num_splits, num_tokens, num_heads, head_size, device=DEVICE).to(dtype)
+    lse = 10 * torch.randn(num_splits, num_tokens, num_heads, device=DEVICE)
+    # A split that saw nothing of a token, and a token of which none did.
+    lse[0, 0] = float("-inf")
+    lse[:, num_tokens // 2] = float("-inf")
+    values[lse == float("-inf")] = 0
+    # Scores that no float32 has the exponential of.
+    lse[:, -1] += 1000
+    weights = torch.where(lse.isinf().all(0), 0.0, (lse.double() * math.log(2)).softmax(0))
+    expected = (weights[..., None] * values.double()).sum(0).flatten(1).float()
+    splits, layer = AttentionSplits(values, lse), linear_layer()
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(merge_splits(layer, splits), expected.to(dtype), rtol=tolerance, atol=tolerance)
+    accept_quantised_rows(layer)
+    check_quantised(merge_splits(layer, splits), expected, dtype)
+    # Rows that no program holds whole.
+    monkeypatch.setattr(attention_splits, "MAX_ROW", 8)
+    monkeypatch.setattr(attention_splits, "quantise", lambda linear, rows: rows if linear is layer else None)
+    torch.testing.assert_close(merge_splits(layer, splits), expected.to(dtype), rtol=tolerance, atol=tolerance)
+
+
+def test_whole_attention_is_only_quantised(monkeypatch):
+    monkeypatch.setattr(ops, "scaled_fp8_quant", lambda rows, **_: quantise_rows(rows))
+    layer, attended = linear_layer(), torch.randn(2, 3, 4, SIZE // 4)
+    rows = attended.view(6, SIZE)
+    assert torch.equal(merge_splits(layer, attended), rows)
+    assert torch.equal(merge_splits(layer, attended.flatten(0, 1)), rows)
+    accept_quantised_rows(layer)
+    check_quantised(merge_splits(layer, attended), rows, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,17 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft's self-attention against whole K and V, and the ring that it reads."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from tests.oracles import window as oracle
+from vllm_longspec.proposers.glide import attention_splits
+from vllm_longspec.proposers.glide.attention_splits import AttentionSplits, choose_num_splits, merge_splits
 from vllm_longspec.proposers.glide.rotation import RotaryTable
 from vllm_longspec.proposers.glide.window_attention import window_attention, write_window
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 has 8 bits of precision, and Triton's interpreter cuts the rest off instead of rounding.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+NUM_SPLITS = (1, 2, 4, 8)
+UNQUANTISED: Any = SimpleNamespace()
+
+
+def attend(query, *arguments, num_splits):
+    """Attention, merged."""
+    attended = window_attention(query, *arguments, num_splits=num_splits)
+    if num_splits == 1:
+        assert isinstance(attended, torch.Tensor) and attended.shape == query.shape
+    else:
+        assert isinstance(attended, AttentionSplits)
+        assert attended.values.shape == (num_splits, query.shape[:2].numel(), *query.shape[2:])
+        assert attended.values.dtype == query.dtype and attended.lse.shape == attended.values.shape[:-1]
+        assert attended.values.isfinite().all() and not attended.lse.isnan().any()
+        assert (attended.values[attended.lse == float("-inf")] == 0).all()
+    merged = merge_splits(UNQUANTISED, attended)
+    assert isinstance(merged, torch.Tensor)
+    return merged.view(query.shape)
 
 
 def positions_of(root_positions, depth, width):
@@ -77,7 +100,7 @@ class Draft:
             for position in range(max(0, len(history) - window), len(history)):
                 self.window_kv[slot, position % window] = history[position]
 
-    def check_level(self, depth, table=None):
+    def check_level(self, depth, table=None, num_splits=1):
         first_row, width = self.levels[depth]
         level = slice(first_row, first_row + width)
         num_reqs = len(self.histories)
@@ -88,7 +111,7 @@ class Draft:
         # Rows of this level and of deeper ones are not there yet.
         node_kv = self.nodes.clone()
         node_kv[:, first_row:] = torch.nan
-        output = window_attention(
+        output = attend(
             query,
             key,
             value,
@@ -102,9 +125,9 @@ class Draft:
             first_row,
             depth,
             scale,
+            num_splits=num_splits,
         )
         assert output.dtype == self.dtype
-        assert output.shape == query.shape
         if table is not None:
             query, nodes = rotated(query, positions, table), self.nodes.clone()
             nodes[:, level, 0] = rotated(key, positions, table)
@@ -121,49 +144,55 @@ class Draft:
             torch.testing.assert_close(output[request].double().cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("num_splits", NUM_SPLITS)
 @pytest.mark.parametrize("shape", [[2, 4, 4], [4, 16, 16, 16, 16], [1, 1, 1]])
-def test_every_level_of_a_tree(shape):
+def test_every_level_of_a_tree(shape, num_splits):
     # No history, some, exactly a window, one more, and a ring that has turned over more than once.
     draft = Draft(shape, [0, 5, 32, 33, 77], 32, num_heads=4, num_kv_heads=2, head_size=32, dtype=torch.float32)
     for depth in range(len(shape) + 1):
-        draft.check_level(depth)
+        draft.check_level(depth, num_splits=num_splits)
 
 
-@pytest.mark.parametrize("root_position", [511, 512, 513, 1300])
-def test_window_of_512(root_position):
+@pytest.mark.parametrize("num_splits", NUM_SPLITS)
+@pytest.mark.parametrize("root_position", [0, 3, 65, 130, 511, 512, 513, 1300])
+def test_window_of_512(root_position, num_splits):
     draft = Draft([4, 16], [root_position], 512, num_heads=2, num_kv_heads=1, head_size=32, dtype=torch.float32)
     for depth in range(3):
-        draft.check_level(depth)
+        draft.check_level(depth, num_splits=num_splits)
 
 
+@pytest.mark.parametrize("num_splits", NUM_SPLITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
-def test_head_sizes_and_dtypes(head_size, dtype):
+def test_head_sizes_and_dtypes(head_size, dtype, num_splits):
     draft = Draft([2, 4, 4], [3, 70], 64, num_heads=6, num_kv_heads=2, head_size=head_size, dtype=dtype)
-    draft.check_level(0)
-    draft.check_level(3)
+    draft.check_level(0, num_splits=num_splits)
+    draft.check_level(3, num_splits=num_splits)
 
 
+@pytest.mark.parametrize("num_splits", NUM_SPLITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("is_neox_style", [True, False])
 @pytest.mark.parametrize(
     ("head_size", "rotary_dim", "shape"), [(32, 32, [2, 4]), (80, 80, [3]), (64, 16, [4, 16, 16]), (128, 96, [20, 40])]
 )
-def test_queries_and_keys_are_rotated(head_size, rotary_dim, shape, is_neox_style, dtype):
+def test_queries_and_keys_are_rotated(head_size, rotary_dim, shape, is_neox_style, dtype, num_splits):
     draft = Draft(shape, [3, 70], 64, num_heads=4, num_kv_heads=2, head_size=head_size, dtype=dtype)
     table = random_table(rotary_dim, is_neox_style, dtype)
     for depth in range(len(shape) + 1):
-        draft.check_level(depth, table)
+        draft.check_level(depth, table, num_splits)
 
 
+@pytest.mark.parametrize("num_splits", NUM_SPLITS)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (5, 1), (14, 2), (8, 1)])
-def test_head_groups(num_heads, num_kv_heads):
+def test_head_groups(num_heads, num_kv_heads, num_splits):
     draft = Draft([3, 6], [40], 24, num_heads, num_kv_heads, head_size=32, dtype=torch.float32)
     for depth in range(3):
-        draft.check_level(depth)
+        draft.check_level(depth, num_splits=num_splits)
 
 
-def test_a_key_leaves_the_window_with_each_level():
+@pytest.mark.parametrize("num_splits", NUM_SPLITS)
+def test_a_key_leaves_the_window_with_each_level(num_splits):
     # One history key, values that tell whether it was seen.
     window_kv = torch.zeros(1, 4, 2, 1, 16, device=DEVICE)
     window_kv[0, 0, 1] = 1.0
@@ -176,7 +205,7 @@ def test_a_key_leaves_the_window_with_each_level():
     positions = root_positions[:, None]
     seen = [
         float(
-            window_attention(
+            attend(
                 zeros,
                 zeros,
                 zeros,
@@ -190,6 +219,7 @@ def test_a_key_leaves_the_window_with_each_level():
                 row,
                 row,
                 1.0,
+                num_splits=num_splits,
             ).max()
         )
         for row in range(3)
@@ -198,7 +228,8 @@ def test_a_key_leaves_the_window_with_each_level():
     assert seen[1:] == [0.0, 0.0]
 
 
-def test_inputs_that_are_slices():
+@pytest.mark.parametrize("num_splits", NUM_SPLITS)
+def test_inputs_that_are_slices(num_splits):
     # Queries, keys and values cut out of a joint projection, node rows of a larger buffer.
     torch.manual_seed(0)
     draft = Draft([2, 4], [9, 20], 16, num_heads=4, num_kv_heads=2, head_size=32, dtype=torch.float32)
@@ -209,22 +240,24 @@ def test_inputs_that_are_slices():
     nodes = torch.randn(4, 9, 2, 2, 32, device=DEVICE)[1:3, 1:8]
     nodes.copy_(draft.nodes)
 
-    def attend(query, key, value, nodes):
+    def run(query, key, value, nodes):
         requests = draft.window_kv, slots, draft.root_positions
-        return window_attention(query, key, value, *requests, positions, table, nodes, draft.node_masks, 3, 2, 0.2)
+        tree = positions, table, nodes, draft.node_masks, 3, 2
+        return attend(query, key, value, *requests, *tree, 0.2, num_splits=num_splits)
 
-    output = attend(query, key, value, nodes)
-    expected = attend(query.contiguous(), key.contiguous(), value.contiguous(), draft.nodes)
+    output = run(query, key, value, nodes)
+    expected = run(query.contiguous(), key.contiguous(), value.contiguous(), draft.nodes)
     assert torch.equal(output, expected) and torch.equal(nodes, draft.nodes)
 
 
-def test_requests_that_pad_the_batch():
+@pytest.mark.parametrize("num_splits", NUM_SPLITS)
+def test_requests_that_pad_the_batch(num_splits):
     draft = Draft([2], [9, 7], 16, num_heads=2, num_kv_heads=1, head_size=32, dtype=torch.float32)
     query, (key, value) = torch.randn(2, 2, 2, 32, device=DEVICE), torch.randn(2, 2, 2, 1, 32, device=DEVICE)
     slots = torch.tensor([draft.slots[0], -1], device=DEVICE)
     draft.node_masks[1] = 0
     positions = positions_of(draft.root_positions, 1, 2)
-    output = window_attention(
+    output = attend(
         query,
         key,
         value,
@@ -238,9 +271,39 @@ def test_requests_that_pad_the_batch():
         1,
         1,
         1.0,
+        num_splits=num_splits,
     )
     assert output[0].isfinite().all()
     assert (output[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "num_tiles", "expected"),
+    [
+        # A root of one request with 4 KV heads, of four requests, and of eight.
+        (4, 8, 8),
+        (16, 8, 8),
+        (32, 8, 4),
+        (17, 8, 4),
+        (33, 8, 4),
+        (34, 8, 2),
+        (65, 8, 2),
+        # Half of the multiprocessors, and more programs than there are.
+        (66, 8, 1),
+        (133, 8, 1),
+        # Fewer tiles, and more than splits.
+        (4, 1, 1),
+        (4, 3, 2),
+        (4, 32, 8),
+    ],
+)
+def test_a_window_is_split_where_programs_are_few(num_programs, num_tiles, expected, monkeypatch):
+    monkeypatch.setattr(attention_splits, "num_multiprocessors", lambda device: 132)
+    assert choose_num_splits(num_programs, num_tiles, torch.device("cuda")) == expected
+
+
+def test_a_window_is_whole_without_a_gpu():
+    assert choose_num_splits(1, 8, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivati
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.proposers.glide.attention_splits import AttentionSplits
 from vllm_longspec.proposers.glide.fp8_inputs import some_rows
 from vllm_longspec.proposers.glide.growing_trees import GrowingTrees
 from vllm_longspec.proposers.glide.model import GlideForCausalLM
@@ -50,11 +51,11 @@ class _LevelAttention:
         value: torch.Tensor,
         positions: torch.Tensor,
         table: RotaryTable | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | AttentionSplits:
         def by_request(rows: torch.Tensor) -> torch.Tensor:
             return rows.unflatten(0, (-1, self.width))
 
-        return window_attention(
+        attended = window_attention(
             by_request(query),
             by_request(key),
             by_request(value),
@@ -68,7 +69,8 @@ class _LevelAttention:
             self.trees.first_row(self.depth),
             self.depth,
             self.scale,
-        ).view(query.shape)
+        )
+        return attended if isinstance(attended, AttentionSplits) else attended.view(query.shape)
 
     def cross_attention(self, query: torch.Tensor) -> torch.Tensor:
         return self.attend_target(query, self.width, self.depth)
@@ -87,7 +89,7 @@ class _RootAttention(_LevelAttention):
         value: torch.Tensor,
         positions: torch.Tensor,
         table: RotaryTable | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | AttentionSplits:
         # Roots are skipped, not sliced off: Triton would compile the kernel again for addresses of another alignment.
         write_window(self.window_kv, key, value, self.expanded_idx_mapping, positions, table)
         end = self.idx_mapping.shape[0]

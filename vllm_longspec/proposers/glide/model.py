@@ -30,6 +30,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.platforms import current_platform
 
+from vllm_longspec.proposers.glide.attention_splits import AttentionSplits, merge_splits
 from vllm_longspec.proposers.glide.embedding import can_embed, embed_and_normalise
 from vllm_longspec.proposers.glide.fp8_inputs import accept_quantised_rows, activate, add, normalise, quantise
 from vllm_longspec.proposers.glide.head import DraftLogits, copy_head, has_rows, rows_of_all_ranks, write_rows
@@ -51,7 +52,7 @@ class GlideAttention(Protocol):
         value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
         positions: torch.Tensor,  # int64 [num_tokens]
         table: RotaryTable | None,  # rotates query and key at their positions; None if they are rotated
-    ) -> torch.Tensor:  # [num_nodes, num_heads, head_size] of the first tokens; the others go no further
+    ) -> torch.Tensor | AttentionSplits:  # [num_nodes, num_heads, head_size] of the first tokens; the others end here
         ...
 
     def cross_attention(
@@ -338,7 +339,7 @@ class GlideForCausalLM(nn.Module):
         # Tokens of which only K and V are needed come last, so that rows which go on are contiguous.
         num_nodes = attended.shape[0]
         positions, residual = positions[:num_nodes], residual[:num_nodes]
-        hidden, _ = self.self_attn.o_proj(quantise(self.self_attn.o_proj, attended.reshape(num_nodes, -1)))
+        hidden, _ = self.self_attn.o_proj(merge_splits(self.self_attn.o_proj, attended))
         hidden = _times(self.multipliers.residual, hidden)
 
         hidden, residual = normalise(self.post_self_attention_layernorm, self.cross_attn.q_proj, hidden, residual)

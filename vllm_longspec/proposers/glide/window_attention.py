@@ -9,6 +9,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from vllm_longspec.interpreter import interpreting
+from vllm_longspec.proposers.glide.attention_splits import AttentionSplits, choose_num_splits
 from vllm_longspec.proposers.glide.rotation import RotaryTable, load_rotated, table_arguments
 
 
@@ -26,7 +27,9 @@ def window_attention(
     first_row: int,
     depth: int,
     scale: float,
-) -> torch.Tensor:  # [num_reqs, width, num_heads, head_size]
+    *,
+    num_splits: int | None = None,
+) -> torch.Tensor | AttentionSplits:  # [num_reqs, width, num_heads, head_size]
     """Attention of one level's nodes over the window and their own ancestors; keeps the level's K and V.
 
     A node of depth d, at most `window`, is at position q = root + d. It attends positions p of the window with
@@ -45,17 +48,18 @@ def window_attention(
         node_masks: ancestor masks over node rows; bit (r % 32) of word (r // 32) is row r.
         first_row: first row of the level, 0 for the root.
         depth: of the level, 0 for the root.
+        num_splits: programs that share the window, a power of two up to MAX_SPLITS; by default what suits the shapes
+            and the device. The result of more than one is not merged, and its tokens are the requests' nodes in turn.
     """
     num_reqs, width, num_heads, head_size = query.shape
     window, _, num_kv_heads, _ = window_kv.shape[1:]
     group = num_heads // num_kv_heads
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
 
     head_block = triton.next_power_of_2(max(head_size, 16))
     if interpreting():
         # Each operation is a NumPy call, so tiles are as large as possible. NumPy has no bfloat16 product.
         query_tile = triton.next_power_of_2(max(width * group, 16))
-        history_tile = triton.next_power_of_2(max(window, 16))
+        history_tile = triton.next_power_of_2(max(triton.cdiv(window, num_splits or 1), 16))
         node_tile = triton.next_power_of_2(max(first_row, width, 16))
         dot_dtype = tl.float32
     else:
@@ -64,7 +68,15 @@ def window_attention(
         query_tile = 16
         history_tile = node_tile = max(16, min(64, 16384 // (head_block * query.element_size())))
         dot_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[query.dtype]
-    _window_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(width * group, query_tile))](
+    num_query_tiles = triton.cdiv(width * group, query_tile)
+    if num_splits is None:
+        num_programs = num_reqs * num_kv_heads * num_query_tiles
+        num_splits = choose_num_splits(num_programs, triton.cdiv(window, history_tile), query.device)
+    output = torch.empty((num_splits, *query.shape), dtype=query.dtype, device=query.device)
+    lse = None
+    if num_splits > 1:
+        lse = torch.empty(output.shape[:-1], dtype=torch.float32, device=query.device)
+    _window_attention_kernel[(num_reqs, num_kv_heads, num_query_tiles * num_splits)](
         query,
         *query.stride()[:3],
         key,
@@ -81,12 +93,14 @@ def window_attention(
         node_masks,
         *node_masks.stride()[:2],
         output,
-        *output.stride()[:3],
+        *output.stride()[:4],
+        lse,
         window,
         width,
         first_row,
         depth,
         scale * 1.4426950408889634,  # log2(e), for exp2
+        num_splits,
         GROUP=group,
         HEAD_SIZE=head_size,
         HEAD_BLOCK=head_block,
@@ -98,7 +112,7 @@ def window_attention(
         num_warps=4,
         num_stages=3,
     )
-    return output
+    return output[0] if lse is None else AttentionSplits(output.flatten(1, 2), lse.flatten(1, 2))
 
 
 def write_window(
@@ -168,14 +182,18 @@ def _window_attention_kernel(
     masks_request_stride,
     masks_row_stride,
     output_ptr,
+    output_split_stride,
     output_request_stride,
     output_node_stride,
     output_head_stride,
+    lse_ptr,  # float32 [num_splits, num_reqs, width, num_heads], or None: there is one split
     window,
     width,
     first_row,
     depth,
     log2_scale,
+    # Triton compiles for 1, with which all that is about splits goes, and for all other numbers at once.
+    num_splits,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -191,9 +209,11 @@ def _window_attention_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     req_state_idx = tl.load(idx_mapping_ptr + request)
     root_position = tl.load(root_positions_ptr + request).to(tl.int32)
+    query_tile = tl.program_id(2) // num_splits
+    split = tl.program_id(2) % num_splits
 
     # Queries of all heads that share this KV head are packed into one tile.
-    packed = tl.program_id(2) * QUERY_TILE + tl.arange(0, QUERY_TILE)
+    packed = query_tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     node = packed // GROUP
     head = kv_head * GROUP + packed % GROUP
     is_query = node < width
@@ -215,11 +235,12 @@ def _window_attention_kernel(
     highest = tl.full([QUERY_TILE], float("-inf"), tl.float32)
 
     # Window, in memory order. Entries before root % window hold positions of the current turn of the ring, the others
-    # those of the turn before. All queries have the same depth and see the same positions.
+    # those of the turn before. All queries have the same depth and see the same positions. Tiles are dealt to the
+    # splits in turn, so that they share a short history too.
     num_entries = tl.where(req_state_idx >= 0, tl.minimum(root_position, window), 0)
     turn = root_position % window
     window_ptr += req_state_idx * window_req_stride + kv_head * window_head_stride
-    for start in range(0, num_entries, HISTORY_TILE):
+    for start in range(split * HISTORY_TILE, num_entries, num_splits * HISTORY_TILE):
         entry = start + tl.arange(0, HISTORY_TILE)
         entry_position = root_position - turn + entry - tl.where(entry < turn, 0, window)
         is_visible = (entry < num_entries) & (entry_position >= root_position + depth - window)
@@ -230,10 +251,11 @@ def _window_attention_kernel(
             query, keys, values, is_visible[None, :], weighted, total, highest, log2_scale, DOT_DTYPE
         )
 
-    # Nodes of the levels above.
+    # The last split, whose share of the window is the smallest, also has the nodes. First those of the levels above.
+    has_nodes = split == num_splits - 1
     node_ptr += request * node_request_stride + kv_head * node_head_stride
     mask_ptr = masks_ptr + request * masks_request_stride + (first_row + node) * masks_row_stride
-    for start in range(0, first_row, NODE_TILE):
+    for start in range(0, tl.where(has_nodes, first_row, 0), NODE_TILE):
         row = start + tl.arange(0, NODE_TILE)
         is_row = row < first_row
         is_visible = _is_ancestor(mask_ptr, row, is_query[:, None] & is_row[None, :])
@@ -242,12 +264,12 @@ def _window_attention_kernel(
             query, keys, values, is_visible, weighted, total, highest, log2_scale, DOT_DTYPE
         )
 
-    # Nodes of this level. Every program rotates their keys, and the first of a KV head keeps them.
+    # Nodes of this level. The program of each query tile rotates their keys, and the first of a KV head keeps them.
     key_ptr += request * key_request_stride + kv_head * key_head_stride
     value_ptr += request * value_request_stride + kv_head * value_head_stride
     channel = tl.arange(0, HEAD_BLOCK)[None, :]
     # Mostly one tile: stages of loads would only take shared memory.
-    for start in tl.range(0, width, NODE_TILE, num_stages=1):
+    for start in tl.range(0, tl.where(has_nodes, width, 0), NODE_TILE, num_stages=1):
         index = start + tl.arange(0, NODE_TILE)
         is_index = index < width
         row = first_row + index
@@ -263,7 +285,7 @@ def _window_attention_kernel(
         )
         mask = is_index[:, None] & (channel < HEAD_SIZE)
         values = tl.load(value_ptr + (index * value_node_stride)[:, None] + channel, mask=mask, other=0.0)
-        if tl.program_id(2) == 0:
+        if query_tile == 0:
             kept_ptr = node_ptr + (row * node_row_stride)[:, None] + channel
             tl.store(kept_ptr, keys, mask=mask)
             tl.store(kept_ptr + node_kv_stride, values, mask=mask)
@@ -273,12 +295,20 @@ def _window_attention_kernel(
         )
 
     output_offset = request * output_request_stride + node * output_node_stride + head * output_head_stride
+    output_offset += split.to(tl.int64) * output_split_stride
+    # Padding may see no key, nor a split.
+    has_seen = total > 0.0
+    divisor = tl.where(has_seen, total, 1.0)
     tl.store(
         output_ptr + output_offset[:, None] + channel,
-        # Padding may see no key.
-        weighted / tl.where(total > 0.0, total, 1.0)[:, None],
+        weighted / divisor[:, None],
         mask=is_query[:, None] & (channel < HEAD_SIZE),
     )
+    if lse_ptr is not None:
+        num_heads = tl.num_programs(1) * GROUP
+        lse_offset = ((split * tl.num_programs(0) + request) * width + node) * num_heads + head
+        lse = tl.where(has_seen, highest + tl.log2(divisor), float("-inf"))
+        tl.store(lse_ptr + lse_offset, lse, mask=is_query)
 
 
 @triton.jit
