@@ -41,9 +41,11 @@ MARK = "step: "
 GEMM = r"gemm|nvjet|cutlass|cublas|splitk|_mm_|wgmma"
 SPLIT_K = r"splitk.*reduce"  # adds up what the GEMM before it computed in parts
 SMALL = r"norm|quant|rotary|silu|act_and_mul|embedding|elementwise|copy|cat|fill|mem(set|cpy)|triton_|fused"
+RANKS = r"cross_device|all_?gather|all_?reduce"  # what tensor parallelism sends
 ATTENTION_PREFIX = r"prefix_attention|flash|fmha|FlashAttn"
 # A stage's name, the part it belongs to, and what the name of a kernel contains. The first that fits counts.
 STAGES: tuple[tuple[str, str, str], ...] = (
+    ("target: between ranks", "target", RANKS),
     ("target: tree attention", "target", r"tree_attention|merge"),
     # vLLM calls it reshape_and_cache_flash, so it comes before FlashAttention.
     ("target: KV cache write", "target", r"reshape_and_cache"),
@@ -55,6 +57,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("sampling and walk", "sampling", r""),
     ("compaction", "compaction", r"compact"),
     ("update of request states", "compaction", r""),
+    ("draft: between ranks", "draft", RANKS),
     ("draft: attention to the target's cache", "draft", ATTENTION_PREFIX),
     ("draft: attention to window and tree", "draft", r"window_attention|merge_splits"),
     ("draft: roots, K and V of window and tree", "draft", r"write_window|settled_tokens|read_roots|plant"),

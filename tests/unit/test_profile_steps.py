@@ -109,3 +109,11 @@ def test_table_without_a_gpu():
     report = analyse(read_trace({"traceEvents": marks}))
     assert report["steps"] == 2
     assert "The host waits for the GPU, a step: none." in table(report)
+
+
+@pytest.mark.parametrize("part", ["target", "draft"])
+@pytest.mark.parametrize(
+    "name", ["void vllm::cross_device_reduce_1stage<__nv_bfloat16, 2>", "ncclDevKernel_AllGather_RING_LL"]
+)
+def test_what_ranks_send_is_a_stage(name, part):
+    assert stage_of(Kernel(name, 0.0, 1.0, 0.0), part) == f"{part}: between ranks"
