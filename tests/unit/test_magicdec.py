@@ -433,6 +433,11 @@ def test_a_step_of_drafting_reads_the_weights_and_its_part_of_the_cache():
     scored = replace(cost.drafting, rescored=1 / 64)
     assert scored(16, 3, cache) == cost.drafting(16, 3, cache) + cache / 16
     assert scored(16, 0, cache) == 0
+    # Long drafts: each layer chooses once.
+    scored = replace(scored, most_rescored=1 / 2)
+    assert scored(16, 3, cache) == cost.drafting(16, 3, cache) + cache / 16
+    assert scored(16, 31, cache) == cost.drafting(16, 31, cache) + cache / 2
+    assert scored(16, 511, cache) == cost.drafting(16, 511, cache) + cache / 2
 
 
 @pytest.mark.parametrize(
@@ -442,7 +447,8 @@ def test_a_step_of_drafting_reads_the_weights_and_its_part_of_the_cache():
 def test_the_cost_knows_how_blocks_are_chosen(target, selection, cache, rescored):
     config = engine_config(target, {"method": "magicdec", "selection": selection})
     config.cache_config.cache_dtype = cache
-    assert MagicDecCost.of(config).rescored == rescored
+    cost = MagicDecCost.of(config)
+    assert (cost.rescored, cost.most_rescored) == (rescored, 32 * rescored)
 
 
 @pytest.mark.parametrize(("batch_size", "context", "most"), [(16, 32768, 0.28), (4, 131072, 0.26)])

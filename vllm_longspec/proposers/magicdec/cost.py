@@ -41,6 +41,8 @@ class MagicDecCost:
     largest_batch: float = math.inf
     # For each token that a verification emits, the share of cached K and V that could be read while blocks are chosen.
     rescored: float = 0.0
+    # The same if all layers choose, which each does at most once in a verification.
+    most_rescored: float = math.inf
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "MagicDecCost":
@@ -54,14 +56,16 @@ class MagicDecCost:
         num_ranks = vllm_config.parallel_config.tensor_parallel_size
         is_quantised = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
         config = model_config.hf_text_config
-        scoring = SCORING_QUANTISED if is_quantised else SCORING
+        # K is half of the cache.
+        scoring = 0.5 * (SCORING_QUANTISED if is_quantised else SCORING)
+        by_scores = options.partial_attention.selection == "scores"
         return cls(
             target_weights(config, model_config.get_vocab_size(), num_ranks),
             cached_token_weights(config, num_ranks, is_quantised),
             options.partial_attention.sinks + options.partial_attention.budget,
             largest_batch_with_graph(vllm_config),
-            # K is half of the cache.
-            scoring * 0.5 / INTERVAL if options.partial_attention.selection == "scores" else 0.0,
+            scoring / INTERVAL if by_scores else 0.0,
+            scoring if by_scores else 0.0,
         )
 
     def __call__(self, batch_size: int, num_nodes: int, cache: float) -> float:
@@ -71,4 +75,5 @@ class MagicDecCost:
             return math.inf
         attended = min(cache, batch_size * self.num_attended * self.token)
         # At most as many tokens are emitted.
-        return num_nodes * (STEP + self.target + attended) + self.rescored * (1 + num_nodes) * cache
+        rescored = min(self.rescored * (1 + num_nodes), self.most_rescored)
+        return num_nodes * (STEP + self.target + attended) + rescored * cache
