@@ -534,18 +534,37 @@ def test_each_rank_has_the_rows_of_its_slots(tmp_path, monkeypatch, num_ranks, n
     check()
 
 
+@pytest.mark.parametrize("most_reduced", [0, 1 << 20])
 @pytest.mark.parametrize("num_rows", [1, 5])
-def test_logits_of_the_ranks_are_side_by_side(tmp_path, monkeypatch, num_rows):
+def test_logits_of_the_ranks_are_side_by_side(tmp_path, monkeypatch, num_rows, most_reduced):
     """And those of the padding at the end are left out."""
     pair = load(*write_pair(tmp_path, "llama"))
     with set_current_vllm_config(pair.speculator.vllm_config):
         logits_processor = head.DraftLogits(20)
-    whole = torch.arange(num_rows * 24.0).view(num_rows, 24)
+    whole = torch.randn(num_rows, 24)
+    whole[0, 3], whole[0, 17] = float("-inf"), float("nan")
     shards = whole.chunk(3, dim=1)
-    monkeypatch.setattr(head, "sp_all_gather", lambda logits: torch.cat(shards))
+
+    def all_reduce(of_rank: torch.Tensor) -> torch.Tensor:
+        others = whole.clone()
+        others[:, 8:16] = 0
+        assert torch.equal(of_rank, torch.where(torch.arange(24) // 8 == 1, whole, 0))
+        return of_rank + others
+
+    monkeypatch.setattr(head, "MOST_REDUCED", most_reduced)
+    monkeypatch.setattr(head, "get_tensor_model_parallel_world_size", lambda: 3)
+    monkeypatch.setattr(head, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(head, "tensor_model_parallel_all_reduce", all_reduce)
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.logits_processor.tensor_model_parallel_all_gather",
+        lambda logits: torch.cat(shards, 1),
+    )
+    monkeypatch.setattr(logits_processor, "use_all_gather", True)
     applied = SimpleNamespace(apply=lambda layer, hidden, bias: shards[1])
     layer: Any = SimpleNamespace(tp_size=3, quant_method=applied)
-    assert torch.equal(logits_processor(layer, torch.zeros(num_rows, 8)), whole[:, :20])
+    torch.testing.assert_close(
+        logits_processor(layer, torch.zeros(num_rows, 8)), whole[:, :20], rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_every_rank_copies_of_a_head_that_is_not_divided(tmp_path):

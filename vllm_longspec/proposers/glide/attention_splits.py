@@ -9,6 +9,7 @@ layer's input needs anyway if it is quantised. Splits are added up in their orde
 from dataclasses import dataclass
 
 import torch
+from vllm import envs
 from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation, get_input_quant_key
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
@@ -38,11 +39,12 @@ class AttentionSplits:
 def choose_num_splits(num_programs: int, num_tiles: int, device: torch.device) -> int:
     """Splits of `num_tiles` tiles of keys, if `num_programs` would be without: a power of two.
 
-    As many as run at once. One, which needs no merge, if the device is half busy without splits; so it is on a CPU.
+    As many as run at once. One, which needs no merge, if the device is half busy without splits; so it is on a CPU. And
+    where results may not depend on the batch.
     """
     num_splits = 1
     limit = num_multiprocessors(device)
-    if 2 * num_programs >= limit:
+    if 2 * num_programs >= limit or envs.VLLM_BATCH_INVARIANT:
         return num_splits
     while 2 * num_splits <= min(num_tiles, MAX_SPLITS) and 2 * num_splits * num_programs <= limit:
         num_splits *= 2
