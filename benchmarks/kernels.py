@@ -29,7 +29,6 @@ of; the median of some replays. What no graph can hold is the sum of its kernels
 """
 
 import argparse
-import itertools
 import json
 import random
 import statistics
@@ -341,7 +340,7 @@ def window() -> Iterator[Row]:
         num_slots = COLD_BYTES // (WINDOW_SIZE * 2 * num_kv_heads * HEAD_SIZE * DTYPE.itemsize)
         ring_shape = (max(num_slots, *WINDOW_BATCHES), WINDOW_SIZE, 2, num_kv_heads, HEAD_SIZE)
         ring = torch.randn(ring_shape, device=DEVICE, dtype=DTYPE)
-        for num_reqs, width in itertools.product(WINDOW_BATCHES, WINDOW_WIDTHS):
+        for num_reqs, width in product(WINDOW_BATCHES, WINDOW_WIDTHS):
             # Below the root, levels as wide as this one.
             depth = 0 if width == 1 else MAX_DEPTH - 1
             first_row = 1 + (depth - 1) * width if depth else 0
